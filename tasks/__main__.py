@@ -1,0 +1,51 @@
+"""`python -m tasks STAGE [VARIANT]`: the one command behind every way in."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one stage; exit code 1 with `error: ...` for anything a person can act on."""
+    from tasks.stages import STAGES
+
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks", description="Run one stage of the pipeline in a workspace."
+    )
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("variant", nargs="?", help="for quantize and validate: one of quantize.variants")
+    parser.add_argument("--params", type=Path, help="parameters to use instead of params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--root", type=Path, default=Path(), help="the workspace (default: here)")
+    args = parser.parse_args(argv)
+
+    from tasks import events, params, stage
+    from tasks.errors import PipelineError
+
+    _quiet()
+    try:
+        events.open_sink(os.environ.get("SLMOPS_EVENTS"))
+        values = params.load(args.params or args.root / "params.yaml", args.overrides)
+        stage.run(STAGES[args.stage], STAGES, values, args.root, args.variant)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: stopped by hand: run the stage again, it takes up where it can", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet() -> None:
+    """No telemetry, no network behind our back, no progress bars but ours."""
+    for name, value in {
+        "DO_NOT_TRACK": "true", "OLIVE_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    }.items():  # fmt: skip
+        os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

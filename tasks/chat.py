@@ -1,0 +1,74 @@
+"""Chat rows and their tokens: `{"messages": [{"role", "content"}, ...]}`, one JSON object a line.
+
+Rows were validated by `acquire`; here they are trusted. The loss mask covers what the assistant says and
+its end-of-turn token, never the prompt, the template or padding.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import ConfigError
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row: `ids` of the whole conversation; `target[i]` says whether ids[i] is learned."""
+
+    ids: list[int]
+    target: list[bool]
+
+    @property
+    def answer_start(self) -> int:
+        """Index of the first token of the last run of targets."""
+        last = len(self.target) - 1 - self.target[::-1].index(True)
+        start = last
+        while start > 0 and self.target[start - 1]:
+            start -= 1
+        return start
+
+
+def read_rows(path: Path) -> list[Messages]:
+    """The conversations of a JSONL file that `acquire` wrote."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line)["messages"] for line in file]
+
+
+def prompt_ids(tokenizer: Any, messages: Messages) -> list[int]:
+    """Ids of a conversation that waits for the assistant, as every runtime must produce them."""
+    ids: list[int] = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return ids
+
+
+def encode(tokenizer: Any, messages: Messages, max_length: int) -> Encoded:
+    """Tokens and loss mask of a whole conversation that ends with the assistant.
+
+    Raises:
+        ConfigError: the row is longer than `max_length`.
+    """
+    ids: list[int] = []
+    target: list[bool] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = prompt_ids(tokenizer, messages[:index])
+        answer = tokenizer(message["content"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        # A template that rewrites earlier turns (dropped reasoning, say) makes the prompt the truth.
+        known = len(ids) if prompt[: len(ids)] == ids else 0
+        ids, target = prompt + answer, target[:known] + [False] * (len(prompt) - known) + [True] * len(answer)
+    if len(ids) > max_length:
+        raise ConfigError(
+            f"a row has {len(ids)} tokens, more than task.max_length ({max_length}): raise it or shorten the row: {str(messages)[:120]}"
+        )
+    return Encoded(ids, target)
+
+
+def encode_all(tokenizer: Any, rows: Sequence[Messages], max_length: int) -> list[Encoded]:
+    """Encode every row."""
+    return [encode(tokenizer, row, max_length) for row in rows]

@@ -1,0 +1,21 @@
+"""The errors a person can act on, sorted by who is to blame.
+
+Every message says what is wrong, where, and what to do next. The command line prints it as
+`error: ...` and exits 1; anything that is not a `PipelineError` is a bug and keeps its traceback.
+"""
+
+
+class PipelineError(Exception):
+    """Root of the errors that are reported without a traceback."""
+
+
+class ConfigError(PipelineError):
+    """The parameters, the command line or the data are wrong. Never retried."""
+
+
+class ArtifactError(PipelineError):
+    """A file or folder that a stage reads is missing, damaged or not what it claims. Never retried."""
+
+
+class StageError(PipelineError):
+    """The work itself failed (disk, memory, network, a native library). May be retried."""

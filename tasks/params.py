@@ -1,0 +1,363 @@
+"""The typed form of params.yaml: one section per stage, checked once, all errors at once.
+
+Everything is strict (no text is taken for a number) and unknown keys are refused with the nearest right
+name. A choice between plug-ins is a union told apart by one field, so a wrong name lists the right ones.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tasks.errors import ConfigError
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="a full commit hash, never a branch or tag")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+# --- acquire ---------------------------------------------------------------------------------------
+
+
+class PackageModel(Section):
+    """A GGUF model inside an installed Python distribution."""
+
+    source: Literal["package"]
+    distribution: str
+    file: str = "*.gguf"
+
+
+class GgufModel(Section):
+    """A GGUF file, de-quantised."""
+
+    source: Literal["gguf"]
+    path: Path
+    licence: str | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+
+class LocalModel(Section):
+    """A Hugging Face model folder on disk."""
+
+    source: Literal["local"]
+    path: Path
+    licence: str | None = None
+
+
+class HubModel(Section):
+    """A model repository of the Hugging Face Hub at one commit. The token comes from HF_TOKEN."""
+
+    source: Literal["hub"]
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    revision: Commit
+
+
+class LocalData(Section):
+    """Chat JSONL: one file (split here) or a folder with train/validation/test[/unlabelled].jsonl."""
+
+    source: Literal["local"]
+    path: Path
+    validation: Share = 0.1
+    test: Share = 0.15
+    unlabelled: Path | None = None
+    text: Path | None = Field(None, description="plain text for perplexity and KLD; none: the test conversations")
+    licence: str | None = None
+    seed: int = 17
+
+
+class HubData(Section):
+    """A data set repository of the Hub at one commit, holding the same files as a local folder."""
+
+    source: Literal["hub"]
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    revision: Commit
+
+
+class Acquire(Section):
+    watch: Path = Field(description="the folder or file that DVC watches: every local input lies in it")
+    model: Annotated[PackageModel | GgufModel | LocalModel | HubModel, Field(discriminator="source")]
+    data: Annotated[LocalData | HubData, Field(discriminator="source")]
+    near_duplicate: Share = Field(
+        0.95, description="character 5-gram Jaccard similarity at which two prompts count as one"
+    )
+    licences: tuple[str, ...] = Field(
+        (), description="licences that may be used, as SPDX ids; empty: any, but recorded"
+    )
+
+    @model_validator(mode="after")
+    def _watched(self) -> "Acquire":
+        local = [
+            getattr(part, name, None) for part in (self.model, self.data) for name in ("path", "unlabelled", "text")
+        ]
+        for path in filter(None, local):
+            if not path.is_relative_to(self.watch):
+                raise ValueError(f"{path} lies outside watch ({self.watch}): DVC would not see it change")
+        return self
+
+
+# --- the task, shared by training and evaluation ----------------------------------------------------
+
+
+class Task(Section):
+    metric: Literal["json", "text"] = Field("json", description="how an answer is compared with its reference")
+    max_length: Annotated[int, Field(ge=16)] = Field(
+        256, description="tokens of a training row; longer rows are refused"
+    )
+    max_new_tokens: Positive = 64
+
+
+# --- training ----------------------------------------------------------------------------------------
+
+
+class Training(Section):
+    """Hyper-parameters that fine-tuning and distillation share."""
+
+    epochs: Annotated[float, Field(gt=0)]
+    learning_rate: Rate
+    batch_tokens: Annotated[int, Field(ge=16)] = Field(1024, description="unpadded tokens of an optimiser step")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of the steps")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="gradient norm")
+    freeze_embeddings: bool = Field(True, description="leave the (tied) embedding as it is: faster, forgets less")
+    evaluations: Positive = Field(4, description="validation passes over the run; the best one is kept")
+    patience: Positive = Field(2, description="validation passes without improvement before stopping")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
+    seed: int = 17
+
+
+class Finetune(Training):
+    enabled: bool = True
+
+
+class Distill(Training):
+    max_parameters: Share = Field(0.85, description="largest student, as a share of the teacher's parameters")
+    candidates: Positive = Field(8, description="blocks of least influence tried at each removal")
+    calibration_rows: Positive = 64
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    soft_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.7, description="share of the KD term; the rest is cross-entropy"
+    )
+    top_k: Positive = Field(32, description="teacher targets kept per token; the rest is one tail mass")
+    unlabelled_rows: Annotated[int, Field(ge=0)] = Field(0, description="unlabelled prompts that the teacher answers")
+    control: bool = Field(False, description="also train the pruned student without the teacher's targets")
+
+
+# --- quantize, validate, package ---------------------------------------------------------------------
+
+Variant = Literal["f16", "q8_0", "q5_1", "q4_k_m", "q4_0", "onnx-int4"]
+
+
+class Onnx(Section):
+    block_size: Literal[16, 32, 64, 128] = 32
+    accuracy_level: Literal[1, 2, 3, 4] = 4
+
+
+class Quantize(Section):
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
+    onnx: Onnx = Onnx()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Quantize":
+        if len(set(self.variants)) != len(self.variants):
+            raise ValueError("a variant is named twice")
+        return self
+
+
+class Gate(Section):
+    """One rule on one number of a variant: give exactly one of the two limits."""
+
+    name: Literal[
+        "accuracy", "accuracy_retention", "perplexity", "perplexity_ratio", "mean_kld", "same_top_token",
+        "size_bytes", "size_ratio", "load_s", "ttft_p95_s", "prefill_tokens_per_s", "decode_tokens_per_s",
+        "decode_speedup", "peak_rss_bytes", "peak_rss_ratio",
+    ]  # fmt: skip
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "Gate":
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("give exactly one of at_least and at_most")
+        return self
+
+
+class Validate(Section):
+    context: Annotated[int, Field(ge=8)] = Field(512, description="tokens of a perplexity window")
+    windows: Positive = Field(12, description="windows scored at most")
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    max_half_width: Share = Field(0.03, description="a wider 95 % interval around a limit means: too few samples")
+    repeats: Annotated[int, Field(ge=3)] = Field(20, description="latency samples after warm-up")
+    gates: tuple[Gate, ...]
+    seed: int = 17
+
+
+class Package(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+    choose: Literal["smallest", "fastest", "most_accurate"] = "smallest"
+    targets: Annotated[tuple[Literal["ollama", "llama-server", "onnx-genai"], ...], Field(min_length=1)]
+    context_length: Annotated[int, Field(ge=128)] = 2048
+
+
+class Machine(Section):
+    """How this machine is used. Not part of any stage's identity: it changes no result."""
+
+    parallel: Positive = Field(2, description="variants worked on at once by `slmops run`")
+    retries: Annotated[int, Field(ge=0)] = 1
+
+
+class Params(Section):
+    acquire: Acquire
+    task: Task = Task()
+    finetune: Finetune
+    distill: Distill
+    quantize: Quantize
+    validate_: Validate = Field(alias="validate")
+    package: Package
+    machine: Machine = Machine()
+
+    def digest(self, sections: Iterable[str]) -> str:
+        """sha256 over the named sections: what a stage's output depends on besides its inputs."""
+        chosen = self.model_dump(mode="json", by_alias=True, include=set(map(field_name, sections)))
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+    def only(self, sections: Iterable[str]) -> "Params":
+        """The same parameters with every other section absent: reading one is an AttributeError."""
+        names = set(map(field_name, sections))
+        return Params.model_construct(_fields_set=names, **{name: getattr(self, name) for name in names})
+
+
+def field_name(section: str) -> str:
+    """The attribute of a section; `validate` would hide a pydantic method."""
+    return "validate_" if section == "validate" else section
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Params:
+    """Read params.yaml, apply `key.path=value` overrides (values are YAML) and check everything.
+
+    Raises:
+        ConfigError: lists every problem with its key path.
+    """
+    return check(read(path, overrides), str(path))
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The raw mapping with overrides applied."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: name a readable file with --params") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no sections: see params.yaml in the repository for the form")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {override}: write it as section.key=value")
+        node: Any = raw
+        *parents, last = key.strip().split(".")
+        for part in parents:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {key} runs through a value that has no keys")
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+    return raw
+
+
+def check(raw: dict[str, Any], where: str) -> Params:
+    """Validate a raw mapping.
+
+    Raises:
+        ConfigError: lists every problem with its key path.
+    """
+    try:
+        # JSON mode is strict about types yet takes lists for tuples and text for paths.
+        return Params.model_validate_json(json.dumps(raw, default=str))
+    except ValidationError as error:
+        lines = [_explain(problem, raw) for problem in error.errors()]
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise ConfigError(f"{where} has {count}:\n  " + "\n  ".join(lines)) from None
+
+
+def _explain(problem: Any, raw: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    given, message = problem.get("input"), problem["msg"]
+    # Pydantic puts the tag of a union into the location; the person never wrote it.
+    known = [
+        part
+        for i, part in enumerate(location)
+        if not (i >= 2 and location[i - 1] in ("model", "data") and part in _SOURCES)
+    ]
+    key = ".".join(known)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _KEYS, n=1)
+        return f"{key}: unknown key" + (f": did you mean {near[0]!r}?" if near else ": remove it")
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    if isinstance(given, str) and problem["type"].startswith(("float", "int")):
+        hint = f": write {float(given):.1e} with a dot" if _is_number(given) and "e" in given.lower() else ""
+        return f"{key}: {given!r} is text, not a number{hint} (YAML reads 1e-4 as text, 1.0e-4 as a number)"
+    if location[-1] == "revision":
+        return f"{key}: {given!r} is not a 40-digit commit hash: a branch or tag can move, so pin the commit it points to now"
+    if problem["type"] == "json_invalid":
+        return f"not representable: {message}"
+    return f"{key}: {message.removeprefix('Value error, ')}" + (
+        "" if isinstance(given, (dict, list)) else f" (given {given!r})"
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _all_keys(model: type[BaseModel]) -> set[str]:
+    keys: set[str] = set()
+    for name, info in model.model_fields.items():
+        keys.add(info.alias or name)
+    return keys
+
+
+_SOURCES = ("package", "gguf", "local", "hub")
+_KEYS = sorted(
+    set().union(
+        *(
+            _all_keys(m)
+            for m in (
+                Params,
+                Acquire,
+                PackageModel,
+                GgufModel,
+                LocalModel,
+                HubModel,
+                LocalData,
+                HubData,
+                Task,
+                Finetune,
+                Distill,
+                Quantize,
+                Onnx,
+                Gate,
+                Validate,
+                Package,
+                Machine,
+            )  # fmt: skip
+        )
+    )
+)

@@ -1,0 +1,157 @@
+"""A stage and how one is run: inputs verified, an empty folder filled, manifest last, rename.
+
+A killed stage leaves only a `.NAME.partial` folder (thrown away by the next run) and, where the stage asks
+for one, a scratch folder of checkpoints tied to exactly these params and inputs (taken up by the next run).
+"""
+
+import errno
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tasks import manifest
+from tasks.errors import ArtifactError, ConfigError, StageError
+from tasks.params import Params
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the pipeline.
+
+    `function(params, *, <role>: Path, ..., out: Path[, variant: str][, scratch: Path][, root: Path])`
+    returns the stage's metrics. `inputs` maps a role to a stage name; the role of a per-variant stage is
+    that variant's folder for a per-variant stage, and the parent of all variants' folders otherwise.
+    """
+
+    name: str
+    function: Callable[..., Mapping[str, float]]
+    sections: tuple[str, ...]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    per_variant: bool = False
+    scratch: bool = False  # wants a folder that survives a kill
+    sources: bool = False  # reads files outside build/: gets the workspace root
+    measured: tuple[str, ...] = ()  # files whose bytes differ from run to run
+
+
+def folder(root: Path, stage: str, variant: str | None = None) -> Path:
+    """Where a stage's output lies."""
+    return root / "build" / stage / variant if variant else root / "build" / stage
+
+
+def run(
+    stage: Stage, stages: Mapping[str, Stage], params: Params, root: Path, variant: str | None = None
+) -> manifest.Manifest:
+    """Run one stage in the workspace `root` and return its manifest.
+
+    Raises:
+        ConfigError: the variant is missing, unknown or not among the params' variants.
+        ArtifactError: an input is missing or does not match its manifest.
+        StageError: another process runs this stage here, or the disk is full.
+    """
+    if stage.per_variant and variant not in params.quantize.variants:
+        raise ConfigError(f"{stage.name} works on one variant: name one of {', '.join(params.quantize.variants)}")
+    if variant and not stage.per_variant:
+        raise ConfigError(f"{stage.name} takes no variant, but was given {variant!r}")
+
+    paths: dict[str, Path] = {}
+    digests: dict[str, str] = {}
+    for role, source in stage.inputs.items():
+        fans_in = stages[source].per_variant and not stage.per_variant
+        paths[role] = folder(root, source, variant if stages[source].per_variant else None)
+        for each in params.quantize.variants if fans_in else (None,):
+            one = paths[role] / each if each else paths[role]
+            manifest.verify(one)
+            digests[f"{role}/{each}" if each else role] = manifest.digest(one)
+
+    out = folder(root, stage.name, variant)
+    partial = out.with_name(f".{out.name}.partial")
+    with _only_one(out.with_name(f".{out.name}.lock"), f"{stage.name} {variant or ''}".strip(), root):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        extra: dict[str, object] = {"variant": variant} if stage.per_variant else {}
+        identity = params.digest(stage.sections)
+        scratch = out.with_name(f".{out.name}.scratch")
+        if stage.scratch:
+            extra["scratch"] = _scratch(scratch, identity, digests)
+        if stage.sources:
+            extra["root"] = root
+        try:
+            metrics = stage.function(params.only(stage.sections), **paths, **extra, out=partial)
+            manifest.write(
+                partial, stage=stage.name, params=identity, inputs=digests, measured=stage.measured, metrics=metrics
+            )
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise disk_full(out) from error
+            raise
+        finally:
+            if not (partial / manifest.NAME).exists():
+                shutil.rmtree(partial, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return manifest.load(out)
+
+
+def disk_full(path: Path, needed: int | None = None) -> StageError:
+    """The one wording of a full disk."""
+    free = shutil.disk_usage(_existing(path)).free
+    want = f", {needed / 1e6:.0f} MB are needed" if needed else ""
+    return StageError(
+        f"the disk that holds {path} is full ({free / 1e6:.0f} MB free{want}): make room and run the stage again"
+    )
+
+
+def need_space(path: Path, needed: int) -> None:
+    """Refuse to start work whose output of `needed` bytes cannot fit beside `path`.
+
+    Raises:
+        StageError: too little is free.
+    """
+    if shutil.disk_usage(_existing(path)).free < needed:
+        raise disk_full(path, needed)
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _scratch(path: Path, identity: str, digests: Mapping[str, str]) -> Path:
+    """An empty folder, or the one that a killed run with the same params and inputs left behind."""
+    key = "\n".join([identity, *(f"{role} {value}" for role, value in sorted(digests.items()))])
+    mark = path / "key"
+    if not mark.is_file() or mark.read_text() != key:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        mark.write_text(key)
+    return path
+
+
+@contextmanager
+def _only_one(lock: Path, what: str, root: Path) -> Iterator[None]:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(
+                f"{what} is already running in {root}: wait for it to end, or run in another workspace"
+            ) from None
+        yield
+
+
+def require_file(path: Path, what: str) -> Path:
+    """A file that an input folder must hold.
+
+    Raises:
+        ArtifactError: it is not there.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing: {what}")
+    return path

@@ -1,0 +1,38 @@
+"""The whole pipeline on one page. Stage = params section = dvc stage = folder under build/."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+
+from tasks.stage import Stage
+
+
+def _late(name: str) -> Callable[..., Mapping[str, float]]:
+    """`tasks.NAME.NAME`, imported when it is called, so that listing the pipeline stays cheap."""
+
+    def call(*args: object, **kwargs: object) -> Mapping[str, float]:
+        result: Mapping[str, float] = getattr(import_module(f"tasks.{name}"), name)(*args, **kwargs)
+        return result
+
+    return call
+
+
+_ROWS = (
+    Stage("acquire", _late("acquire"), ("acquire", "task"), sources=True, scratch=True),
+    Stage("finetune", _late("finetune"), ("finetune", "task"), {"source": "acquire"}, scratch=True),
+    Stage("distill", _late("distill"), ("distill", "task"), {"source": "acquire", "teacher": "finetune"}, scratch=True),
+    # HF -> F16 GGUF, once for all variants; the teacher's file is the yardstick of size and speed.
+    Stage("convert", _late("convert"), (), {"teacher": "finetune", "student": "distill"}),
+    Stage("quantize", _late("quantize"), ("quantize",), {"student": "distill", "converted": "convert"}, per_variant=True),
+    Stage(
+        "validate", _late("validate"), ("validate", "task"),
+        {"source": "acquire", "distilled": "distill", "converted": "convert", "artifact": "quantize"},
+        per_variant=True, measured=("measurements.json", "verdict.json"),
+    ),
+    Stage(
+        "package", _late("package"), ("package",),
+        {"source": "acquire", "student": "distill", "artifacts": "quantize", "verdicts": "validate"},
+        measured=("report.json",),
+    ),
+)  # fmt: skip
+
+STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _ROWS}

