@@ -20,7 +20,7 @@ def open_sink(path: str | None) -> None:
     global _sink
     if _sink is not None:
         _sink.close()
-    _sink = open(path, "a", encoding="utf-8", buffering=1) if path else None
+    _sink = open(path, "a", encoding="utf-8", buffering=1) if path else None  # noqa: SIM115 (open for the process)
 
 
 def _send(event: str, **fields: Any) -> None:

@@ -335,29 +335,5 @@ def _all_keys(model: type[BaseModel]) -> set[str]:
 
 
 _SOURCES = ("package", "gguf", "local", "hub")
-_KEYS = sorted(
-    set().union(
-        *(
-            _all_keys(m)
-            for m in (
-                Params,
-                Acquire,
-                PackageModel,
-                GgufModel,
-                LocalModel,
-                HubModel,
-                LocalData,
-                HubData,
-                Task,
-                Finetune,
-                Distill,
-                Quantize,
-                Onnx,
-                Gate,
-                Validate,
-                Package,
-                Machine,
-            )  # fmt: skip
-        )
-    )
-)
+_MODELS = (Params, Acquire, PackageModel, GgufModel, LocalModel, HubModel, LocalData, HubData, Task, Finetune, Distill)
+_KEYS = sorted(set().union(*map(_all_keys, (*_MODELS, Quantize, Onnx, Gate, Validate, Package, Machine))))
