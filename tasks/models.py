@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,51 @@ def size_class(parameters: int) -> str:
     if parameters < SMALL:
         return "small"
     return "medium" if parameters <= MEDIUM else "teacher-only"
+
+
+# Dense decoders of Llama's shape; those whose embeddings are tied when the configuration does not say; those
+# whose `mlp_bias` counts.
+DENSE = frozenset({
+    "llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "gemma", "gemma2", "gemma3_text",
+})  # fmt: skip
+_TIED_UNSAID = frozenset({"gemma", "gemma2", "gemma3_text", "smollm3"})
+_MLP_BIAS = frozenset({"llama", "granite", "smollm3"})
+
+
+def parameters_from_config(config: Mapping[str, Any]) -> int:
+    """Parameters of a dense decoder from its configuration alone, tied ones once.
+
+    Raises:
+        ArtifactError: the architecture is not in `DENSE`, or a size is missing or not a number.
+    """
+    kind = config.get("model_type")
+    if kind not in DENSE:
+        raise ArtifactError(
+            f"config.json has the model_type {kind!r}, whose size is not known from its configuration: "
+            f"choose one of {', '.join(sorted(DENSE))}"
+        )
+    try:
+        hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+        heads, vocabulary = config["num_attention_heads"], config["vocab_size"]
+        groups = config.get("num_key_value_heads") or heads
+        width = config.get("head_dim") or hidden // heads
+        queries, keys = heads * width, groups * width
+        tied = config.get("tie_word_embeddings", kind in _TIED_UNSAID)
+        attention = 2 * hidden * queries + 2 * hidden * keys
+        if kind == "qwen2":
+            attention += queries + 2 * keys
+        elif config.get("attention_bias") and kind not in ("phi3", "mistral", "ministral"):
+            attention += queries + 2 * keys + hidden
+        if kind in ("qwen3", "gemma3_text"):
+            attention += 2 * width  # norms of queries and keys
+        mlp = 3 * hidden * inner + (2 * inner + hidden if config.get("mlp_bias") and kind in _MLP_BIAS else 0)
+        norms = (4 if kind in ("gemma2", "gemma3_text") else 2) * hidden
+        total = layers * (attention + mlp + norms) + hidden + vocabulary * hidden * (1 if tied else 2)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ArtifactError(
+            f"config.json does not give the sizes of a {kind} model ({type(error).__name__}: {error})"
+        ) from None
+    return int(total)
 
 
 def load_config(folder: Path) -> dict[str, Any]:
@@ -106,3 +152,25 @@ def stop_ids(model_folder: Path, tokenizer: Any) -> list[int]:
     if not found:
         raise StageError(f"{model_folder}: neither tokenizer nor generation config names an end-of-turn token")
     return found
+
+
+def check_same_vocabulary(teacher: Path, student: Path) -> None:
+    """Refuse to distil between models whose token ids mean different things.
+
+    Raises:
+        ArtifactError: names the first token that differs, or an embedding too small for the tokenizer.
+    """
+    words = [load_tokenizer(folder).get_vocab() for folder in (teacher, student)]
+    if words[0] != words[1]:
+        ours, theirs = words
+        first = min((token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)), key=str)
+        raise ArtifactError(
+            f"teacher {teacher} ({len(ours)} tokens) and student {student} ({len(theirs)} tokens) have different vocabularies: "
+            f"{first!r} is id {ours.get(first)} and {theirs.get(first)}: logits can only be distilled between equal vocabularies"
+        )
+    for folder in (teacher, student):
+        rows = load_config(folder).get("vocab_size", 0)
+        if rows < max(words[0].values()) + 1:
+            raise ArtifactError(
+                f"{folder}: the tokenizer has ids up to {max(words[0].values())}, the embedding only {rows} rows: take tokenizer and weights from one commit"
+            )

@@ -226,8 +226,12 @@ class Params(Section):
     machine: Machine = Machine()
 
     def digest(self, sections: Iterable[str]) -> str:
-        """sha256 over the named sections: what a stage's output depends on besides its inputs."""
+        """sha256 over the named sections: what a stage's output depends on besides its inputs.
+
+        The list of variants is left out: each variant is a stage of its own, so adding one redoes no other.
+        """
         chosen = self.model_dump(mode="json", by_alias=True, include=set(map(field_name, sections)))
+        chosen.get("quantize", {}).pop("variants", None)
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
     def only(self, sections: Iterable[str]) -> "Params":
@@ -327,7 +331,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _all_keys(model: type[BaseModel]) -> set[str]:
+def _all_keys(model: Any) -> set[str]:
     keys: set[str] = set()
     for name, info in model.model_fields.items():
         keys.add(info.alias or name)

@@ -3,6 +3,15 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`match(answer, reference)`, and whether an unfinished answer may still become a match."""
+
+    match: Callable[[str, str], bool]
+    possible: Callable[[str, str], bool]
 
 
 def json_match(answer: str, reference: str) -> bool:
@@ -27,7 +36,20 @@ def text_match(answer: str, reference: str) -> bool:
     return " ".join(answer.casefold().split()) == " ".join(reference.casefold().split())
 
 
-METRICS: Mapping[str, Callable[[str, str], bool]] = {"json": json_match, "text": text_match}
+def json_possible(beginning: str, reference: str) -> bool:
+    """A JSON answer starts as its reference does, white space aside."""
+    return beginning.strip()[:1] in ("", reference.strip()[:1])
+
+
+def text_possible(beginning: str, reference: str) -> bool:
+    """A text answer is a beginning of its reference, white space and case aside."""
+    return "".join(reference.casefold().split()).startswith("".join(beginning.casefold().split()))
+
+
+METRICS: Mapping[str, Metric] = {
+    "json": Metric(json_match, json_possible),
+    "text": Metric(text_match, text_possible),
+}
 
 
 def group(reference: str) -> str:

@@ -1,0 +1,143 @@
+"""The student: the teacher with its least important blocks removed, taught by the teacher's own targets."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from tasks import events, models
+from tasks.chat import Encoded, Messages, encode_all, prompt_ids, read_rows
+from tasks.distill.pruning import prune
+from tasks.distill.targets import cache_targets, distillation
+from tasks.generation import answers, continued
+from tasks.params import Params
+from tasks.scoring import METRICS, accuracy, per_group
+from tasks.training import cross_entropy, train
+
+
+def distill(params: Params, *, source: Path, teacher: Path, out: Path, scratch: Path) -> dict[str, float]:
+    """Prune the teacher, train the student on cached teacher targets, and judge all models on the test split.
+
+    Writes `model/`, `models.json`, `predictions.jsonl`, `history.json` and `pruning.json`.
+
+    Raises:
+        ArtifactError: teacher and source disagree about the vocabulary.
+        StageError: the loss is not finite, or the disk is full.
+    """
+    settings, task = params.distill, params.task
+    tokenizer = models.load_tokenizer(teacher / "model")
+    models.check_same_vocabulary(teacher / "model", source / "model")
+    splits = {name: read_rows(source / "data" / f"{name}.jsonl") for name in ("train", "validation", "test")}
+    encoded = {name: encode_all(tokenizer, rows, task.max_length) for name, rows in splits.items()}
+    judge = _Judge(tokenizer, splits["test"], encoded["test"], models.stop_ids(teacher / "model", tokenizer), params)
+
+    model = models.load_model(teacher / "model")
+    judge.add("teacher", model)
+    rows = encoded["train"] + _answered(model, tokenizer, source, judge.stops, params, scratch)
+    lookup = cache_targets(model, rows, settings, scratch / "targets.safetensors")
+    calibration = encoded["train"][:: max(1, len(encoded["train"]) // settings.calibration_rows)]
+    removed = prune(model, calibration[: settings.calibration_rows], settings, scratch / "pruning.json")
+    (out / "pruning.json").write_text(json.dumps(removed, indent=1) + "\n")
+    judge.add("pruned", model)
+    if settings.control:
+        control = copy.deepcopy(model)
+        train(control, rows, encoded["validation"], settings, cross_entropy(control), scratch, "control")
+        judge.add("control", control)
+    history = train(
+        model, rows, encoded["validation"], settings, distillation(model, lookup, settings), scratch, "distill"
+    )
+    models.save(model, tokenizer, out / "model")
+    (out / "history.json").write_text(json.dumps(history, indent=1) + "\n")
+    judge.add("distilled", models.load_model(out / "model"))
+    judge.add("base", models.load_model(source / "model"))
+    judge.write(out)
+    teacher_facts, student = judge.models["teacher"], judge.models["distilled"]
+    base = judge.models["base"]["accuracy"]
+    gap = teacher_facts["accuracy"] - base
+    return {
+        "teacher_accuracy": teacher_facts["accuracy"],
+        "pruned_accuracy": judge.models["pruned"]["accuracy"],
+        "accuracy": student["accuracy"],
+        "retention": student["accuracy"] / teacher_facts["accuracy"] if teacher_facts["accuracy"] else 0.0,
+        "closed": (student["accuracy"] - base) / gap if gap else 0.0,
+        "parameters": student["parameters"],
+        "parameters_ratio": student["parameters"] / teacher_facts["parameters"],
+        "validation_loss": min(entry["validation_loss"] for entry in history),
+    }
+
+
+class _Judge:
+    """Every model's answers on the one test split, with their accuracy, size and classes."""
+
+    def __init__(
+        self, tokenizer: Any, test: list[Messages], encoded: list[Encoded], stops: list[int], params: Params
+    ) -> None:
+        self.tokenizer, self.encoded, self.stops, self.task = tokenizer, encoded, stops, params.task
+        self.references = [row[-1]["content"] for row in test]
+        self.answers: dict[str, list[str]] = {}
+        self.correct: dict[str, list[bool]] = {}
+        self.models: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, model: Any) -> None:
+        """Let a model answer the test split."""
+        metric = METRICS[self.task.metric]
+        said = answers(
+            model,
+            self.tokenizer,
+            self.encoded,
+            self.references,
+            self.stops,
+            self.task.max_new_tokens,
+            metric,
+            f"test {name}",
+        )
+        correct = [metric.match(a, b) for a, b in zip(said, self.references, strict=True)]
+        self.answers[name], self.correct[name] = said, correct
+        self.models[name] = {
+            "accuracy": accuracy(correct),
+            "parameters": models.count(model),
+            "layers": model.config.num_hidden_layers,
+            "per_group": per_group(self.references, correct),
+        }
+        events.note(f"{name}: accuracy {accuracy(correct):.3f}, {models.count(model) / 1e6:.1f} M parameters")
+
+    def write(self, out: Path) -> None:
+        """`models.json` and `predictions.jsonl`."""
+        (out / "models.json").write_text(json.dumps(self.models, indent=1, sort_keys=True) + "\n")
+        with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
+            for i, reference in enumerate(self.references):
+                row = {
+                    "reference": reference,
+                    "teacher": self.answers["teacher"][i],
+                    "student": self.answers["distilled"][i],
+                    "teacher_correct": self.correct["teacher"][i],
+                    "student_correct": self.correct["distilled"][i],
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _answered(
+    model: Any, tokenizer: Any, source: Path, stops: list[int], params: Params, scratch: Path
+) -> list[Encoded]:
+    """Unlabelled prompts with the teacher's greedy answers (sequence-level distillation, Kim and Rush, 2016)."""
+    path, wanted = source / "data" / "unlabelled.jsonl", params.distill.unlabelled_rows
+    if not wanted or not path.is_file():
+        return []
+    prompts = dict(enumerate(prompt_ids(tokenizer, row) for row in read_rows(path)[:wanted]))
+    cached = scratch / "answered.json"
+    if cached.is_file():
+        made = {int(i): ids for i, ids in json.loads(cached.read_text()).items()}
+    else:
+        with events.progress("teacher answers", len(prompts), "rows") as advance:
+            lengths = {i: len(ids) for i, ids in prompts.items()}
+            made = continued(model, prompts, stops, lengths, params.task.max_new_tokens, advance)
+        cached.with_suffix(".new").write_text(json.dumps(made))
+        cached.with_suffix(".new").rename(cached)
+    rows = []
+    for i, prompt in prompts.items():
+        answer = made[i][len(prompt) :]
+        # An answer that ran into the limit has no end: teaching it would teach never to stop.
+        if 0 < len(answer) < params.task.max_new_tokens and len(made[i]) < params.task.max_length:
+            ids = [*made[i], stops[-1]]
+            rows.append(Encoded(ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt))))
+    return rows

@@ -1,0 +1,39 @@
+"""The teacher learns the task: supervised fine-tuning on the assistant's turns."""
+
+import json
+import os
+from pathlib import Path
+
+from tasks import events, models
+from tasks.chat import encode_all, read_rows
+from tasks.params import Params
+from tasks.training import cross_entropy, train, validation_loss
+
+
+def finetune(params: Params, *, source: Path, out: Path, scratch: Path) -> dict[str, float]:
+    """Fine-tune the acquired model on the training split; when switched off, hand it on as it is.
+
+    Writes `model/` and `history.json`. Raises what `train` raises, and ConfigError for an over-long row.
+    """
+    settings, task = params.finetune, params.task
+    if not settings.enabled:
+        events.note("finetune is off: the acquired model is the teacher")
+        (out / "model").mkdir()
+        for file in (source / "model").iterdir():
+            os.link(file, out / "model" / file.name)
+        (out / "history.json").write_text("[]\n")
+        return {"steps": 0.0}
+    tokenizer = models.load_tokenizer(source / "model")
+    rows = encode_all(tokenizer, read_rows(source / "data" / "train.jsonl"), task.max_length)
+    validation = encode_all(tokenizer, read_rows(source / "data" / "validation.jsonl"), task.max_length)
+    model = models.load_model(source / "model", "float32")
+    before = validation_loss(model, validation)
+    history = train(model, rows, validation, settings, cross_entropy(model), scratch, "finetune")
+    models.save(model, tokenizer, out / "model")
+    (out / "history.json").write_text(json.dumps(history, indent=1) + "\n")
+    return {
+        "steps": history[-1]["step"],
+        "loss": history[-1]["loss"],
+        "validation_loss_before": round(before, 6),
+        "validation_loss": min(entry["validation_loss"] for entry in history),
+    }
