@@ -25,6 +25,20 @@ VALUE_SHARES = {"validation": 0.08, "test": 0.17, "extra": 0.13}  # `extra` valu
 NEAR_DUPLICATE = 0.9
 TYPO_RATE = 0.1
 SPOKEN_RATE = 0.25
+# Of the train side's word values this share is coined from syllables: a word that no one can know must be copied,
+# so a model learns to copy instead of learning the list of values.
+COINED_RATE = 0.4
+COINED = {
+    "room": ("{} room", "{}", "{} {}", "{} wing", "{} corner", "{}'s room"),
+    "door": ("{} door", "{} gate", "{}", "{} {} door", "{} box"),
+    "name": ("{}", "{} {}", "doctor {}", "mrs {}"),
+    "artist": ("{}", "{} {}", "the {}s", "{} and {}"),
+    "genre": ("{}", "{} pop", "{} beat"),
+    "place": ("{}", "{} bay", "{} falls", "port {}"),
+    "food": ("{}", "{} sauce", "{} flakes", "dried {}", "{} {}"),
+    "goods": ("{}", "{} spray", "{} refills", "{} pads"),
+}
+COINED["item"] = COINED["food"] + COINED["goods"]
 
 # The keys of each answer, after `action`, in order. A key without a value in the phrasing is left out.
 KEYS = {
@@ -81,6 +95,39 @@ TAILS = (
     "right away", "when you have a moment", "and that's all", "as always", "and be quick about it", "if that's okay",
     "like last time", "would you", "and thank you", "when you can", "just this once",
 )  # fmt: skip
+
+ONSETS = [
+    "b",
+    "bl",
+    "br",
+    "c",
+    "ch",
+    "d",
+    "dr",
+    "f",
+    "g",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pr",
+    "qu",
+    "r",
+    "s",
+    "sh",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "w",
+    "y",
+    "z",
+]
+CODAS = ("", "", "", "l", "n", "r", "s", "m", "ck", "th")
 
 SMALL = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
 UNITS = f"{SMALL} eighteen nineteen".split()
@@ -207,14 +254,22 @@ def say_time(clock: tuple[int, int], rng: random.Random) -> tuple[str, str]:
     return (words.removesuffix(" o'clock") + f" {part}", value)
 
 
-class Decks:
-    """Slot values dealt like cards: all of a slot's values once before any comes again."""
+def coin(rng: random.Random) -> str:
+    """A word that is in no list: two or three syllables."""
+    syllables = ("".join(map(rng.choice, (ONSETS, "aeiou", CODAS))) for _ in range(rng.choice((2, 2, 3))))
+    return "".join(syllables)
 
-    def __init__(self, values: dict[str, list], rng: random.Random) -> None:
-        self.values, self.rng = values, rng
+
+class Decks:
+    """Slot values dealt like cards: all of a slot's values once before any comes again; some are `coined` instead."""
+
+    def __init__(self, values: dict[str, list], rng: random.Random, coined: float = 0.0) -> None:
+        self.values, self.rng, self.coined = values, rng, coined
         self.decks: dict[str, list] = defaultdict(list)
 
     def draw(self, slot: str):
+        if self.coined and slot in COINED and self.rng.random() < self.coined:
+            return re.sub(r"\{\}", lambda _: coin(self.rng), self.rng.choice(COINED[slot]))
         if not self.decks[slot]:
             self.decks[slot] = self.rng.sample(self.values[slot], len(self.values[slot]))
         return self.decks[slot].pop()
@@ -376,12 +431,13 @@ def generate(folder: Path) -> dict[str, int]:
     held_out: list[frozenset[str]] = []
     made: dict[str, list[tuple[str, str]]] = {}
     for split in ("test", "validation", "train"):
-        decks = Decks(values[split], random.Random(f"{SEED}/{split}"))
-        clauses = 0.06 if split == "train" else 0.0
+        taught = split == "train"
+        decks = Decks(values[split], random.Random(f"{SEED}/{split}"), COINED_RATE * taught)
+        clauses = 0.06 * taught
         made[split] = prompts(split, table[split], decks, ROWS[split], clauses, known, held_out)
         held_out += [grams(text.lower()) for text, _ in made[split]] if split != "train" else []
     both = {slot: values["train"][slot] + values["extra"][slot] * 3 for slot in values["train"]}
-    decks = Decks(both, random.Random(f"{SEED}/unlabelled"))
+    decks = Decks(both, random.Random(f"{SEED}/unlabelled"), COINED_RATE)
     made["unlabelled"] = prompts("unlabelled", table["train"], decks, UNLABELLED, 0.35, known, held_out)
 
     folder.mkdir(parents=True, exist_ok=True)

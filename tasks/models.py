@@ -88,7 +88,9 @@ def load_model(folder: Path, dtype: str = "bfloat16") -> Any:
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # ours is `events.progress`
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -226,12 +227,9 @@ class Params(Section):
     machine: Machine = Machine()
 
     def digest(self, sections: Iterable[str]) -> str:
-        """sha256 over the named sections: what a stage's output depends on besides its inputs.
-
-        The list of variants is left out: each variant is a stage of its own, so adding one redoes no other.
-        """
-        chosen = self.model_dump(mode="json", by_alias=True, include=set(map(field_name, sections)))
-        chosen.get("quantize", {}).pop("variants", None)
+        """sha256 over the named sections (`section` or `section.key`): what an output depends on besides its inputs."""
+        values = self.model_dump(mode="json", by_alias=True)
+        chosen = {name: reduce(lambda node, key: node[key], name.split("."), values) for name in sections}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
     def only(self, sections: Iterable[str]) -> "Params":
@@ -242,7 +240,8 @@ class Params(Section):
 
 def field_name(section: str) -> str:
     """The attribute of a section; `validate` would hide a pydantic method."""
-    return "validate_" if section == "validate" else section
+    top = section.partition(".")[0]
+    return "validate_" if top == "validate" else top
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Params:

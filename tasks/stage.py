@@ -28,7 +28,7 @@ class Stage:
 
     name: str
     function: Callable[..., Mapping[str, float]]
-    sections: tuple[str, ...]
+    sections: tuple[str, ...]  # of the params: `section` or `section.key`
     inputs: Mapping[str, str] = field(default_factory=dict)
     per_variant: bool = False
     scratch: bool = False  # wants a folder that survives a kill

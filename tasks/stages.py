@@ -22,7 +22,7 @@ _ROWS = (
     Stage("distill", _late("distill"), ("distill", "task"), {"source": "acquire", "teacher": "finetune"}, scratch=True),
     # HF -> F16 GGUF, once for all variants; the teacher's file is the yardstick of size and speed.
     Stage("convert", _late("convert"), (), {"teacher": "finetune", "student": "distill"}),
-    Stage("quantize", _late("quantize"), ("quantize",), {"student": "distill", "converted": "convert"}, per_variant=True),
+    Stage("quantize", _late("quantize"), ("quantize.onnx",), {"student": "distill", "converted": "convert"}, per_variant=True),
     Stage(
         "validate", _late("validate"), ("validate", "task"),
         {"source": "acquire", "distilled": "distill", "converted": "convert", "artifact": "quantize"},

@@ -27,6 +27,7 @@ Objective = Callable[[Any, Any, list[int]], Any]
 (n,), the rows' indices -> scalar mean loss."""
 
 CHECKPOINT_SECONDS = 60.0
+WORTHWHILE_PREFIX = 8
 CHUNK = 1024  # target positions projected on the vocabulary at a time: bounds the logits' memory
 
 
@@ -67,8 +68,28 @@ def collate(rows: Sequence[Encoded], device: Any) -> tuple[Any, Any, Any]:
 
 
 def target_states(model: Any, ids: Any, predicts: Any) -> Any:
-    """Final hidden states (n, d) of the positions that predict a target, in row order."""
-    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]
+    """Final hidden states (n, d) of the positions that predict a target, in row order.
+
+    What all rows begin with (the template's head, a shared system prompt) is computed once and reaches the rows
+    as cached keys and values; gradients flow through the cache, so the result is that of separate rows.
+    """
+    from transformers import DynamicCache
+
+    decoder, shared = model.get_decoder(), common_prefix(ids, predicts)
+    if len(ids) == 1 or shared < WORTHWHILE_PREFIX:
+        return decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]
+    cache = DynamicCache(config=model.config)
+    decoder(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(len(ids))
+    hidden = decoder(input_ids=ids[:, shared:], past_key_values=cache, use_cache=True).last_hidden_state
+    return hidden[:, :-1][predicts[:, shared:]]
+
+
+def common_prefix(ids: Any, predicts: Any) -> int:
+    """How many leading tokens all rows of `ids` (b, t) share before the first that predicts a target."""
+    stops = (ids != ids[:1]).any(0)
+    stops[:-1] |= predicts.any(0)
+    return int(stops.long().argmax()) if stops.any() else 0
 
 
 def log_probs(hidden: Any, head: Any, tokens: Any) -> Any:

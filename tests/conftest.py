@@ -85,17 +85,13 @@ def tiny_params(tmp_path: Path, tiny_model_folder: Path) -> dict:
         "data": {"source": "local", "path": "data/rows"},
         "near_duplicate": 1.0,
     }
-    raw["finetune"] |= {"epochs": 2.0, "learning_rate": 1.0e-3, "batch_tokens": 256, "evaluations": 1}
+    raw["finetune"] |= {
+        "epochs": 45.0, "learning_rate": 5.0e-3, "batch_tokens": 256, "evaluations": 1, "freeze_embeddings": False,
+    }  # fmt: skip
     raw["distill"] |= {
-        "epochs": 1.0,
-        "learning_rate": 1.0e-3,
-        "batch_tokens": 256,
-        "evaluations": 1,
-        "calibration_rows": 4,
-        "candidates": 2,
-        "max_parameters": 0.99,
-        "unlabelled_rows": 0,
-    }
+        "epochs": 8.0, "learning_rate": 3.0e-3, "batch_tokens": 256, "evaluations": 1, "freeze_embeddings": False,
+        "calibration_rows": 4, "candidates": 2, "max_parameters": 0.99, "unlabelled_rows": 0,
+    }  # fmt: skip
     raw["quantize"] |= {"variants": ["q8_0", "q4_0"]}
     raw["validate"] |= {"context": 64, "windows": 4, "bootstrap": 200, "repeats": 3}
     return raw

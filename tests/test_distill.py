@@ -1,0 +1,162 @@
+"""Distillation: exact KL, importance by measurement, the lossless draft, and the reports."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOMS, tiny_rows, write_jsonl
+from transformers import AutoTokenizer
+
+from tasks import chat, generation, models, params, training
+from tasks.distill import distill
+from tasks.distill.pruning import _remove, prune
+from tasks.distill.targets import cache_targets, forward_kl
+from tasks.errors import ArtifactError, ConfigError
+from tasks.finetune import finetune
+from tasks.params import Distill, Training
+from tasks.scoring import METRICS
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("acquired")
+    (folder / "model").symlink_to(tiny_model_folder)
+    for split, rooms in {"train": ROOMS[:6], "validation": ROOMS[6:8], "test": ROOMS[:4]}.items():
+        write_jsonl(folder / f"data/{split}.jsonl", tiny_rows(rooms))
+    prompts = [{"messages": row["messages"][:-1]} for row in tiny_rows(ROOMS[:3])]
+    write_jsonl(folder / "data/unlabelled.jsonl", prompts)
+    return folder
+
+
+@pytest.fixture
+def values(tiny_params: dict) -> params.Params:
+    tiny_params["finetune"] |= {"epochs": 45.0}
+    tiny_params["distill"] |= {"epochs": 8.0, "learning_rate": 3.0e-3, "unlabelled_rows": 9, "control": True}
+    return params.check(tiny_params, "tiny")
+
+
+@pytest.fixture(scope="module")
+def learned(source: Path) -> Any:
+    """The tiny model, trained until it knows its training rows."""
+    model, tokenizer = models.load_model(source / "model", "float32"), models.load_tokenizer(source / "model")
+    rows = chat.encode_all(tokenizer, chat.read_rows(source / "data/train.jsonl"), 128)
+    settings = Training(epochs=30.0, learning_rate=5e-3, batch_tokens=256, evaluations=1, freeze_embeddings=False)
+    scratch = source / "scratch"
+    scratch.mkdir()
+    training.train(model, rows, rows[:4], settings, training.cross_entropy(model), scratch, "t")
+    return model.float(), tokenizer, rows  # bf16 rounds near-ties differently from shape to shape
+
+
+def test_kl_with_all_tokens_listed_is_the_true_kl_and_zero_for_equals() -> None:
+    torch.manual_seed(0)
+    teacher, student = torch.randn(7, 40).log_softmax(-1), torch.randn(7, 40).log_softmax(-1)
+    true = torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(forward_kl(student, teacher), true, atol=1e-4, rtol=1e-4)
+    top = teacher.topk(5).indices
+    assert forward_kl(teacher.gather(-1, top), teacher.gather(-1, top)).abs().max() < 1e-5
+
+
+def test_kl_over_the_tail_is_a_lower_bound_that_grows_with_k() -> None:
+    torch.manual_seed(1)
+    teacher, student = torch.randn(7, 40).log_softmax(-1), torch.randn(7, 40).log_softmax(-1)
+    order = teacher.argsort(descending=True)
+    by_k = [forward_kl(student.gather(-1, order[:, :k]), teacher.gather(-1, order[:, :k])) for k in (2, 8, 40)]
+    assert (by_k[0] <= by_k[1] + 1e-5).all()
+    assert (by_k[1] <= by_k[2] + 1e-5).all()
+
+
+def test_cached_targets_are_the_teachers_distribution(learned: Any, tmp_path: Path) -> None:
+    model, _, rows = learned
+    settings = Distill(epochs=1.0, learning_rate=1e-3, top_k=4)
+    lookup = cache_targets(model, rows, settings, tmp_path / "t.safetensors")
+    ids, predicts, _ = training.collate([rows[3]], model.device)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits[:, :-1][predicts].float().log_softmax(-1).topk(4)
+    tokens, logs = lookup([3])
+    torch.testing.assert_close(logs, want.values, atol=1e-3, rtol=1e-3)
+    assert (tokens[:, 0] == want.indices[:, 0]).all()
+
+
+def test_the_least_important_block_goes_first_and_every_removal_is_scored_again(learned: Any, tmp_path: Path) -> None:
+    model, _, rows = learned
+    import copy
+
+    mine = copy.deepcopy(model)
+    with torch.no_grad():  # block 2 becomes the identity: nothing depends on it
+        mine.get_decoder().layers[2].self_attn.o_proj.weight.zero_()
+        mine.get_decoder().layers[2].mlp.down_proj.weight.zero_()
+    reference = copy.deepcopy(mine)
+    block = sum(p.numel() for p in mine.get_decoder().layers[0].parameters()) / models.count(mine)
+    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=1 - 2 * block, candidates=4)
+    history = prune(mine, rows[:6], settings, tmp_path / "record.json")
+    assert history[0]["block"] == 2
+    assert history[0]["influence"] < 1e-4
+    assert len(history) == 2
+    assert mine.config.num_hidden_layers == 2
+    for entry in history:  # the reported loss is the loss of the model that was kept
+        _remove(reference, entry["position"])
+        assert training.validation_loss(reference, rows[:6]) == pytest.approx(entry["loss"], rel=2e-2)
+
+
+def test_a_target_below_the_embeddings_is_refused(learned: Any, tmp_path: Path) -> None:
+    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=0.1)
+    with pytest.raises(ConfigError, match="embeddings and head alone"):
+        prune(learned[0], learned[2][:2], settings, tmp_path / "r.json")
+
+
+def test_drafted_answers_are_those_of_plain_greedy_decoding(learned: Any, source: Path) -> None:
+    model, tokenizer, _ = learned
+    rows = chat.read_rows(source / "data/train.jsonl") + [row["messages"] for row in tiny_rows(ROOMS[6:])]
+    random.Random(0).shuffle(rows)
+    encoded = chat.encode_all(tokenizer, rows, 128)
+    references = [row[-1]["content"] for row in rows]
+    stops = models.stop_ids(source / "model", tokenizer)
+    metric = METRICS["json"]
+    drafted = generation.answers(model, tokenizer, encoded, references, stops, 24, metric, "test")
+    for row, answer, reference in zip(rows, drafted, references, strict=True):
+        ids = torch.tensor([chat.prompt_ids(tokenizer, row[:-1])])
+        plain = model.generate(ids, do_sample=False, max_new_tokens=24, eos_token_id=stops, pad_token_id=stops[0])
+        text = tokenizer.decode(plain[0, ids.shape[1] :], skip_special_tokens=True)
+        assert answer == text or (text.startswith(answer) and not metric.possible(answer, reference))
+
+
+def test_the_chain_from_source_to_student(source: Path, values: params.Params, tmp_path: Path) -> None:
+    for name in ("teacher", "student", "s1", "s2"):
+        (tmp_path / name).mkdir()
+    finetune(values, source=source, out=tmp_path / "teacher", scratch=tmp_path / "s1")
+    metrics = distill(
+        values, source=source, teacher=tmp_path / "teacher", out=tmp_path / "student", scratch=tmp_path / "s2"
+    )
+    report = json.loads((tmp_path / "student/models.json").read_text())
+    assert set(report) == {"base", "pruned", "distilled", "teacher", "control"}
+    assert report["teacher"]["accuracy"] > 0.9
+    assert report["distilled"]["parameters"] <= values.distill.max_parameters * report["teacher"]["parameters"]
+    assert report["distilled"]["accuracy"] >= report["base"]["accuracy"]
+    assert metrics["accuracy"] == report["distilled"]["accuracy"]
+    lines = (tmp_path / "student/predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 12
+    student = models.load_model(tmp_path / "student/model")
+    assert student.config.num_hidden_layers == report["distilled"]["layers"] < 4
+
+
+def test_finetune_switched_off_hands_the_model_on(source: Path, tiny_params: dict, tmp_path: Path) -> None:
+    tiny_params["finetune"]["enabled"] = False
+    (tmp_path / "out").mkdir()
+    finetune(params.check(tiny_params, "tiny"), source=source, out=tmp_path / "out", scratch=tmp_path)
+    assert (tmp_path / "out/model/model.safetensors").read_bytes() == (source / "model/model.safetensors").read_bytes()
+
+
+def test_models_with_different_vocabularies_are_not_distilled(tiny_model_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny_model_folder, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "other")
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ArtifactError, match=r"<\|new\|>"):
+        models.check_same_vocabulary(tiny_model_folder, tmp_path / "other")
+    with pytest.raises(ArtifactError, match="embedding only 49152 rows"):
+        models.check_same_vocabulary(tmp_path / "other", tmp_path / "other")

@@ -1,0 +1,90 @@
+"""params.yaml is checked once, strictly, and every problem is told at once with its key path."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from tasks import params
+from tasks.errors import ConfigError
+
+
+def problems(tmp_path: Path, *overrides: str) -> str:
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    with pytest.raises(ConfigError) as caught:
+        params.load(tmp_path / "params.yaml", overrides)
+    return str(caught.value)
+
+
+def test_the_shipped_file_is_valid() -> None:
+    assert params.load(ROOT / "params.yaml").package.name == "home-commands"
+
+
+def test_all_errors_come_at_once_with_key_paths_and_the_nearest_name(tmp_path: Path) -> None:
+    text = problems(
+        tmp_path, "finetune.learning_rte=0.1", "distill.epochs=many", "validate.windows=0", "package.choose=best"
+    )
+    assert "4 problems" in text
+    assert "finetune.learning_rte: unknown key: did you mean 'learning_rate'?" in text
+    assert "distill.epochs: 'many' is text, not a number" in text
+    assert "validate.windows" in text
+    assert "smallest" in text
+
+
+def test_1e_4_without_a_dot_is_explained(tmp_path: Path) -> None:
+    text = problems(tmp_path, "finetune.learning_rate=1e-4")
+    assert "finetune.learning_rate: '1e-4' is text" in text
+    assert "1.0e-04" in text
+
+
+def test_a_quoted_number_and_a_boolean_are_not_numbers(tmp_path: Path) -> None:
+    text = problems(tmp_path, "finetune.epochs='2'", "distill.seed=true")
+    assert "2 problems" in text
+
+
+def test_a_branch_is_not_a_revision(tmp_path: Path) -> None:
+    text = problems(tmp_path, "acquire.model={source: hub, repo: org/name, revision: main}")
+    assert "acquire.model.revision: 'main' is not a 40-digit commit hash" in text
+
+
+def test_an_unknown_source_lists_the_known_ones(tmp_path: Path) -> None:
+    text = problems(tmp_path, "acquire.model.source=torrent")
+    assert all(name in text for name in ("package", "gguf", "local", "hub"))
+
+
+def test_a_local_input_outside_the_watched_folder_is_refused(tmp_path: Path) -> None:
+    assert "lies outside watch" in problems(tmp_path, "acquire.data.path=elsewhere/rows.jsonl")
+
+
+def test_a_gate_needs_exactly_one_limit(tmp_path: Path) -> None:
+    assert "exactly one" in problems(tmp_path, "validate.gates=[{name: accuracy, at_least: 0.1, at_most: 0.9}]")
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "a: [", "\x00"])
+def test_a_file_that_is_no_mapping_is_a_config_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"params\.yaml"):
+        params.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("override", ["finetune.epochs", "=3", "package.name.deep=1", "seed=[1"])
+def test_an_override_that_cannot_be_applied_is_a_config_error(tmp_path: Path, override: str) -> None:
+    assert "--set" in problems(tmp_path, override)
+
+
+def test_a_digest_covers_exactly_the_named_sections() -> None:
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    before = params.check(raw, "x")
+    raw["validate"]["windows"] = 3
+    after = params.check(raw, "x")
+    assert before.digest(["finetune", "task"]) == after.digest(["finetune", "task"])
+    assert before.digest(["validate"]) != after.digest(["validate"])
+
+
+def test_a_stage_sees_only_its_sections() -> None:
+    view = params.load(ROOT / "params.yaml").only(["finetune", "validate"])
+    assert view.finetune.enabled
+    assert view.validate_.windows
+    with pytest.raises(AttributeError):
+        _ = view.distill

@@ -1,0 +1,134 @@
+"""Running a stage: inputs verified, all or nothing, one at a time, resumable scratch."""
+
+import errno
+import fcntl
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from tasks import manifest, params, stage
+from tasks.errors import ArtifactError, ConfigError, StageError
+from tasks.stage import Stage
+
+
+def write(_: object, *, out: Path) -> dict[str, float]:
+    (out / "deep").mkdir()
+    (out / "deep" / "a.txt").write_text("a")
+    (out / "time.json").write_text("1")
+    return {"n": 1.0}
+
+
+def read(_: object, *, first: Path, out: Path) -> dict[str, float]:
+    (out / "b.txt").write_text((first / "deep" / "a.txt").read_text())
+    return {}
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        Stage("acquire", write, ("acquire",), measured=("time.json",)),
+        Stage("finetune", read, ("finetune",), {"first": "acquire"}),
+    )
+}
+VALUES = params.load(ROOT / "params.yaml")
+
+
+def run(root: Path, name: str, rows: dict[str, Stage] = ROWS) -> manifest.Manifest:
+    return stage.run(rows[name], rows, VALUES, root)
+
+
+def test_equal_work_gives_equal_bytes_and_measured_files_do_not_count(tmp_path: Path) -> None:
+    run(tmp_path / "one", "acquire")
+    run(tmp_path / "two", "acquire")
+    (tmp_path / "two/build/acquire/time.json").write_text("2")
+    one, two = (tmp_path / n / "build/acquire" for n in ("one", "two"))
+    assert (one / "manifest.json").read_bytes() == (two / "manifest.json").read_bytes()
+    assert list(manifest.verify(two).files) == ["deep/a.txt"]
+
+
+def test_a_missing_changed_or_extra_input_file_is_told_with_all_the_others(tmp_path: Path) -> None:
+    run(tmp_path, "acquire")
+    folder = tmp_path / "build/acquire"
+    (folder / "deep/a.txt").write_text("other")
+    (folder / "extra.txt").write_text("")
+    (folder / "time.json").unlink()
+    with pytest.raises(ArtifactError) as caught:
+        run(tmp_path, "finetune")
+    assert all(
+        text in str(caught.value) for text in ("changed deep/a.txt", "unexpected extra.txt", "missing time.json")
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"stage": 3}', '{"stage": "acquire", "surprise": 1}'])
+def test_a_corrupted_manifest_names_the_file_and_the_way_out(tmp_path: Path, text: str) -> None:
+    run(tmp_path, "acquire")
+    (tmp_path / "build/acquire/manifest.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"build/acquire/manifest\.json is damaged.*run the stage again"):
+        run(tmp_path, "finetune")
+
+
+def test_a_missing_input_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="run that stage first"):
+        run(tmp_path, "finetune")
+
+
+def test_a_failed_stage_keeps_the_old_output_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    run(tmp_path, "acquire")
+    before = manifest.digest(tmp_path / "build/acquire")
+
+    def fail(_: object, *, out: Path) -> dict[str, float]:
+        (out / "half.bin").write_bytes(b"x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    rows = {"acquire": Stage("acquire", fail, ("acquire",))}
+    with pytest.raises(StageError, match="is full"):
+        run(tmp_path, "acquire", rows)
+    assert manifest.digest(tmp_path / "build/acquire") == before
+    assert not list((tmp_path / "build").glob(".*.partial"))
+
+
+def test_the_same_stage_twice_at_once_is_refused(tmp_path: Path) -> None:
+    lock = tmp_path / "build/.acquire.lock"
+    lock.parent.mkdir()
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(StageError, match="acquire is already running"):
+            run(tmp_path, "acquire")
+    run(tmp_path, "acquire")
+
+
+def test_scratch_survives_a_failure_and_is_dropped_when_params_or_inputs_change(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def resume(_: object, *, out: Path, scratch: Path) -> dict[str, float]:
+        seen.append(sorted(p.name for p in scratch.iterdir() if p.name != "key"))
+        (scratch / "checkpoint").write_text("1")
+        raise StageError("killed")
+
+    rows = {"acquire": Stage("acquire", resume, ("acquire",), scratch=True)}
+    other = {"acquire": Stage("acquire", resume, ("distill",), scratch=True)}
+    for table in (rows, rows, other):
+        with pytest.raises(StageError, match="killed"):
+            run(tmp_path, "acquire", table)
+    assert seen == [[], ["checkpoint"], []]
+
+
+def test_a_variant_stage_needs_a_known_variant(tmp_path: Path) -> None:
+    rows = {"quantize": Stage("quantize", write, ("quantize",), per_variant=True)}
+    for variant in (None, "q9_9"):
+        with pytest.raises(ConfigError, match="q8_0"):
+            stage.run(rows["quantize"], rows, VALUES, tmp_path, variant)
+
+
+def test_a_full_disk_is_foreseen(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="MB are needed"):
+        stage.need_space(tmp_path / "not/there/yet", 10**18)
+
+
+def test_manifest_is_plain_sorted_json(tmp_path: Path) -> None:
+    run(tmp_path, "acquire")
+    raw = json.loads((tmp_path / "build/acquire/manifest.json").read_text())
+    assert list(raw) == sorted(raw)
+    assert raw["stage"] == "acquire"

@@ -1,0 +1,184 @@
+"""The training loop: the mask, the loss, the schedule, resume, and what happens to a NaN."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOMS, tiny_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks import chat, models, training
+from tasks.chat import Encoded
+from tasks.errors import ConfigError, StageError
+from tasks.params import Training
+
+SETTINGS = Training(
+    epochs=4.0, learning_rate=1e-2, batch_tokens=256, evaluations=4, patience=4, freeze_embeddings=False
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder: Path) -> Any:
+    return models.load_model(tiny_model_folder, "float32")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_folder: Path) -> Any:
+    return models.load_tokenizer(tiny_model_folder)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer: Any) -> list[Encoded]:
+    return chat.encode_all(tokenizer, [row["messages"] for row in tiny_rows(ROOMS)], 128)
+
+
+def test_the_mask_covers_the_answer_and_its_stop_token_only(tokenizer: Any) -> None:
+    row = chat.encode(tokenizer, tiny_rows(["attic"])[0]["messages"], 128)
+    learned = [i for i, wanted in zip(row.ids, row.target, strict=True) if wanted]
+    assert tokenizer.decode(learned) == '{"action": "lamp", "room": "attic"}<|im_end|>'
+    assert row.ids[: row.answer_start] == chat.prompt_ids(tokenizer, tiny_rows(["attic"])[0]["messages"][:-1])
+
+
+def test_every_assistant_turn_is_learned_and_the_last_is_the_answer(tokenizer: Any) -> None:
+    turns = [("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "second")]
+    row = chat.encode(tokenizer, [{"role": r, "content": c} for r, c in turns], 128)
+    learned = tokenizer.decode([i for i, wanted in zip(row.ids, row.target, strict=True) if wanted])
+    assert learned == "first<|im_end|>second<|im_end|>"
+    assert tokenizer.decode(row.ids[row.answer_start :]) == "second<|im_end|>"
+
+
+def test_a_row_that_is_too_long_is_refused_with_the_setting_to_change(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"task\.max_length"):
+        chat.encode(tokenizer, tiny_rows(["attic"])[0]["messages"], 16)
+
+
+@pytest.mark.parametrize("chunk", [1024, 16])
+def test_log_probs_and_their_gradients_are_those_of_log_softmax(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CHUNK", chunk)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 500, bias=False)
+    tokens, weights = torch.randint(0, 500, (50, 5)), torch.randn(50, 5)
+    results = []
+    for function in (
+        lambda h: training.log_probs(h, head, tokens),
+        lambda h: head(h).log_softmax(-1).gather(-1, tokens),
+    ):
+        hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        head.weight.grad = None
+        out = function(hidden)
+        (out * weights).sum().backward()
+        results.append((out.detach(), hidden.grad, head.weight.grad.clone()))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_padding_and_prompt_do_not_touch_the_loss(model: Any, rows: list[Encoded]) -> None:
+    alone = [training.validation_loss(model, [row]) * sum(row.target) for row in rows[:5]]
+    together = training.validation_loss(model, rows[:5]) * sum(sum(row.target) for row in rows[:5])
+    assert together == pytest.approx(sum(alone), rel=1e-4)
+
+
+def test_a_shared_prefix_changes_neither_states_nor_gradients(
+    model: Any, rows: list[Encoded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, predicts, labels = training.collate(rows[:7], model.device)
+    assert training.common_prefix(ids, predicts) >= training.WORTHWHILE_PREFIX
+    results = []
+    for worthwhile in (training.WORTHWHILE_PREFIX, 10**6):
+        monkeypatch.setattr(training, "WORTHWHILE_PREFIX", worthwhile)
+        mine = copy.deepcopy(model)
+        states = training.target_states(mine, ids, predicts)
+        training.cross_entropy(mine)(states, labels, []).backward()
+        results.append((states.detach(), mine.get_decoder().layers[0].self_attn.k_proj.weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=80),
+    size=st.integers(60, 300),
+    epochs=st.sampled_from([1.0, 2.0]),
+)
+def test_batches_hold_every_row_once_an_epoch_within_the_limit(lengths: list[int], size: int, epochs: float) -> None:
+    steps = training.batches(lengths, size, 3, epochs)
+    assert sorted(i for step in steps for i in step) == sorted(list(range(len(lengths))) * int(epochs))
+    assert all(max(lengths[i] for i in step) * len(step) <= size for step in steps)
+    assert steps == training.batches(lengths, size, 3, epochs)
+
+
+def test_the_schedule_rises_then_falls() -> None:
+    factors = [training.schedule(step, 100, 0.1) for step in range(100)]
+    assert factors.index(max(factors)) in (9, 10)
+    assert 0 < factors[0] < 0.2
+    assert factors[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def _train(
+    model: Any, rows: list[Encoded], scratch: Path, objective: Callable[..., Any] | None = None
+) -> tuple[Any, Any]:
+    mine = copy.deepcopy(model)
+    scratch.mkdir(exist_ok=True)
+    history = training.train(mine, rows, rows[:6], SETTINGS, objective or training.cross_entropy(mine), scratch, "t")
+    return mine, history
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_learns(model: Any, rows: list[Encoded], tmp_path: Path, precision: str) -> None:
+    mine = copy.deepcopy(model)
+    values = SETTINGS.model_copy(update={"precision": precision})
+    before = training.validation_loss(mine, rows)
+    history = training.train(mine, rows, rows[:6], values, training.cross_entropy(mine), tmp_path, "t")
+    assert history[-1]["validation_loss"] < 0.7 * before
+
+
+def test_frozen_embeddings_stay_and_the_rest_moves(model: Any, rows: list[Encoded], tmp_path: Path) -> None:
+    mine = copy.deepcopy(model)
+    values = SETTINGS.model_copy(update={"precision": "fp32", "freeze_embeddings": True, "epochs": 1.0})
+    training.train(mine, rows, rows[:6], values, training.cross_entropy(mine), tmp_path, "t")
+    moved = [n for n, p in mine.named_parameters() if not torch.equal(p, model.get_parameter(n))]
+    assert "model.embed_tokens.weight" not in moved
+    assert len(moved) > 20
+
+
+def test_a_run_that_stops_and_resumes_gives_the_same_weights(model: Any, rows: list[Encoded], tmp_path: Path) -> None:
+    whole, history = _train(model, rows, tmp_path / "whole")
+    mine = copy.deepcopy(model)
+    inner, calls = training.cross_entropy(mine), 0
+
+    def dies(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1 + (len(training.batches([len(r.ids) for r in rows], 256, 17, 4.0)) * 3) // 4:
+            raise KeyboardInterrupt
+        return inner(*args)
+
+    (tmp_path / "killed").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        training.train(mine, rows, rows[:6], SETTINGS, dies, tmp_path / "killed", "t")
+    assert (tmp_path / "killed/t.safetensors").is_file()
+    resumed, second = _train(model, rows, tmp_path / "killed")
+    assert second == history
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_best_weights_are_kept_and_patience_ends_the_run(model: Any, rows: list[Encoded], tmp_path: Path) -> None:
+    mine = copy.deepcopy(model)
+    wild = SETTINGS.model_copy(
+        update={"learning_rate": 0.9, "patience": 1, "epochs": 16.0, "evaluations": 16, "warmup": 0.9}
+    )
+    history = training.train(mine, rows, rows[:6], wild, training.cross_entropy(mine), tmp_path, "t")
+    losses = [entry["validation_loss"] for entry in history]
+    assert len(losses) < 8
+    assert training.validation_loss(mine, rows[:6]) == pytest.approx(min(losses), rel=0.05)
+
+
+def test_a_nan_loss_is_an_error_that_says_what_to_do(model: Any, rows: list[Encoded], tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"the loss is nan at step 1 .*lower the learning rate"):
+        _train(model, rows, tmp_path / "nan", lambda hidden, *_: hidden.sum() * math.nan)
