@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 SEED = 2026
 SYSTEM = "Reply with one JSON action."
 SPLITS = ("train", "validation", "test")
-ROWS = {"train": 2600, "validation": 200, "test": 400}
+ROWS = {"train": 4000, "validation": 200, "test": 400}
 UNLABELLED = 1500
 NONE_SHARE = 0.15
 PHRASING_SHARES = {"validation": 0.09, "test": 0.2}
@@ -27,7 +27,7 @@ TYPO_RATE = 0.1
 SPOKEN_RATE = 0.25
 # Of the train side's word values this share is coined from syllables: a word that no one can know must be copied,
 # so a model learns to copy instead of learning the list of values.
-COINED_RATE = 0.4
+COINED_RATE = 0.2
 COINED = {
     "room": ("{} room", "{}", "{} {}", "{} wing", "{} corner", "{}'s room"),
     "door": ("{} door", "{} gate", "{}", "{} {} door", "{} box"),

@@ -58,7 +58,7 @@ def said(row: list[dict[str, str]]) -> str:
 def test_generating_again_gives_the_same_bytes(generator: dict[str, Any], tmp_path: Path) -> None:
     generate: Callable[[Path], dict[str, int]] = generator["generate"]
     counts = generate(tmp_path)
-    assert counts == {"test": 400, "validation": 200, "train": 2600, "unlabelled": 1500}
+    assert counts == {"test": 400, "validation": 200, "train": 4000, "unlabelled": 1500}
     for split in counts:
         again, shipped = (tmp_path / f"{split}.jsonl").read_bytes(), (DATA / "home" / f"{split}.jsonl").read_bytes()
         assert again == shipped, f"data/home/{split}.jsonl is not what data/generate.py writes: run it"
@@ -66,7 +66,7 @@ def test_generating_again_gives_the_same_bytes(generator: dict[str, Any], tmp_pa
 
 def test_rows_are_one_system_one_user_and_one_json_answer(messages: dict[str, list]) -> None:
     assert {split: len(rows) for split, rows in messages.items()} == {
-        "train": 2600, "validation": 200, "test": 400, "unlabelled": 1500,
+        "train": 4000, "validation": 200, "test": 400, "unlabelled": 1500,
     }  # fmt: skip
     for split, rows in messages.items():
         roles = ["system", "user"] + ["assistant"] * (split != "unlabelled")
