@@ -36,6 +36,7 @@ class PackageModel(Section):
     source: Literal["package"]
     distribution: str
     file: str = "*.gguf"
+    licence: str | None = None
 
 
 class GgufModel(Section):
@@ -61,6 +62,7 @@ class HubModel(Section):
     source: Literal["hub"]
     repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
     revision: Commit
+    licence: str | None = Field(None, description="instead of the one that the repository's card names")
 
 
 class LocalData(Section):
@@ -82,6 +84,7 @@ class HubData(Section):
     source: Literal["hub"]
     repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
     revision: Commit
+    licence: str | None = Field(None, description="instead of the one that the repository's card names")
 
 
 class Acquire(Section):

@@ -1,0 +1,157 @@
+"""Where a model comes from: one function a source, found by its tag in params.yaml."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tasks import manifest
+from tasks.acquire import hub, safe_weights
+from tasks.errors import ArtifactError, ConfigError
+from tasks.params import GgufModel, HubModel, LocalModel, PackageModel
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model before its weights were looked into.
+
+    `path` is a GGUF file or a Hugging Face folder; `identity` says where it comes from, for the lineage.
+    `licence` is the person's word or the card's; `package_licence`, of the distribution around the model, counts
+    when nothing says more. `finish` fetches what is large, once licence and size were accepted.
+    """
+
+    path: Path
+    identity: Mapping[str, str]
+    licence: str | None = None
+    package_licence: str | None = None
+    licence_text: Path | None = None
+    finish: Callable[[], None] = lambda: None
+
+
+def package(source: PackageModel, root: Path, scratch: Path) -> Found:
+    """A GGUF file inside an installed Python distribution.
+
+    Raises:
+        ConfigError: the distribution is not installed, or not exactly one of its files matches.
+    """
+    from importlib import metadata
+
+    name = source.distribution
+    try:
+        installed = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"acquire.model.distribution: {name} is not installed: run `pip install {name}`, or choose another source"
+        ) from None
+    # A path in RECORD is not trusted to exist: files can be deleted from an environment.
+    files = [(file, Path(str(file.locate()))) for file in installed.files or []]
+    matches = [path for file, path in files if fnmatchcase(file.name, source.file) and path.is_file()]
+    if len(matches) != 1:
+        names = ", ".join(sorted(path.name for path in matches)) or "none"
+        raise ConfigError(
+            f"acquire.model.file: {source.file!r} must match one file of {name} {installed.version}, but matches {names}: "
+            "write the file's name, or install the distribution again"
+        )
+    told = {
+        field: installed.metadata[field] for field in ("License-Expression", "License") if field in installed.metadata
+    }
+    around = told.get("License-Expression") or told.get("License")
+    texts = [path for file, path in files if file.name.upper().startswith("LICENSE") and path.is_file()]
+    return Found(
+        matches[0],
+        {"distribution": name, "version": installed.version, "file": matches[0].name},
+        source.licence,
+        package_licence=around if around and "\n" not in around else None,
+        licence_text=texts[0] if texts else None,
+    )
+
+
+def gguf(source: GgufModel, root: Path, scratch: Path) -> Found:
+    """A GGUF file on disk.
+
+    Raises:
+        ArtifactError: its sha256 is not the one in params.yaml.
+    """
+    path = root / source.path
+    if source.sha256 and path.is_file() and (actual := manifest.sha256(path)) != source.sha256:
+        raise ArtifactError(
+            f"{source.path} has sha256 {actual}, acquire.model.sha256 says {source.sha256}: fetch the file again, or "
+            "correct the parameter"
+        )
+    return Found(path, {"path": source.path.as_posix()}, source.licence)
+
+
+def local(source: LocalModel, root: Path, scratch: Path) -> Found:
+    """A Hugging Face model folder on disk."""
+    folder = root / source.path
+    licence = source.licence or card_licence(folder)
+    return Found(folder, {"path": source.path.as_posix()}, licence, licence_text=licence_text(folder))
+
+
+def from_hub(source: HubModel, root: Path, scratch: Path) -> Found:
+    """A model repository: its small files now, its weights in `finish`."""
+    repository = hub.describe(source.repo, source.revision, "model", hub.MODEL_FILES)
+    safe_weights.check_names(str(repository), list(repository.names))
+    folder = scratch / "model"
+    hub.download(repository, [name for name in repository.files if not name.endswith(".safetensors")], folder)
+    return Found(
+        folder,
+        {"repo": source.repo, "revision": source.revision},
+        source.licence or card_licence(folder),
+        licence_text=licence_text(folder),
+        finish=lambda: hub.download(repository, safe_weights.weight_names(folder), folder),
+    )
+
+
+SOURCES: Mapping[str, Callable[[Any, Path, Path], Found]] = {
+    "package": package,
+    "gguf": gguf,
+    "local": local,
+    "hub": from_hub,
+}
+
+
+def card_licence(folder: Path) -> str | None:
+    """The `license` of a model or data set card: YAML between `---` lines at the head of README.md."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return None
+    head, *rest = path.read_text(encoding="utf-8", errors="replace").split("\n---", 1)
+    if not head.startswith("---") or not rest:
+        return None
+    try:
+        card = yaml.safe_load(head[3:])
+    except yaml.YAMLError:
+        return None  # a card that cannot be read says nothing; the licence then counts as unknown
+    licence = card.get("license") if isinstance(card, dict) else None
+    return licence if isinstance(licence, str) else None
+
+
+def licence_text(folder: Path) -> Path | None:
+    """The folder's licence file, if it has one."""
+    found = sorted(path for path in folder.glob("LICENSE*") if path.is_file()) if folder.is_dir() else []
+    return found[0] if found else None
+
+
+def check_licence(licence: str | None, allowed: tuple[str, ...], what: str, required: bool) -> None:
+    """Hold a licence against `acquire.licences`, case aside; with none listed everything may be used.
+
+    Raises:
+        ConfigError: it is known and not listed, or `required` and unknown.
+    """
+    if not allowed or (licence is None and not required):
+        return
+    listed = ", ".join(allowed)
+    if licence is None:
+        raise ConfigError(
+            f"the licence of {what} is unknown, and acquire.licences allows only {listed}: find it out, and give it "
+            "as the source's `licence`, or empty the list"
+        )
+    if licence.casefold() not in {each.casefold() for each in allowed}:
+        raise ConfigError(
+            f"{what} has the licence {licence}, and acquire.licences allows only {listed}: choose another, or add it to "
+            "the list if you may use it"
+        )

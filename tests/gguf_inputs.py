@@ -1,0 +1,40 @@
+"""GGUF files of the tiny model, made for real by the stages themselves, once a session."""
+
+import functools
+import shutil
+from pathlib import Path
+
+from tasks import params
+from tasks.convert import convert
+from tasks.quantize import quantize
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def stage_input(model: Path, folder: Path) -> Path:
+    """A folder as finetune and distill leave it: `model/` and nothing else that matters here."""
+    shutil.copytree(model, folder / "model")
+    return folder
+
+
+@functools.cache
+def converted(model: Path) -> Path:
+    """The convert stage's output for `model` as teacher and as student."""
+    home = model.with_name(f"{model.name}-converted")
+    source = stage_input(model, home / "source")
+    out = home / "out"
+    out.mkdir()
+    convert(params.load(ROOT / "params.yaml"), teacher=source, student=source, out=out)
+    return out
+
+
+@functools.cache
+def quantized(model: Path, variant: str) -> Path:
+    """The quantize stage's output of one variant."""
+    files = converted(model)
+    out = files.with_name("quantize") / variant
+    out.mkdir(parents=True)
+    quantize(
+        params.load(ROOT / "params.yaml"), student=files.with_name("source"), converted=files, variant=variant, out=out
+    )
+    return out
