@@ -1,0 +1,116 @@
+"""GGUF variants by llama.cpp's own quantizer, in this process, with provenance in the file's metadata."""
+
+import contextlib
+import ctypes
+import io
+import logging
+import math
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tasks.cores import threads
+from tasks.errors import StageError
+from tasks.manifest import sha256
+from tasks.params import Onnx
+from tasks.stage import disk_full, need_space, require_file
+
+TYPES = {"q8_0": "Q8_0", "q5_1": "Q5_1", "q4_k_m": "Q4_K_M", "q4_0": "Q4_0"}  # as in llama_ftype
+SHARE = {"q8_0": 0.55, "q5_1": 0.5, "q4_k_m": 0.5, "q4_0": 0.45}  # of the F16 file's bytes, at most
+SOURCE = "run the convert stage again"
+
+
+def keep(_: Onnx, __: Path, f16: Path, out: Path) -> None:
+    """The F16 file itself; a hard link where the file system has them."""
+    require_file(f16, SOURCE)
+    try:
+        os.link(f16, out / "model.gguf")
+    except OSError:
+        need_space(out, f16.stat().st_size)
+        shutil.copyfile(f16, out / "model.gguf")
+
+
+def quantize(variant: str, _: Onnx, __: Path, f16: Path, out: Path) -> None:
+    """Write `out`/model.gguf, equal bytes for equal input, and check it by loading it.
+
+    The F16 file's sha256, the quantizer and its version, and the type are written under `slmops.*` and
+    `general.quantized_by`.
+
+    Raises:
+        StageError: the disk is full, llama.cpp refuses, or the file does not load.
+    """
+    import llama_cpp
+
+    require_file(f16, SOURCE)
+    need_space(out, int(SHARE[variant] * f16.stat().st_size) + 1_000_000)
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    quantizer = f"llama-cpp-python {version('llama-cpp-python')}"
+    overrides = _texts(
+        {
+            "general.quantized_by": "slmops",
+            "slmops.source.sha256": sha256(f16),
+            "slmops.quantizer": quantizer,
+            "slmops.type": TYPES[variant],
+        }
+    )
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{TYPES[variant]}")
+    params.nthread = threads()
+    params.kv_overrides = overrides
+    target = out / "model.gguf"
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        code = llama_cpp.llama_model_quantize(str(f16).encode(), str(target).encode(), ctypes.byref(params))
+    if code != 0:
+        need_space(out, 1_000_000)
+        raise StageError(f"{f16}: llama.cpp cannot quantize it to {variant}: {_reason(errors)}")
+    # A full disk does not always fail the write: hold the file against what it says of itself.
+    problem = _problem(llama_cpp, target)
+    if problem:
+        if shutil.disk_usage(out).free < 1_000_000:
+            raise disk_full(out)
+        raise StageError(
+            f"{target}: {problem}: run the stage again; if it stays so, leave {variant} out of quantize.variants"
+        )
+
+
+def _texts(values: dict[str, str]) -> Any:
+    """The C array of key-value overrides, ended by an empty key; a value has at most 127 bytes."""
+    import llama_cpp
+
+    array = (llama_cpp.llama_model_kv_override * (len(values) + 1))()
+    for entry, (key, value) in zip(array, values.items(), strict=False):
+        entry.tag, entry.key = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, key.encode()
+        entry.value.val_str = value.encode()[:127]
+    return array
+
+
+def _problem(llama_cpp: Any, file: Path) -> str | None:
+    """What is wrong with a GGUF that was just written: it must load and give finite logits for one token."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+        if not model:
+            return f"the file written does not load: {_reason(errors)}"
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = 32, 32, 32
+        context = llama_cpp.llama_init_from_model(model, params)
+        try:
+            token = (ctypes.c_int32 * 1)(0)
+            if not context or llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(token, 1)) != 0:
+                return f"the file written does not run: {_reason(errors)}"
+            size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+            if not all(map(math.isfinite, llama_cpp.llama_get_logits(context)[:size])):
+                return "the file written gives logits that are not numbers"
+        finally:
+            if context:
+                llama_cpp.llama_free(context)
+            llama_cpp.llama_model_free(model)
+    return None
+
+
+def _reason(text: io.StringIO) -> str:
+    lines = [line.strip() for line in text.getvalue().splitlines() if line.strip()]
+    return lines[-1] if lines else "it gives no reason"

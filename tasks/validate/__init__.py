@@ -1,0 +1,214 @@
+"""Validate: the shipped file itself, in its own runtime, against the teacher and the F16 student.
+
+Quality (accuracy, perplexity, KLD) is the same on every run and goes into metrics.json; speed and memory
+are measured in a process of their own and go into measurements.json; verdict.json holds both against the
+gates.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from tasks import chat, models, scoring
+from tasks.cores import available, busy, quiet, threads
+from tasks.errors import ArtifactError, StageError
+from tasks.events import progress
+from tasks.params import Params, Variant
+from tasks.stage import require_file
+from tasks.validate import gates, likelihood, llama_runtime, onnx_runtime
+
+
+class Evaluator(NamedTuple):
+    """How the files of one runtime are evaluated: both functions take the path and a number of threads."""
+
+    file: str
+    answers: Callable[..., list[list[int]]]
+    window_logits: Callable[[Path, int, int], AbstractContextManager[likelihood.WindowLogits]]
+
+
+_GGUF = Evaluator("model.gguf", llama_runtime.answers, llama_runtime.window_logits)
+_ONNX = Evaluator("model", onnx_runtime.answers, onnx_runtime.window_logits)
+EVALUATORS: Mapping[Variant, Evaluator] = {
+    variant: _ONNX if variant == "onnx-int4" else _GGUF for variant in get_args(Variant)
+}
+
+
+def validate(
+    params: Params, *, source: Path, distilled: Path, converted: Path, artifact: Path, variant: Variant, out: Path
+) -> dict[str, float]:
+    """Write metrics.json, measurements.json, verdict.json and predictions.jsonl into `out`; return the metrics.
+
+    Raises:
+        ArtifactError: an input is missing, or the teacher's predictions are of other test rows.
+        ConfigError: the text for perplexity is too short.
+        StageError: a runtime fails.
+    """
+    evaluator = EVALUATORS[variant]
+    file = artifact / evaluator.file
+    if not file.exists():
+        raise ArtifactError(f"{file} is missing: run quantize {variant} again")
+    reference = require_file(converted / "student.gguf", "run the convert stage again")
+    yardstick = require_file(converted / "teacher.gguf", "run the convert stage again")
+    rows = chat.read_rows(source / "data" / "test.jsonl")
+    taught = _teacher(distilled / "predictions.jsonl", rows)
+    tokenizer = models.load_tokenizer(distilled / "model")
+    stops = models.stop_ids(distilled / "model", tokenizer)
+
+    with busy(artifact.parent):
+        predictions = _predict(params, evaluator, file, rows, tokenizer, stops)
+        close = _likelihood(params, evaluator, file, reference, source / "data" / "text.txt", rows, tokenizer)
+    correct = [line["correct"] for line in predictions]
+    spread = gates.intervals(correct, taught, params.validate_.bootstrap, params.validate_.seed)
+    accuracy, size = scoring.accuracy(correct), _size(file)
+    metrics = {
+        "accuracy": accuracy,
+        "accuracy_retention": _ratio(accuracy, scoring.accuracy(taught)),
+        "perplexity": close.perplexity,
+        "perplexity_ratio": _ratio(close.perplexity, close.reference_perplexity),
+        "mean_kld": close.mean_kld,
+        "same_top_token": close.same_top_token,
+        "size_bytes": float(size),
+        "size_ratio": size / _size(yardstick),
+    }
+    prompt = chat.prompt_ids(tokenizer, sorted(rows, key=lambda row: len(str(row)))[len(rows) // 2][:-1])
+    with quiet(artifact.parent):
+        measured = _measure(file, yardstick, prompt, params.validate_.repeats)
+    timed = {name: value for name, value in measured.items() if isinstance(value, float | int)}
+    verdict = gates.judge(params.validate_, metrics | timed | {"ttft_p95_s": measured["ttft_s"]["p95"]}, spread)
+
+    details = {
+        "accuracy_interval": spread["accuracy"],
+        "accuracy_retention_interval": spread["accuracy_retention"],
+        "per_group": scoring.per_group([line["reference"] for line in predictions], correct),
+        "reference_perplexity": close.reference_perplexity,
+        "scored_tokens": close.tokens,
+        "context": close.context,
+    }
+    _write_json(out / "metrics.json", metrics | details)
+    _write_json(out / "measurements.json", measured)
+    _write_json(out / "verdict.json", verdict)
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
+    (out / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _teacher(file: Path, rows: Sequence[chat.Messages]) -> list[bool]:
+    """Whether the teacher was right, row by row of the test set."""
+    require_file(file, "run the distill stage again")
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if [line["reference"] for line in lines] != [row[-1]["content"] for row in rows]:
+        raise ArtifactError(f"{file} was made from other test rows: run the distill stage again")
+    return [line["teacher_correct"] for line in lines]
+
+
+def _predict(
+    params: Params,
+    evaluator: Evaluator,
+    file: Path,
+    rows: Sequence[chat.Messages],
+    tokenizer: Any,
+    stops: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Reference, greedy answer and whether they agree, for every test row."""
+    references = [row[-1]["content"] for row in rows]
+    drafts = [[*tokenizer(text, add_special_tokens=False)["input_ids"], stops[0]] for text in references]
+    with progress("answer test rows", len(rows), "rows") as advance:
+        ids = evaluator.answers(
+            file, [chat.prompt_ids(tokenizer, row[:-1]) for row in rows], drafts,
+            stops=stops, limit=params.task.max_new_tokens, threads=threads(), advance=advance,
+        )  # fmt: skip
+    match = scoring.METRICS[params.task.metric].match
+    answers = [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+    return [
+        {"reference": reference, "answer": answer, "correct": match(answer, reference)}
+        for reference, answer in zip(references, answers, strict=True)
+    ]
+
+
+def _likelihood(
+    params: Params,
+    evaluator: Evaluator,
+    file: Path,
+    reference: Path,
+    text: Path,
+    rows: Sequence[chat.Messages],
+    tokenizer: Any,
+) -> likelihood.Likelihood:
+    """Perplexity and KLD on the text that came with the data, else on the test conversations."""
+    import torch
+
+    torch.set_num_threads(threads())
+    context = params.validate_.context
+    with llama_runtime.window_logits(reference, context, threads()) as base:
+        if text.is_file():
+            tokens, start = base.session.tokenize(text.read_text(encoding="utf-8")), base.session.window_start()
+        else:
+            # The template writes its own BOS where it wants one.
+            tokens, start = [token for row in rows for token in _whole(tokenizer, row)], None
+        windows = likelihood.split(tokens, context, params.validate_.windows, start)
+        with evaluator.window_logits(file, context, threads()) as ours:
+            return likelihood.compare(base, ours, windows)
+
+
+def _whole(tokenizer: Any, row: chat.Messages) -> list[int]:
+    ids: list[int] = tokenizer.apply_chat_template(row, tokenize=True, return_dict=False)
+    return ids
+
+
+def _measure(file: Path, yardstick: Path, prompt: Sequence[int], repeats: int) -> dict[str, Any]:
+    """Speed and memory of the file, and of the teacher's F16 file in the same way at the same time."""
+    ours, theirs = (_measure_one(each, prompt, repeats) for each in (file, yardstick))
+    return {
+        **ours,
+        "decode_speedup": ours["decode_tokens_per_s"] / theirs["decode_tokens_per_s"],
+        "peak_rss_ratio": ours["peak_rss_bytes"] / theirs["peak_rss_bytes"],
+        "prompt_tokens": len(prompt),
+        "threads": available(),
+        "reference": theirs,
+    }
+
+
+def _measure_one(file: Path, prompt: Sequence[int], repeats: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tasks.validate.measure", str(file.resolve()), "--repeats", str(repeats)]
+    done = subprocess.run(
+        [*command, "--threads", str(available())], input=json.dumps(list(prompt)), cwd=_ROOT,
+        capture_output=True, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit code {done.returncode}"
+        raise StageError(f"{file}: measuring it failed: {reason}: free memory and run the stage again")
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+_ROOT = Path(__file__).resolve().parents[2]  # where `tasks` is importable from
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    return (
+        sum(each.stat().st_size for each in file.rglob("*") if each.is_file()) if file.is_dir() else file.stat().st_size
+    )
+
+
+def _ratio(value: float, reference: float) -> float:
+    return value / reference if reference else math.nan
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Sorted, and null for what is not a finite number: NaN is no JSON."""
+    path.write_text(json.dumps(_finite(content), indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

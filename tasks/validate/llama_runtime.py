@@ -1,0 +1,313 @@
+"""GGUF in llama.cpp: a thin wrapper of the low-level API, greedy answers in batches, logits of windows.
+
+Nothing is copied out of llama.cpp: `decode` returns a view of its logits that holds until the next call.
+The arithmetic is llama.cpp's own with its default options, as in the programs that will serve the file.
+"""
+
+import contextlib
+import ctypes
+import io
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import ArtifactError, StageError
+
+Logits = Any  # a float32 NumPy array (tokens, vocabulary)
+BATCH = 512  # tokens of drafts checked in one call
+SLOTS = 32  # answers generated side by side
+# llama.cpp's attention takes another path, with other rounding, from 64 tokens in a micro-batch up. Activations
+# are rounded to 8 bits before they meet quantized weights, so that a last-bit difference grows to tenths of a
+# logit. Below 64 a token's logits are the same to the bit whatever else is in the batch, at the same speed.
+MICRO = 48
+
+
+class Session:
+    """One GGUF loaded with one context, closed by `with`.
+
+    `cells` is the size of the KV cache in tokens, shared by `sequences` sequences; `batch` tokens may be given
+    to one `decode`, which computes them in micro-batches of `micro`. With more than one sequence the last
+    one is the wrapper's own.
+    """
+
+    def __init__(
+        self, file: Path, *, threads: int, cells: int, sequences: int = 1, batch: int = 512, micro: int = 512
+    ) -> None:
+        import llama_cpp
+
+        self._api = llama_cpp
+        # The binding prints what passes its logger's level on standard error.
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+        self._model = self._context = None
+        llama_cpp.llama_backend_init()
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            self._model = llama_cpp.llama_model_load_from_file(
+                str(file).encode(), llama_cpp.llama_model_default_params()
+            )
+        if not self._model:
+            raise ArtifactError(f"{file}: llama.cpp cannot load it: {_last_line(errors)}: make the file again")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = cells, batch, min(batch, micro)
+        params.n_seq_max, params.kv_unified = sequences, True
+        params.n_threads = params.n_threads_batch = threads
+        params.no_perf = True
+        with contextlib.redirect_stderr(errors):
+            self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            self.close()
+            raise StageError(f"{file}: llama.cpp cannot make a context of {cells} tokens: {_last_line(errors)}")
+        self._file = file
+        self._micro = micro
+        self._spare = sequences - 1
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocabulary_size: int = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the native memory; the views returned before are void from here."""
+        if self._context:
+            self._api.llama_free(self._context)
+        if self._model:
+            self._api.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], wanted: Sequence[bool]
+    ) -> Logits:
+        """Logits (wanted tokens, vocabulary) of one batch, in batch order; a view, valid until the next call.
+
+        Raises:
+            StageError: llama.cpp refuses the batch.
+        """
+        import numpy as np
+
+        # A lone token in a micro-batch takes another path still, one that depends on the number of threads.
+        padding = [0] if self._spare and len(tokens) % self._micro == 1 else []
+        token, position = np.array([*tokens, *padding], np.int32), np.array([*positions, *padding], np.int32)
+        sequence = np.array([*sequences, *(self._spare for _ in padding)], np.int32)
+        want = np.array([*wanted, *padding], np.int8)
+        one = np.ones(len(token), np.int32)
+        address = sequence.ctypes.data + sequence.itemsize * np.arange(len(token), dtype=np.uint64)
+        batch = self._api.llama_batch(
+            n_tokens=len(token),
+            token=_pointer(token, ctypes.c_int32),
+            pos=_pointer(position, ctypes.c_int32),
+            n_seq_id=_pointer(one, ctypes.c_int32),
+            seq_id=_pointer(address, ctypes.POINTER(ctypes.c_int32)),
+            logits=_pointer(want, ctypes.c_int8),
+        )
+        code = self._api.llama_decode(self._context, batch)
+        if code != 0:
+            raise StageError(f"{self._file}: llama.cpp stopped with code {code} on a batch of {len(token)} tokens")
+        if padding:
+            self.forget(self._spare)
+        shape = (int(want.sum()), self.vocabulary_size)
+        if not shape[0]:
+            return np.empty(shape, np.float32)
+        return np.ctypeslib.as_array(self._api.llama_get_logits(self._context), shape)
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._api.llama_memory_clear(self._memory, False)
+
+    def forget(self, sequence: int) -> None:
+        """Free the cells that only this sequence uses."""
+        self._api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def share(self, source: int, sequence: int) -> None:
+        """Let `sequence` begin with what `source` holds; no cell is copied."""
+        self._api.llama_memory_seq_cp(self._memory, source, sequence, -1, -1)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of plain text by the file's own vocabulary, with BOS where the model wants one."""
+        raw = text.encode()
+        ids = (ctypes.c_int32 * (len(raw) + 16))()
+        count = self._api.llama_tokenize(self._vocabulary, raw, len(raw), ids, len(ids), True, False)
+        if count < 0:
+            raise StageError(f"{self._file}: llama.cpp cannot tokenise the text")
+        return list(ids[:count])
+
+    def window_start(self) -> int | None:
+        """The BOS token that replaces a window's first one, where the model wants it."""
+        wants = self._api.llama_vocab_get_add_bos(self._vocabulary)
+        return int(self._api.llama_vocab_bos(self._vocabulary)) if wants else None
+
+
+def _pointer(array: Any, kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))
+
+
+def _last_line(text: io.StringIO) -> str:
+    lines = [line.strip() for line in text.getvalue().splitlines() if line.strip()]
+    return lines[-1] if lines else "it gives no reason"
+
+
+class Windows:
+    """`windows(window, first)`: logits of every position from `first` on but the last, (n, vocabulary)."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __call__(self, window: Sequence[int], first: int) -> Logits:
+        self.session.clear()
+        wanted = [first <= i < len(window) - 1 for i in range(len(window))]
+        return self.session.decode(window, range(len(window)), [0] * len(window), wanted)
+
+
+@contextmanager
+def window_logits(file: Path, context: int, threads: int) -> Iterator[Windows]:
+    """Load `file` for windows of at most `context` tokens, micro-batched as llama-perplexity does it."""
+    with Session(file, threads=threads, cells=context, batch=context) as session:
+        yield Windows(session)
+
+
+def answers(
+    file: Path,
+    prompts: Sequence[Sequence[int]],
+    drafts: Sequence[Sequence[int]],
+    *,
+    stops: Sequence[int],
+    limit: int,
+    threads: int,
+    advance: Callable[[int], None],
+) -> list[list[int]]:
+    """What greedy decoding generates for each prompt, without its stop token, at most `limit` tokens.
+
+    `drafts` (each ending with a stop token) only speed it up: a whole draft is decoded in one pass, and as
+    long as the most likely token is the draft's, it is what greedy decoding would have generated (speculative
+    decoding, Leviathan et al. 2023, with the reference for a draft). A row goes on alone where they part.
+    """
+    shared = _common_prefix(prompts)
+    longest = max(len(prompt) - shared + max(len(draft), limit) for prompt, draft in zip(prompts, drafts, strict=True))
+    # The last micro-batch of a step may be a whole prompt: leave room for it beside full slots.
+    cells = shared + max(SLOTS * longest, BATCH)
+    with Session(
+        file, threads=threads, cells=cells + 1, sequences=SLOTS + 2, batch=max(BATCH, longest, shared) + 1, micro=MICRO
+    ) as session:
+        if shared:
+            session.decode(prompts[0][:shared], range(shared), [0] * shared, [False] * shared)
+        rows = [(list(prompt[shared:]), list(draft[:limit])) for prompt, draft in zip(prompts, drafts, strict=True)]
+        done, open_rows = _check_drafts(session, rows, shared, stops, limit, advance)
+        _finish(session, rows, shared, done, open_rows, stops, limit, advance)
+    return done
+
+
+def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with; at least one token of each prompt is left over."""
+    first, last = min(map(list, prompts)), max(map(list, prompts))
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if first[i] != last[i]), most)
+
+
+def _check_drafts(
+    session: Session,
+    rows: Sequence[tuple[list[int], list[int]]],
+    shared: int,
+    stops: Sequence[int],
+    limit: int,
+    advance: Callable[[int], None],
+) -> tuple[list[list[int]], list[int]]:
+    """Accepted tokens of every row, and the rows that must go on generating."""
+    accepted: list[list[int]] = [[] for _ in rows]
+    open_rows = []
+    for group in _groups([len(prompt) + len(draft) - 1 for prompt, draft in rows]):
+        tokens: list[int] = []
+        positions: list[int] = []
+        sequences: list[int] = []
+        wanted: list[bool] = []
+        for slot, row in enumerate(group, start=1):
+            prompt, draft = rows[row]
+            fed = prompt + draft[:-1]
+            tokens += fed
+            positions += range(shared, shared + len(fed))
+            sequences += [slot] * len(fed)
+            wanted += [i >= len(prompt) - 1 for i in range(len(fed))]
+            session.share(0, slot)
+        best = session.decode(tokens, positions, sequences, wanted).argmax(axis=1).tolist()
+        for slot, row in enumerate(group, start=1):
+            draft = rows[row][1]
+            mine, best = best[: len(draft)], best[len(draft) :]
+            if _accept(mine, draft, accepted[row], stops, limit):
+                advance(1)
+            else:
+                open_rows.append(row)
+            session.forget(slot)
+    return accepted, open_rows
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices in batches of at most BATCH tokens and SLOTS rows; longest first, so that batches fill up."""
+    group: list[int] = []
+    total = 0
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        if group and (total + lengths[row] > BATCH or len(group) == SLOTS):
+            yield group
+            group, total = [], 0
+        group.append(row)
+        total += lengths[row]
+    if group:
+        yield group
+
+
+def _accept(best: Sequence[int], draft: Sequence[int], accepted: list[int], stops: Sequence[int], limit: int) -> bool:
+    """Take over tokens up to and with the first that differs from the draft; whether the answer is complete."""
+    for token, drafted in zip(best, draft, strict=True):
+        if token in stops:
+            return True
+        accepted.append(token)
+        if token != drafted:
+            break
+    return len(accepted) >= limit
+
+
+def _finish(
+    session: Session,
+    rows: Sequence[tuple[list[int], list[int]]],
+    shared: int,
+    done: list[list[int]],
+    waiting: list[int],
+    stops: Sequence[int],
+    limit: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Generate token by token, SLOTS answers side by side; a finished one makes room for the next."""
+    waiting = waiting[::-1]
+    free = list(range(1, SLOTS + 1))
+    active: dict[int, int] = {}  # slot -> row
+    while waiting or active:
+        tokens: list[int] = []
+        positions: list[int] = []
+        sequences: list[int] = []
+        wanted: list[bool] = []
+        for slot, row in active.items():
+            tokens.append(done[row][-1])
+            positions.append(shared + len(rows[row][0]) + len(done[row]) - 1)
+            sequences.append(slot)
+            wanted.append(True)
+        while waiting and free and (not tokens or len(tokens) + len(rows[waiting[-1]][0]) + limit <= BATCH):
+            row, slot = waiting.pop(), free.pop(0)
+            fed = rows[row][0] + done[row]
+            session.share(0, slot)
+            active[slot] = row
+            tokens += fed
+            positions += range(shared, shared + len(fed))
+            sequences += [slot] * len(fed)
+            wanted += [False] * (len(fed) - 1) + [True]
+        best = session.decode(tokens, positions, sequences, wanted).argmax(axis=1).tolist()
+        for (slot, row), token in zip(list(active.items()), best, strict=True):
+            if token not in stops:
+                done[row].append(token)
+            if token in stops or len(done[row]) >= limit:
+                session.forget(slot)
+                del active[slot]
+                free.append(slot)
+                advance(1)

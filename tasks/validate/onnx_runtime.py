@@ -1,0 +1,128 @@
+"""ONNX folders in ONNX Runtime GenAI: greedy answers row by row, logits of windows."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import ArtifactError, StageError
+
+Logits = Any  # a float32 NumPy array (tokens, vocabulary)
+
+
+def load(folder: Path, threads: int) -> Any:
+    """An `onnxruntime_genai.Model`.
+
+    Raises:
+        ArtifactError: the runtime cannot load it.
+    """
+    import onnxruntime_genai as og
+
+    options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+    try:
+        config = og.Config(str(folder))
+        config.overlay(json.dumps(options))
+        return og.Model(config)
+    except RuntimeError as error:
+        raise ArtifactError(f"{folder}: ONNX Runtime GenAI cannot load it: {error}: make the folder again") from error
+
+
+class Decoded:
+    """One growing sequence of at most `most` tokens, which can be cut back."""
+
+    def __init__(self, model: Any, most: int) -> None:
+        import onnxruntime_genai as og
+
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=most, do_sample=False)
+        self._generator = og.Generator(model, params)
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Compute these tokens.
+
+        Raises:
+            StageError: the runtime refuses them.
+        """
+        import numpy as np
+
+        try:
+            self._generator.append_tokens(np.array(tokens, np.int32))
+        except RuntimeError as error:
+            raise StageError(f"ONNX Runtime GenAI stopped on {len(tokens)} tokens: {error}") from error
+
+    def logits(self) -> Logits:
+        """(n, vocabulary) of the n tokens appended last."""
+        logits: Logits = self._generator.get_output("logits")[0]
+        return logits
+
+    def next_token(self) -> int:
+        """The most likely next token; copies one row of logits only."""
+        return int(self._generator.get_logits().argmax())
+
+    def cut(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self._generator.rewind_to(length)
+
+
+@contextmanager
+def window_logits(folder: Path, context: int, threads: int) -> Iterator[Callable[[Sequence[int], int], Logits]]:
+    """Yield `logits(window, first)`: those of every position from `first` on but the last, (n, vocabulary)."""
+    model = load(folder, threads)
+    sequence = Decoded(model, context)
+
+    def logits(window: Sequence[int], first: int) -> Logits:
+        sequence.cut(0)
+        sequence.append(window)
+        return sequence.logits()[first:-1]
+
+    yield logits
+
+
+def answers(
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    drafts: Sequence[Sequence[int]],
+    *,
+    stops: Sequence[int],
+    limit: int,
+    threads: int,
+    advance: Callable[[int], None],
+) -> list[list[int]]:
+    """What greedy decoding generates for each prompt, without its stop token, at most `limit` tokens.
+
+    `drafts` (each ending with a stop token) only speed it up: see the same function for GGUF. Here the
+    runtime's kernels round differently for one token than for several, so where two tokens are as good as
+    equally likely a checked draft and a step-by-step generation may take different ones.
+    """
+    model = load(folder, threads)
+    longest = max(len(prompt) + max(len(draft), limit) for prompt, draft in zip(prompts, drafts, strict=True))
+    sequence = Decoded(model, longest + 1)
+    held: list[int] = []
+    found = []
+    for prompt, draft in zip(prompts, drafts, strict=True):
+        draft = draft[:limit]
+        # Prompts share their beginning (system prompt, template): keep it, it is most of a short prompt.
+        kept = next((i for i, (a, b) in enumerate(zip(held, prompt[:-1], strict=False)) if a != b), None)
+        kept = min(len(held), len(prompt) - 1) if kept is None else kept
+        sequence.cut(kept)
+        sequence.append([*prompt[kept:], *draft[:-1]])
+        best = sequence.logits()[-len(draft) :].argmax(axis=1).tolist()
+        held = list(prompt)
+        answer: list[int] = []
+        for token, drafted in zip(best, draft, strict=True):
+            if token in stops:
+                break
+            answer.append(token)
+            if token != drafted:
+                sequence.cut(len(prompt) + len(answer) - 1)
+                while len(answer) < limit:
+                    sequence.append([answer[-1]])
+                    token = sequence.next_token()
+                    if token in stops:
+                        break
+                    answer.append(token)
+                break
+        found.append(answer)
+        advance(1)
+    return found

@@ -1,0 +1,82 @@
+"""Verdicts: directions, missing numbers, and what few test rows cannot decide."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.params import Gate, Validate
+from tasks.validate import gates
+
+
+def judged(values: dict, *rules: Gate, spread: dict | None = None, half: float = 0.03) -> dict:
+    return gates.judge(Validate(gates=rules, max_half_width=half), values, spread or {})
+
+
+@pytest.mark.parametrize(
+    ("value", "rule", "verdict"),
+    [
+        (1.0, {"at_least": 1.0}, "pass"),
+        (0.99, {"at_least": 1.0}, "fail"),
+        (1.0, {"at_most": 1.0}, "pass"),
+        (1.01, {"at_most": 1.0}, "fail"),
+        (math.nan, {"at_least": 0.0}, "fail"),
+        (math.nan, {"at_most": 9.0}, "fail"),
+        (math.inf, {"at_least": 0.0}, "fail"),
+        (None, {"at_most": 9.0}, "fail"),
+    ],
+)
+def test_a_rule_has_a_direction_and_takes_no_missing_number(value: float | None, rule: dict, verdict: str) -> None:
+    made = judged({} if value is None else {"mean_kld": value}, Gate(name="mean_kld", **rule))
+    assert made["verdict"] == verdict
+    (line,) = made["checks"]
+    assert line["ok"] == (verdict == "pass")
+    assert line["direction"] in rule
+    assert line["limit"] == rule[line["direction"]]
+    json.dumps(made, allow_nan=False)
+
+
+def test_a_wide_interval_around_the_limit_is_undecided() -> None:
+    rule = Gate(name="accuracy_retention", at_least=0.95)
+    wide, narrow = {"accuracy_retention": (0.90, 1.0)}, {"accuracy_retention": (0.93, 0.97)}
+    assert judged({"accuracy_retention": 0.96}, rule, spread=wide)["verdict"] == "undecided"
+    assert judged({"accuracy_retention": 0.94}, rule, spread=wide)["verdict"] == "undecided"
+    assert judged({"accuracy_retention": 0.96}, rule, spread=narrow)["verdict"] == "pass"
+    assert judged({"accuracy_retention": 0.94}, rule, spread=narrow)["verdict"] == "fail"
+    assert judged({"accuracy_retention": 0.80}, rule, spread={"accuracy_retention": (0.7, 0.9)})["verdict"] == "fail"
+
+
+def test_a_failed_rule_outweighs_an_undecided_one() -> None:
+    rules = Gate(name="accuracy_retention", at_least=0.95), Gate(name="size_ratio", at_most=0.5)
+    values, spread = {"accuracy_retention": 0.96, "size_ratio": 0.6}, {"accuracy_retention": (0.8, 1.1)}
+    assert judged(values, *rules, spread=spread)["verdict"] == "fail"
+    assert judged(values | {"size_ratio": 0.4}, *rules, spread=spread)["verdict"] == "undecided"
+
+
+def test_intervals_are_paired() -> None:
+    """A model that errs where its teacher errs is as good as it, whatever rows are drawn."""
+    teacher = [i % 3 != 0 for i in range(60)]
+    assert gates.intervals(teacher, teacher, 500, 1)["accuracy_retention"] == (1.0, 1.0)
+    low, high = gates.intervals(teacher[::-1], teacher, 500, 1)["accuracy_retention"]
+    assert low < 1.0 < high
+
+
+def test_intervals_match_the_binomial() -> None:
+    """With 400 rows at 80 %, 1.96 standard errors are 0.0392."""
+    ours = [i % 5 != 0 for i in range(400)]
+    low, high = gates.intervals(ours, [True] * 400, 4000, 3)["accuracy"]
+    assert low == pytest.approx(0.8 - 0.0392, abs=0.005)
+    assert high == pytest.approx(0.8 + 0.0392, abs=0.005)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30), st.integers(0, 9))
+def test_intervals_hold_their_order_and_repeat(rows: list[tuple[bool, bool]], seed: int) -> None:
+    ours, teacher = zip(*rows, strict=True)
+    first = gates.intervals(ours, teacher, 100, seed)
+    low, high = first["accuracy"]
+    assert 0 <= low <= high <= 1
+    assert str(first) == str(gates.intervals(ours, teacher, 100, seed))
+    if not any(teacher):
+        assert all(map(math.isnan, first["accuracy_retention"]))

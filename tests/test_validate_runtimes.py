@@ -1,0 +1,180 @@
+"""Greedy answers equal plain greedy decoding; likelihoods equal an independent computation."""
+
+import math
+from pathlib import Path
+
+import pytest
+from conftest import ROOMS, tiny_rows
+from gguf_inputs import converted, quantized
+
+from tasks import chat, models
+from tasks.errors import ArtifactError, ConfigError
+from tasks.validate import likelihood, llama_runtime, onnx_runtime
+
+LIMIT = 10
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_model_folder: Path) -> list[list[int]]:
+    tokenizer = models.load_tokenizer(tiny_model_folder)
+    return [chat.prompt_ids(tokenizer, row["messages"][:-1]) for row in tiny_rows(ROOMS)]
+
+
+def plain_greedy(file: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """LIMIT tokens by the binding's own high-level class, one sequence and one token at a time."""
+    from llama_cpp import Llama
+
+    runtime = Llama(str(file), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
+    found = []
+    for prompt in prompts:
+        runtime.reset()
+        runtime.eval(prompt)
+        answer = []
+        for _ in range(LIMIT):
+            answer.append(runtime.sample(temp=0.0))
+            runtime.eval(answer[-1:])
+        found.append(answer)
+    runtime.close()
+    return found
+
+
+def until(answers: list[list[int]], stops: list[int]) -> list[list[int]]:
+    return [answer[: next((i for i, token in enumerate(answer) if token in stops), LIMIT)] for answer in answers]
+
+
+@pytest.mark.parametrize("variant", ["q8_0", "q5_1", "q4_k_m", "q4_0"])
+def test_answers_are_those_of_plain_greedy_decoding(
+    tiny_model_folder: Path, prompts: list[list[int]], variant: str
+) -> None:
+    file = quantized(tiny_model_folder, variant) / "model.gguf"
+    plain = plain_greedy(file, prompts)
+    # Tokens that come up in the middle of some answers, so that some stop early and others never.
+    stops = sorted({answer[4] for answer in plain[::3]})
+    expected = until(plain, stops)
+    assert 0 < sum(len(answer) < LIMIT for answer in expected) < len(expected)
+    right = [[*answer, stops[0]] for answer in expected]
+    wrong = [[7, stops[0]] for _ in expected]
+    half = [[*answer[: i % 5], 7, 8, stops[0]] for i, answer in enumerate(expected)]
+    for drafts in (right, wrong, half, [each[0] for each in zip(right, wrong, half, strict=True)][::-1]):
+        counted: list[int] = []
+        found = llama_runtime.answers(
+            file, prompts, drafts, stops=stops, limit=LIMIT, threads=2, advance=counted.append
+        )
+        assert found == expected
+        assert sum(counted) == len(prompts)
+
+
+def test_more_rows_than_slots_and_a_lone_row(tiny_model_folder: Path, prompts: list[list[int]]) -> None:
+    file = quantized(tiny_model_folder, "q8_0") / "model.gguf"
+    many = [prompt[: len(prompt) - i % 3] for i, prompt in enumerate(prompts * 3)]
+    common = {"stops": [2], "limit": LIMIT, "threads": 1, "advance": lambda _: None}
+    found = llama_runtime.answers(file, many, [[2]] * len(many), **common)
+    alone = [llama_runtime.answers(file, [prompt], [[2]], **common)[0] for prompt in many[:6]]
+    assert found[:6] == alone
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2, 3], [1, 2, 3]], 2), ([[1, 2], [1, 2, 3]], 1), ([[1], [2]], 0), ([[5]], 0)],
+)
+def test_the_shared_beginning_leaves_a_token_of_each_prompt(prompts: list[list[int]], shared: int) -> None:
+    assert llama_runtime._common_prefix(prompts) == shared
+
+
+# --- likelihood ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tiny_model_folder: Path) -> list[int]:
+    tokenizer = models.load_tokenizer(tiny_model_folder)
+    return [id for row in tiny_rows(ROOMS) for id in tokenizer.apply_chat_template(row["messages"], return_dict=False)]
+
+
+def compared(reference: Path, file: Path, windows: list[list[int]], threads: int) -> likelihood.Likelihood:
+    import torch
+
+    torch.set_num_threads(threads)
+    context = len(windows[0])
+    with (
+        llama_runtime.window_logits(reference, context, threads) as base,
+        llama_runtime.window_logits(file, context, threads) as ours,
+    ):
+        return likelihood.compare(base, ours, windows)
+
+
+def test_perplexity_and_kld_are_those_of_the_definition(tiny_model_folder: Path, text: list[int]) -> None:
+    """The same numbers from transformers' logits in float64, written down from the definition."""
+    import torch
+
+    model = models.load_model(tiny_model_folder, "float32").to("cpu")
+    halved = models.load_model(tiny_model_folder, "float32").to("cpu")
+    with torch.no_grad():
+        halved.model.norm.weight.mul_(0.5)
+    windows = likelihood.split(text, 96, 3, None)
+
+    def by_transformers(of: object) -> likelihood.WindowLogits:
+        return lambda window, first: of(torch.tensor([window])).logits[0, first:-1].detach().numpy()
+
+    with llama_runtime.window_logits(converted(tiny_model_folder) / "student.gguf", 96, 1) as base, torch.no_grad():
+        found = likelihood.compare(base, by_transformers(halved), windows)
+        nll, base_nll, kld, same = [], [], [], []
+        for window in windows:
+            p = model(torch.tensor([window])).logits[0, 48:-1].double().log_softmax(-1)
+            q = halved(torch.tensor([window])).logits[0, 48:-1].double().log_softmax(-1)
+            target = torch.tensor(window[49:])[:, None]
+            nll.append(-q.gather(1, target))
+            base_nll.append(-p.gather(1, target))
+            kld.append((p.exp() * (p - q)).sum(-1))
+            same.append((p.argmax(-1) == q.argmax(-1)).double())
+    assert found.tokens == 3 * 47
+    assert found.perplexity == pytest.approx(torch.cat(nll).mean().exp().item(), rel=1e-5)
+    assert found.reference_perplexity == pytest.approx(torch.cat(base_nll).mean().exp().item(), rel=1e-3)
+    assert found.mean_kld == pytest.approx(torch.cat(kld).mean().item(), rel=1e-2)
+    assert found.same_top_token == pytest.approx(torch.cat(same).mean().item(), abs=0.02)
+
+
+def test_a_file_does_not_differ_from_itself(tiny_model_folder: Path, text: list[int]) -> None:
+    f16 = converted(tiny_model_folder) / "student.gguf"
+    found = compared(f16, f16, likelihood.split(text, 128, 2, None), 1)
+    assert (found.mean_kld, found.same_top_token) == (0.0, 1.0)
+    assert found.perplexity == found.reference_perplexity
+
+
+@pytest.mark.parametrize("variant", ["q8_0", "q4_0"])
+def test_the_number_of_threads_changes_nothing(tiny_model_folder: Path, text: list[int], variant: str) -> None:
+    f16, file = converted(tiny_model_folder) / "student.gguf", quantized(tiny_model_folder, variant) / "model.gguf"
+    windows = likelihood.split(text, 512, 2, None)
+    first, *others = (compared(f16, file, windows, threads) for threads in (1, 2, 3))
+    assert first.mean_kld > 0
+    assert others == [first, first]
+
+
+def test_windows_do_not_overlap_and_begin_with_bos() -> None:
+    tokens = list(range(100, 150))
+    assert likelihood.split(tokens, 20, 9, None) == [tokens[:20], tokens[20:40]]
+    assert likelihood.split(tokens, 20, 1, 1) == [[1, *tokens[1:20]]]
+
+
+def test_a_short_text_makes_one_shorter_window(capsys: pytest.CaptureFixture[str]) -> None:
+    assert likelihood.split(list(range(30)), 512, 4, None) == [list(range(30))]
+    assert "only 30 tokens" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"acquire\.data\.text"):
+        likelihood.split([1, 2, 3], 512, 4, None)
+
+
+def test_infinite_perplexity_is_no_crash() -> None:
+    import numpy as np
+
+    logits = np.zeros((7, 50), np.float32)
+    logits[:, 0] = 2000.0
+    found = likelihood.compare(lambda *_: logits * 0, lambda *_: logits, [list(range(16))])
+    assert math.isinf(found.perplexity)
+
+
+def test_a_damaged_file_is_named(tiny_model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ArtifactError, match=r"model\.gguf: llama\.cpp cannot load it: .+"):
+        llama_runtime.Session(tmp_path / "model.gguf", threads=1, cells=32)
+    (tmp_path / "onnx").mkdir()
+    with pytest.raises(ArtifactError, match="ONNX Runtime GenAI cannot load it"):
+        onnx_runtime.load(tmp_path / "onnx", 1)

@@ -1,0 +1,171 @@
+"""The whole stage on tiny files: its three reports, equal bytes whatever the threads, clear errors."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOMS, tiny_rows, write_jsonl
+from gguf_inputs import ROOT, converted, quantized, stage_input
+
+from tasks import cores, params
+from tasks.errors import ArtifactError
+from tasks.validate import EVALUATORS, validate
+
+METRICS = {
+    "accuracy", "accuracy_retention", "perplexity", "perplexity_ratio", "mean_kld", "same_top_token", "size_bytes", "size_ratio",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("inputs")
+    rows = tiny_rows(ROOMS[:4])
+    write_jsonl(home / "source" / "data" / "test.jsonl", rows)
+    distilled = stage_input(tiny_model_folder, home / "distilled")
+    references = [row["messages"][-1]["content"] for row in rows]
+    taught = [{"reference": text, "teacher_correct": i % 4 != 0} for i, text in enumerate(references)]
+    write_jsonl(distilled / "predictions.jsonl", taught)
+    return {"source": home / "source", "distilled": distilled, "converted": converted(tiny_model_folder)}
+
+
+def settings(**changes: object) -> params.Params:
+    return params.load(ROOT / "params.yaml").only(("task", "validate")).model_copy(
+        update={
+            "validate_": params.Validate(
+                context=64, windows=3, repeats=3, bootstrap=200,
+                gates=(params.Gate(name="mean_kld", at_most=1.0), params.Gate(name="ttft_p95_s", at_most=60.0)), **changes,
+            ),
+            "task": params.Task(max_new_tokens=8),
+        }
+    )  # fmt: skip
+
+
+def run(inputs: dict[str, Path], artifact: Path, variant: str, out: Path) -> dict[str, float]:
+    out.mkdir(parents=True)
+    return validate(settings(), **inputs, artifact=artifact, variant=variant, out=out)
+
+
+def test_there_is_an_evaluator_for_every_variant() -> None:
+    from typing import get_args
+
+    assert set(EVALUATORS) == set(get_args(params.Variant))
+
+
+@pytest.fixture(scope="module", params=["q8_0", "onnx-int4"])
+def done(request: pytest.FixtureRequest, inputs: dict, tiny_model_folder: Path, tmp_path_factory) -> tuple:
+    artifact = quantized(tiny_model_folder, request.param)
+    out = tmp_path_factory.mktemp("validate") / request.param
+    return request.param, artifact, out, run(inputs, artifact, request.param, out)
+
+
+def test_the_reports_hold_what_their_readers_expect(done: tuple, inputs: dict) -> None:
+    variant, artifact, out, returned = done
+    metrics, measured, verdict = (
+        json.loads((out / f"{name}.json").read_text()) for name in ("metrics", "measurements", "verdict")
+    )
+    assert set(metrics) > METRICS
+    assert set(returned) <= METRICS
+    assert all(returned[name] == metrics[name] for name in returned)
+    shipped = artifact / EVALUATORS[variant].file
+    files = [shipped] if shipped.is_file() else list(shipped.iterdir())
+    assert metrics["size_bytes"] == sum(file.stat().st_size for file in files)
+    yardstick = (inputs["converted"] / "teacher.gguf").stat().st_size
+    assert metrics["size_ratio"] == pytest.approx(metrics["size_bytes"] / yardstick)
+    assert metrics["perplexity_ratio"] == pytest.approx(metrics["perplexity"] / metrics["reference_perplexity"])
+    assert 0 < metrics["mean_kld"] < 1
+    for each in (measured, measured["reference"]):
+        assert 0 < each["ttft_s"]["p50"] <= each["ttft_s"]["p95"] <= each["ttft_s"]["p99"]
+        for name in ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_bytes"):
+            assert each[name] > 0
+    speedup = measured["decode_tokens_per_s"] / measured["reference"]["decode_tokens_per_s"]
+    assert measured["decode_speedup"] == pytest.approx(speedup)
+    assert verdict["verdict"] == "pass"
+    assert [line["name"] for line in verdict["checks"]] == ["mean_kld", "ttft_p95_s"]
+    assert all({"name", "value", "limit", "direction", "ok"} <= set(line) for line in verdict["checks"])
+
+
+def test_predictions_follow_the_test_rows(done: tuple, inputs: dict) -> None:
+    lines = [json.loads(line) for line in (done[2] / "predictions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (inputs["source"] / "data" / "test.jsonl").read_text().splitlines()]
+    assert [line["reference"] for line in lines] == [row["messages"][-1]["content"] for row in rows]
+    assert {tuple(line) for line in lines} == {("reference", "answer", "correct")}
+
+
+def test_quality_is_the_same_bytes_whatever_the_threads(
+    done: tuple, inputs: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant, artifact, out, _ = done
+    for threads in ("1", "2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        run(inputs, artifact, variant, tmp_path / threads)
+        for name in ("metrics.json", "predictions.jsonl"):
+            assert (tmp_path / threads / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_text_that_came_with_the_data_is_scored(inputs: dict, tiny_model_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(inputs["source"], source)
+    (source / "data" / "text.txt").write_text("The lamp in the kitchen went on. " * 40)
+    run(inputs | {"source": source}, quantized(tiny_model_folder, "q8_0"), "q8_0", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["scored_tokens"] == 3 * 31
+
+
+def test_predictions_of_other_rows_are_refused(inputs: dict, tiny_model_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_jsonl(source / "data" / "test.jsonl", tiny_rows(ROOMS[4:6]))
+    with pytest.raises(ArtifactError, match="made from other test rows"):
+        run(inputs | {"source": source}, quantized(tiny_model_folder, "q8_0"), "q8_0", tmp_path / "out")
+
+
+def test_a_missing_file_is_named(inputs: dict, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"model.gguf is missing: run quantize q4_0 again"):
+        run(inputs, tmp_path, "q4_0", tmp_path / "out")
+
+
+def test_a_measurement_waits_for_work_and_keeps_new_work_out(tmp_path: Path) -> None:
+    """Held open by pipes, not by time: work, then a measurement, then more work ask for the lock in turn."""
+    program = (
+        "import sys; from pathlib import Path; from tasks import cores\n"
+        "with getattr(cores, sys.argv[1])(Path(sys.argv[2])):\n"
+        "    print('in', flush=True); sys.stdin.read()\n"
+        "print('out', flush=True)"
+    )
+
+    def start(kind: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", program, kind, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, cwd=ROOT,
+        )  # fmt: skip
+
+    with start("busy") as first, start("busy") as second:
+        assert (first.stdout.readline(), second.stdout.readline()) == ("in\n", "in\n")
+        with start("quiet") as measurement:
+            first.stdin.close()
+            assert first.stdout.readline() == "out\n"
+            os.set_blocking(measurement.stdout.fileno(), False)
+            assert measurement.stdout.read() in (None, "")  # the second still works
+            os.set_blocking(measurement.stdout.fileno(), True)
+            second.stdin.close()
+            assert second.stdout.readline() == "out\n"
+            assert measurement.stdout.readline() == "in\n"
+            with start("busy") as later:
+                os.set_blocking(later.stdout.fileno(), False)
+                assert later.stdout.read() in (None, "")
+                os.set_blocking(later.stdout.fileno(), True)
+                measurement.stdin.close()
+                assert measurement.stdout.readline() == "out\n"
+                assert later.stdout.readline() == "in\n"
+                later.stdin.close()
+
+
+def test_threads_come_from_the_callers_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert cores.threads() == 3
+    for unset in ("", "0", "four"):
+        monkeypatch.setenv("OMP_NUM_THREADS", unset)
+        assert cores.threads() == cores.available()
