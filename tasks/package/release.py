@@ -1,0 +1,53 @@
+"""What every target is given, and the few steps they share."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.chat import Messages
+from tasks.package.turns import Turns
+
+
+@dataclass(frozen=True)
+class Release:
+    """One variant on its way into a target's folder."""
+
+    name: str
+    variant: str
+    weights: Path  # a GGUF file, or an ONNX Runtime GenAI folder
+    runtime_version: str
+    conversations_checked: int  # prompts found equal between tokenizer and runtime
+    adds_bos: bool  # the runtime would put the bos token before a rendered prompt
+    turns: Turns | None  # None: only Jinja can render this model's chat template
+    bos: str
+    stops: tuple[str, ...]  # texts of the end-of-turn tokens
+    system: str | None  # the system prompt that all rows of the data share
+    example: Messages  # a conversation of the data that waits for its answer
+    answer: str  # the reference answer to it
+    context_length: int  # tokens
+    minimum_ram_bytes: int
+    licence: str  # text
+
+
+def place(source: Path, target: Path) -> None:
+    """Hard-link one file, so that weights are on the disk once; copy where the file system cannot link."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def place_folder(source: Path, target: Path) -> None:
+    """`place` for every file under `source`."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            place(path, target / path.relative_to(source))
+
+
+def write(path: Path, text: str, *, executable: bool = False) -> None:
+    """Write one text file of a bundle."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
+    path.chmod(0o755 if executable else 0o644)

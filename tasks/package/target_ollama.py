@@ -1,0 +1,55 @@
+"""The Ollama bundle: weights and a Modelfile."""
+
+from pathlib import Path
+
+from tasks.package.release import Release, place, write
+from tasks.package.turns import Turns
+
+README = """# {name} ({variant}) for Ollama
+
+```sh
+ollama create {name} -f Modelfile
+ollama run {name} {question}
+```
+{notes}"""
+
+NO_TEMPLATE = (
+    "The Modelfile has no TEMPLATE: this model's chat template does more than put text around turns, so no Go "
+    "template renders it exactly. Ollama then takes the nearest template it knows for the one in the GGUF, or none: "
+    "compare `ollama show --template {name}` with the model's chat template before use, or serve the llama-server bundle."
+)
+ADDS_BOS = "Ollama puts a bos token before every prompt of this GGUF, which the model's own template does not do."
+NO_SYSTEM = 'The data\'s system prompt holds """, which a Modelfile cannot carry: send it with each request.'
+
+
+def ollama(release: Release, out: Path) -> list[str]:
+    """Write the bundle into `out`; returns what a person should know about it."""
+    turns, notes = _turns(release)
+    lines = ["FROM ./model.gguf", f"PARAMETER num_ctx {release.context_length}"]
+    # Greedy and unpenalised, as the model was validated; Ollama's defaults sample and punish repetition.
+    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
+    lines += [f'PARAMETER stop "{stop}"' for stop in release.stops]
+    if release.system is not None and '"""' in release.system:
+        notes.append(NO_SYSTEM)
+    elif release.system is not None:
+        lines.append(f'SYSTEM """{release.system}"""')
+    if turns is not None:
+        lines.append(f'TEMPLATE """{turns.go()}"""')
+    lines.append('LICENSE """{}"""'.format(release.licence.strip().replace('"""', "'''")))
+    place(release.weights, out / "model.gguf")
+    write(out / "Modelfile", "\n".join(lines) + "\n")
+    # A shell takes single-quoted text as it is.
+    question = "'" + release.example[-1]["content"].replace("'", "'\\''") + "'"
+    told = "".join(f"\n{note}\n" for note in notes)
+    write(out / "README.md", README.format(name=release.name, variant=release.variant, question=question, notes=told))
+    return notes
+
+
+def _turns(release: Release) -> tuple[Turns | None, list[str]]:
+    turns = release.turns
+    if turns is None:
+        return None, [NO_TEMPLATE.format(name=release.name)]
+    if not release.adds_bos:
+        return turns, []
+    stripped = turns.without_bos(release.bos) if release.bos else None
+    return (turns, [ADDS_BOS]) if stripped is None else (stripped, [])

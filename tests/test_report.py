@@ -1,0 +1,220 @@
+"""report.html: one page that holds every number, loads nothing and takes no text for markup."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from flows import charts
+from flows.report import write_report
+from tasks import params
+from tasks.errors import ArtifactError
+from tasks.package import bundle
+
+SIZES = {"q8_0": 0.41, "q5_1": 0.33, "q4_k_m": 0.31, "q4_0": 0.27, "onnx-int4": 0.44}
+HOSTILE = '<script>alert("x")</script>'
+
+
+def variant(name: str) -> dict:
+    at = list(SIZES).index(name)
+    verdict = {"q4_0": "fail", "onnx-int4": "undecided"}.get(name, "pass")
+    retention = 1.0 - 0.012 * at
+    check = {
+        "name": "accuracy_retention",
+        "value": retention,
+        "limit": 0.96,
+        "direction": "at_least",
+        "ok": verdict != "fail",
+    }
+    check |= {"interval": [retention - 0.04, retention + 0.03], "undecided": verdict == "undecided"}
+    classes = {"light_on": 0.97 - at / 50, "set_temperature": 0.91 - at / 30, "decline": 0.82 - at / 40}
+    speed = {"decode_tokens_per_s": 178 + 14 * at, "ttft_s": {"p50": 0.041 - at / 400, "p95": 0.048, "p99": 0.061}}
+    return {
+        "kind": "onnx" if "onnx" in name else "gguf",
+        "targets": [],
+        "verdict": {"verdict": verdict, "checks": [check]},
+        "metrics": {
+            "accuracy": 0.87 * retention, "accuracy_retention": retention, "perplexity": 18 + at, "mean_kld": 0.004 * 3**at,
+            "perplexity_ratio": 1 + at / 30, "same_top_token": 0.96 - at / 18, "size_bytes": SIZES[name] * 271e6,
+            "size_ratio": SIZES[name], "per_group": classes, "accuracy_interval": [0.8, 0.9], "scored_tokens": 6144,
+        },
+        "measurements": speed | {
+            "load_s": 0.12, "prefill_tokens_per_s": 919.0, "peak_rss_bytes": 2.1e8 + 1e7 * at, "decode_speedup": 1.26,
+            "peak_rss_ratio": 0.62, "threads": 2,
+            "reference": {"decode_tokens_per_s": 141.0, "ttft_s": {"p50": 0.05, "p95": 0.06, "p99": 0.08}},
+        },
+    }  # fmt: skip
+
+
+def sample(root: Path, chosen: str | None = "q4_k_m", name: str = "home-commands") -> tuple[Path, Path]:
+    """A package and a distill folder as the stages write them."""
+    package, distill, finetune = (root / stage for stage in ("package", "distill", "finetune"))
+    for folder in (package, distill, finetune):
+        folder.mkdir(parents=True)
+    variants = {each: variant(each) for each in SIZES}
+    reason = "q4_k_m is the smallest of the 3 variants that passed. " + HOSTILE
+    evaluation = {
+        n: bundle.Evaluation(verdict=v["verdict"]["verdict"], metrics=v["metrics"]) for n, v in variants.items()
+    }
+    lineage = {
+        "model": {"source": "package", "sha256": "ab" * 32, "architecture": "LlamaForCausalLM"},
+        "data": {"rows": {"train": 1500}},
+    }
+    bundle.write(package, bundle.Bundle(
+        name=name, chosen=chosen, reason=reason, variants={n: [] for n in variants}, targets={}, files={},
+        minimum_ram_bytes=343_000_000 if chosen else None, runtimes={"llama-cpp-python": "0.3.36"},
+        licence=bundle.Licence(model="apache-2.0", data="CC-BY-4.0"), lineage=lineage, evaluation=evaluation,
+        created_from={"source": "cd" * 32, "artifacts/q4_k_m": "ef" * 32},
+    ))  # fmt: skip
+    report = {"name": name, "rule": "smallest", "chosen": chosen, "reason": reason, "variants": variants}
+    (package / "report.json").write_text(json.dumps(report))
+    models = {
+        each: {"accuracy": a, "parameters": p, "layers": n, "per_group": {"light_on": a, "set_temperature": a * 0.9, "decline": a**2}}
+        for each, a, p, n in (
+            ("base", 0.0, 134_515_008, 30), ("teacher", 0.884, 134_515_008, 30), ("pruned", 0.215, 113_000_000, 24),
+            ("distilled", 0.871, 113_000_000, 24),
+        )
+    }  # fmt: skip
+    (distill / "models.json").write_text(json.dumps(models))
+    curve = [
+        {"step": s, "loss": 1.4 * 0.97**s + 0.02, "validation_loss": 1.1 * 0.975**s + 0.06} for s in range(20, 220, 40)
+    ]
+    for folder in (distill, finetune):
+        (folder / "history.json").write_text(json.dumps(curve))
+    return package, distill
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text of the page, checked for balance."""
+
+    VOID = ("meta", "line", "circle", "rect", "polyline", "br")
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open, self.seen, self.text, self.links = [], [], [], []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "data", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+
+
+def written(root: Path, **changes) -> tuple[str, Page]:
+    package, distill = sample(root, **changes)
+    write_report(package, distill, root / "out" / "report.html")
+    html = (root / "out" / "report.html").read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def test_it_is_one_page_that_loads_nothing(tmp_path: Path):
+    html, page = written(tmp_path)
+    assert page.links == []
+    assert not re.search(r"https?://|url\(|@import", html)
+    assert {"script", "link", "img", "iframe"}.isdisjoint(page.seen)
+
+
+def test_texts_are_never_markup(tmp_path: Path):
+    html, page = written(tmp_path, name='a"><b>x')
+    assert HOSTILE not in html
+    assert HOSTILE in "".join(page.text)
+
+
+def test_every_variant_metric_and_model_is_told(tmp_path: Path):
+    _, page = written(tmp_path)
+    text = " ".join(page.text)
+    for name in SIZES:
+        assert text.count(name) >= 5  # two tables, two plots and a column of the classes
+    assert page.seen.count("svg") == 6
+    for wanted in (
+        "q4_k_m",
+        "84.0 MB",
+        "97.6 %",
+        "teacher F16",
+        "light_on",
+        "113.0 M",
+        "21.5 %",
+        "scored_tokens",
+        "343.0 MB",
+    ):
+        assert wanted in text, wanted
+    assert "accuracy_retention is 0.964, 95 % interval 0.924 to 0.994, wanted at least 0.96" in text
+    assert "cd" * 32 in text
+
+
+def test_each_chart_says_what_it_is_to_a_reader_of_screens(tmp_path: Path):
+    html, _ = written(tmp_path)
+    assert re.findall(r"<svg(?! role=\"img\" aria-label=\"[^\"]+\")", html) == []
+
+
+def test_nothing_chosen_is_told_with_the_reason(tmp_path: Path):
+    _, page = written(tmp_path, chosen=None)
+    assert "Nothing passed its gates" in page.text
+
+
+def test_parameters_are_shown_when_given(tmp_path: Path, tiny_params: dict):
+    package, distill = sample(tmp_path / "run")
+    tiny_params["distill"]["seed"] = 4711
+    write_report(package, distill, tmp_path / "r.html", params=params.check(tiny_params, "test"))
+    assert "seed: 4711" in (tmp_path / "r.html").read_text()
+
+
+def test_numbers_that_are_missing_leave_gaps_not_errors(tmp_path: Path):
+    package, distill = sample(tmp_path)
+    report = json.loads((package / "report.json").read_text())
+    for each in report["variants"].values():
+        each["metrics"] = {"accuracy": None}
+        each["measurements"] = {}
+        each["verdict"]["checks"] = [
+            {"name": "mean_kld", "value": None, "limit": 0.2, "direction": "at_most", "ok": False}
+        ]
+    (package / "report.json").write_text(json.dumps(report))
+    (distill / "history.json").write_text("[]")
+    (distill.parent / "finetune" / "history.json").write_text("[]")
+    write_report(package, distill, tmp_path / "r.html")
+    assert "mean_kld is missing, wanted at most 0.2" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["report.json", "bundle.json"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str):
+    package, distill = sample(tmp_path)
+    (package / name).write_text("{")
+    with pytest.raises(ArtifactError, match=name):
+        write_report(package, distill, tmp_path / "r.html")
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.27, 0.44), (3, 3), (-2, 5), (0, 1e9), (1e-6, 3e-6)])
+def test_ticks_are_few_and_inside(low: float, high: float):
+    found = charts.ticks(low, high)
+    assert len(found) <= 6
+    assert all(low - 1e-9 <= tick <= high + 1e-9 * max(1, high) for tick in found)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1234567, "1,234,567"),
+        (1234567.8, "1,234,568"),
+        (2, "2"),
+        (0.0234, "0.0234"),
+        (12.34, "12.3"),
+        (float("nan"), "-"),
+    ],
+)
+def test_numbers_are_short(value: float, text: str):
+    assert charts.number(value) == text
