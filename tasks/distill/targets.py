@@ -6,6 +6,7 @@ a true KL between distributions over k + 1 outcomes and the student is not pushe
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ Lookup = Callable[[list[int]], tuple[Any, Any]]
 
 
 def cache_targets(model: Any, rows: Sequence[Encoded], settings: Distill, path: Path) -> Lookup:
-    """Write the teacher's targets of every row to `path` unless they are there; return a reader.
+    """Write the teacher's targets of every row that training will read to `path` unless they are there; return a reader.
 
     The reader maps row indices to token ids (n, k) and log-probabilities (n, k) of their n targets in order.
     """
@@ -35,8 +36,11 @@ def cache_targets(model: Any, rows: Sequence[Encoded], settings: Distill, path: 
         tokens = torch.zeros(starts[-1], settings.top_k, dtype=torch.int32)
         logs = torch.zeros(starts[-1], settings.top_k, dtype=torch.float32)
         head = model.get_output_embeddings()
-        with torch.no_grad(), events.progress("teacher targets", len(rows), "rows") as advance:
-            for chosen in batches([len(row.ids) for row in rows], 4096, 0, 1.0):
+        lengths = [len(row.ids) for row in rows]
+        read = sorted(set(chain.from_iterable(batches(lengths, settings.batch_tokens, settings.seed, settings.epochs))))
+        with torch.no_grad(), events.progress("teacher targets", len(read), "rows") as advance:
+            for part in batches([lengths[i] for i in read], 4096, 0, 1.0):
+                chosen = [read[n] for n in part]
                 ids, predicts, _ = collate([rows[i] for i in chosen], model.device)
                 logits = head(target_states(model, ids, predicts)).float() / settings.temperature
                 top = logits.log_softmax(-1).topk(settings.top_k)

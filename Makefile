@@ -1,0 +1,47 @@
+# `make run` and `make test` each do everything on a fresh clone.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+
+# Nothing that we start reports to anyone.
+export PYTHON
+export DO_NOT_TRACK = true
+export DVC_NO_ANALYTICS = 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+export MLFLOW_DISABLE_TELEMETRY = true
+export OLIVE_DISABLE_TELEMETRY = 1
+export ORT_TELEMETRY_DISABLED = 1
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
+
+.PHONY: run setup test test-all lint format constraints clean
+
+run: setup  ## the whole pipeline with params.yaml
+	$(BIN)/slmops run
+
+setup: .venv/.ready  ## the environment, once; about 10 minutes on 2 cores
+
+.venv/.ready: constraints.txt pyproject.toml infra/setup.sh
+	infra/setup.sh
+
+test: setup lint  ## the style, the types and all but the slow tests
+	$(BIN)/python -m pytest
+
+test-all: setup lint  ## the slow tests too: the real model, minutes
+	$(BIN)/python -m pytest -m ""
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+constraints: setup  ## pin what is installed now
+	infra/constraints.sh
+
+clean:  ## the environment and all outputs; data, registry and the DVC cache stay
+	rm -rf .venv build report.html .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.runs/*' -exec rm -rf {} +

@@ -1,0 +1,240 @@
+"""The `slmops` command. Parsing needs the standard library alone; what a command needs it imports itself."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.errors import PipelineError
+
+if TYPE_CHECKING:
+    from flows import pipeline
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; exit code 1 with `error: ...` for anything a person can act on, 130 for Ctrl-C."""
+    args = _parser().parse_args(argv)
+    from flows import quiet
+
+    quiet.apply()
+    command: Command = args.command
+    try:
+        return command(args)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: stopped by hand: run it again, it takes up where it can", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="slmops",
+        description="From an open small language model to a validated, packaged, registered edge release.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        sub.add_argument("--params", type=Path, metavar="FILE", help="parameters to use instead of params.yaml")
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            dest="overrides",
+            metavar="KEY=VALUE",
+            help="change one parameter; repeatable",
+        )
+        return sub
+
+    sub = add("run", run, "run the whole pipeline")
+    sub.add_argument("--name", help="name of the run (default: the time)")
+    sub.add_argument("--worktree", action="store_true", help="in a git worktree of its own, ending as branch runs/NAME")
+    sub.add_argument("--commit", default="HEAD", help="what a worktree starts from (default: HEAD)")
+    sub = add("stage", stage, "run one stage alone, without DVC, Prefect and MLflow")
+    sub.add_argument("stage")
+    sub.add_argument("variant", nargs="?")
+    add("plan", plan, "predict sizes, memory and time before any work")
+    add("doctor", doctor, "check that this machine has what is needed")
+    add("report", report, "write report.html from the finished stages")
+    add("register", register, "register the packaged model as `candidate`")
+    sub = add("approve", approve, "make a registered version the `champion`")
+    sub.add_argument("version", type=int)
+    _signed(sub)
+    _signed(add("rollback", rollback, "make the previous champion champion again"))
+    add("history", history, "show who released what, when and why")
+    add("runs", runs, "list the runs in worktrees")
+    sub = add("prune", prune, "remove the worktrees of finished runs; their branches stay")
+    sub.add_argument("name", nargs="*", help="of these runs, finished or not")
+    return parser
+
+
+def _signed(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--by", required=True, metavar="NAME", help="who decides")
+    sub.add_argument("--reason", required=True, metavar="TEXT", help="why")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`slmops run`."""
+    started = time.monotonic()
+    from flows import quiet, workspace
+
+    quiet.apply(quiet.PREFECT)
+    here = workspace.find(Path())
+    main = workspace.main_root(here)
+    name = args.name or workspace.new_name()
+    if not args.worktree:
+        with workspace.in_place(here, name, args.params, args.overrides) as lock:
+            if args.params or args.overrides:
+                print("note: params.yaml now holds the effective values of this run", file=sys.stderr)
+            _go(here, name, lock, started)
+        return 0
+    changed = workspace.uncommitted(main)
+    if changed:
+        print(f"note: not in this run, since not committed: {', '.join(changed)}", file=sys.stderr)
+    with workspace.worktree(main, name, args.commit, args.params, args.overrides) as (root, lock):
+        registered = _go(root, name, lock, started)
+        commit = workspace.finish(root, name, f"Run {name}\n\n{registered}")
+    print(f"commit {commit[:12]} on branch runs/{name}; its files are in {root} until `slmops prune`")
+    return 0
+
+
+def _go(root: Path, name: str, lock: int, started: float) -> str:
+    """Run the flow in a workspace that is locked, print what it came to, and say what was registered."""
+    from flows import tracking, versioning, workspace
+
+    # What would stop the run later is asked before Prefect's server takes its seconds to start.
+    tracking.check_server(tracking.uri(workspace.main_root(root)))
+    versioning.check_state(root)
+
+    from flows import pipeline
+
+    result = pipeline.run(root, name, lock)
+    print(_summary(result, time.monotonic() - started))
+    return result.registered
+
+
+def _summary(result: "pipeline.Result", wall_s: float) -> str:
+    from flows.display import HOW
+
+    lines = []
+    for (stage, variant), outcome in result.outcomes.items():
+        name = f"{stage} {variant}" if variant else stage
+        lines.append(f"  {name:<22}{outcome.total_s:8.1f} s  {HOW[outcome.how]}")
+    rest = wall_s - result.work_s
+    lines.append(f"  {'total':<22}{wall_s:8.1f} s  of it {rest:.1f} s ({rest / wall_s:.0%}) orchestration")
+    return "\n".join([*lines, result.registered, f"report: {result.report}"])
+
+
+def stage(args: argparse.Namespace) -> int:
+    """`slmops stage NAME [VARIANT]`."""
+    from flows import workspace
+    from tasks.__main__ import main as tasks_main
+
+    argv = [args.stage, *([args.variant] if args.variant else []), "--root", str(workspace.find(Path()))]
+    if args.params:
+        argv += ["--params", str(args.params)]
+    return tasks_main([*argv, *(word for override in args.overrides for word in ("--set", override))])
+
+
+def plan(args: argparse.Namespace) -> int:
+    """`slmops plan`."""
+    from flows import workspace
+    from flows.plan import show
+
+    root = workspace.find(Path())
+    show(root, args.params or root / "params.yaml", args.overrides)
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """`slmops doctor`: exit code 1 if something needed is missing."""
+    from flows.doctor import show
+
+    return 0 if show(Path()) else 1
+
+
+def report(args: argparse.Namespace) -> int:
+    """`slmops report`."""
+    from flows import workspace
+    from flows.report import write_report
+    from tasks import params
+    from tasks.stage import folder
+
+    root = workspace.find(Path())
+    checked = params.load(args.params or root / "params.yaml", args.overrides)
+    out = root / "report.html"
+    write_report(folder(root, "package"), folder(root, "distill"), out, params=checked)
+    print(out)
+    return 0
+
+
+def register(args: argparse.Namespace) -> int:
+    """`slmops register`."""
+    from flows import release, workspace
+
+    root = workspace.find(Path())
+    print(release.register(root, workspace.main_root(root)).text())
+    return 0
+
+
+def approve(args: argparse.Namespace) -> int:
+    """`slmops approve VERSION`."""
+    from flows import release
+
+    print(release.approve(*_model(args), str(args.version), args.by, args.reason))
+    return 0
+
+
+def rollback(args: argparse.Namespace) -> int:
+    """`slmops rollback`."""
+    from flows import release
+
+    print(release.rollback(*_model(args), args.by, args.reason))
+    return 0
+
+
+def history(args: argparse.Namespace) -> int:
+    """`slmops history`."""
+    from flows import release
+
+    print(release.history(*_model(args)))
+    return 0
+
+
+def _model(args: argparse.Namespace) -> tuple[Path, str]:
+    """The main checkout, where the registry lies, and the name of the registered model."""
+    from flows import workspace
+    from tasks import params
+
+    root = workspace.find(Path())
+    checked = params.load(args.params or root / "params.yaml", args.overrides)
+    return workspace.main_root(root), checked.package.name
+
+
+def runs(args: argparse.Namespace) -> int:
+    """`slmops runs`."""
+    from flows import workspace
+
+    for run in workspace.runs(workspace.main_root(workspace.find(Path()))):
+        print(f"{run.name:<24}{run.state:<10}{run.commit}  {run.folder}")
+    return 0
+
+
+def prune(args: argparse.Namespace) -> int:
+    """`slmops prune [NAME ...]`."""
+    from flows import workspace
+
+    for name in workspace.prune(workspace.main_root(workspace.find(Path())), args.name):
+        print(f"removed the worktree of {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

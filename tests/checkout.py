@@ -1,0 +1,155 @@
+"""A checkout of the project in a temporary folder: its own params and data, git history, DVC, and the stages."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SLMOPS = Path(sys.executable).with_name("slmops")
+FILES = ("dvc.yaml", ".dvcignore", ".gitignore", "constraints.txt")
+
+# A toy stage writes the smallest valid output. It waits as TOY_WAIT tells ({"stage": seconds}) and fails as
+# TOY_FAIL tells ({"stage": ["error's family", how many times]}). Each start is a line of the file TOY_LOG.
+TOY = """
+import json, os, time
+from pathlib import Path
+from tasks import errors, events
+
+def {stage}(params, *, out, variant=None, **rest):
+    name = "{stage}" + ("-" + variant if variant else "")
+    with open(os.environ["TOY_LOG"], "a") as log:
+        log.write(name + "\\n")
+    wait = json.loads(os.environ.get("TOY_WAIT", "{{}}")).get(name, 0)
+    with events.progress(name, 4) as advance:
+        for step in range(4):
+            events.metric("loss", 1.0 / (step + 1), step)
+            advance()
+            time.sleep(wait / 4)
+    family, times = json.loads(os.environ.get("TOY_FAIL", "{{}}")).get(name, ("", 0))
+    if Path(os.environ["TOY_LOG"]).read_text().splitlines().count(name) <= times:
+        raise getattr(errors, family)("told to fail: do not tell it")
+    {body}
+    return {{"answer": 42.0}}
+"""
+MODEL = {"accuracy": 0.9, "parameters": 1000, "layers": 4, "per_group": {"lamp": 0.9}}
+BUNDLE = {
+    "name": "home-commands",
+    "chosen": "q4_0",
+    "reason": "toys pass",
+    "variants": {"q4_0": ["llama-server"], "q8_0": []},
+    "targets": {
+        "llama-server": {
+            "variant": "q4_0", "runtime": "llama-cpp-python", "minimum_ram_bytes": 1, "context_length": 512,
+            "conversations_checked": 1, "notes": [],
+        }
+    },
+    "files": {"llama-server/model.gguf": {"sha256": hashlib.sha256(b"toy").hexdigest(), "size": 3}},
+    "minimum_ram_bytes": 1,
+    "runtimes": {},
+    "licence": {"model": "apache-2.0", "data": "apache-2.0"},
+    "lineage": {},
+    "evaluation": {name: {"verdict": "pass", "metrics": {}} for name in ("q4_0", "q8_0")},
+    "created_from": {},
+}  # fmt: skip
+JUDGED = {
+    "metrics": {"accuracy": 0.9, "accuracy_retention": 0.98, "mean_kld": 0.02, "size_bytes": 400, "size_ratio": 0.3},
+    "measurements": {"decode_tokens_per_s": 123.0, "ttft_s": {"p50": 0.1, "p95": 0.2, "p99": 0.3}},
+    "verdict": {"verdict": "pass", "checks": []},
+}
+BODIES = {
+    "acquire": """(out / "lineage.json").write_text(json.dumps({"model": {}, "data": {"source": "toy", "sha256": {"train.jsonl": "0" * 64}, "rows": {"train": 3}}}))""",
+    "finetune": """(out / "history.json").write_text(json.dumps([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]))""",
+    "distill": f"""(out / "history.json").write_text(json.dumps([{{"step": 1, "loss": params.distill.epochs}}]))
+    (out / "models.json").write_text(json.dumps({ {"teacher": MODEL, "distilled": MODEL} }))""",
+    "convert": """(out / "teacher.gguf").write_bytes(b"t" * 1000)""",
+    "quantize": """(out / "model.gguf").write_bytes(variant.encode() * 100)""",
+    "validate": f"""[(out / (name + ".json")).write_text(json.dumps(value)) for name, value in {JUDGED}.items()]""",
+    "package": f"""(out / "llama-server").mkdir()
+    (out / "llama-server" / "model.gguf").write_bytes(b"toy")
+    (out / "bundle.json").write_text(json.dumps({BUNDLE}))
+    (out / "report.json").write_text(json.dumps({ {"reason": "toys pass", "variants": {"q4_0": JUDGED, "q8_0": JUDGED}} }))""",
+}
+
+
+def git(root: Path, *arguments: str) -> str:
+    """Output of a git command, with a committer."""
+    command = ["git", "-c", "user.name=Test", "-c", "user.email=test@example.org", *arguments]
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def make(root: Path, params: Mapping[str, object]) -> Path:
+    """Everything that a run reads, committed: our code and pipeline, these params, and the data already there."""
+    for name in FILES:
+        shutil.copy(ROOT / name, root / name)
+    skip = shutil.ignore_patterns("__pycache__")
+    for name in ("tasks", "infra"):
+        shutil.copytree(ROOT / name, root / name, ignore=skip)
+    (root / ".dvc").mkdir()
+    for name in ("config", ".gitignore"):
+        shutil.copy(ROOT / ".dvc" / name, root / ".dvc" / name)
+    (root / "params.yaml").write_text(yaml.safe_dump(dict(params), sort_keys=False))
+    git(root, "init", "-q", "-b", "main")
+    commit(root)
+    return root
+
+
+def make_toy(root: Path) -> Path:
+    """A checkout whose stages are toys: for what is around the stages."""
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["acquire"]["data"]["path"] = "data/rows"
+    raw["quantize"]["variants"] = ["q8_0", "q4_0"]
+    (root / "data" / "rows").mkdir(parents=True)
+    (root / "data" / "rows" / "train.jsonl").write_text("{}\n")
+    make(root, raw)
+    for stage, body in BODIES.items():
+        shutil.rmtree(root / "tasks" / stage)
+        (root / "tasks" / stage).mkdir()
+        (root / "tasks" / stage / "__init__.py").write_text(TOY.format(stage=stage, body=body))
+    commit(root)
+    return root
+
+
+def commit(root: Path) -> str:
+    """Commit all there is."""
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "state", "--allow-empty")
+    return git(root, "rev-parse", "HEAD")
+
+
+def environment(root: Path, **extra: str) -> dict[str, str]:
+    """Servers and their databases apart from the person's own, toys told what to do."""
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PREFECT_", "SLMOPS_"))
+    }
+    return {
+        **kept,
+        "PREFECT_HOME": os.environ.get("TEST_PREFECT_HOME", str(root / ".prefect")),
+        "PYTHONPATH": str(Path(__file__).parent),
+        "TOY_LOG": str(root / "toy.log"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+        **extra,
+    }
+
+
+def slmops(root: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a checkout."""
+    return subprocess.run(
+        [SLMOPS, *arguments], cwd=root, env=environment(root, **extra), capture_output=True, text=True
+    )
+
+
+def digests(root: Path) -> dict[str, str]:
+    """Every file that is not measured, of every stage: path -> sha256, as the manifests have them."""
+    found = {}
+    for path in sorted((root / "build").rglob("manifest.json")):
+        made = json.loads(path.read_bytes())
+        folder = path.parent.relative_to(root / "build").as_posix()
+        found |= {f"{folder}/{name}": digest for name, digest in made["files"].items()}
+    return found
