@@ -1,6 +1,7 @@
 """The `slmops` command. Parsing needs the standard library alone; what a command needs it imports itself."""
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -83,6 +84,9 @@ def _signed(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`slmops run`."""
     started = time.monotonic()
+    # As Ctrl-C: stages are stopped, runs closed and Prefect's server ended, then the process.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminated)
     from flows import quiet, workspace
 
     quiet.apply(quiet.PREFECT)
@@ -103,6 +107,11 @@ def run(args: argparse.Namespace) -> int:
         commit = workspace.finish(root, name, f"Run {name}\n\n{registered}")
     print(f"commit {commit[:12]} on branch runs/{name}; its files are in {root} until `slmops prune`")
     return 0
+
+
+def _terminated(number: int, frame: object) -> None:
+    print(f"error: stopped by {signal.Signals(number).name}: run it again, it takes up where it can", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 def _go(root: Path, name: str, lock: int, started: float) -> str:

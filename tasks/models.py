@@ -127,13 +127,22 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     try:
-        model.to(torch.bfloat16).save_pretrained(out)
+        cast(model, torch.bfloat16).save_pretrained(out)
         tokenizer.save_pretrained(out)
+        for weights in out.glob("*.safetensors"):
+            weights.chmod(0o644)
     except Exception as error:
         # safetensors reports ENOSPC in the text of an exception of its own.
         if re.search(rf"os error {errno.ENOSPC}\b", str(error)) or getattr(error, "errno", None) == errno.ENOSPC:
             raise disk_full(out) from error
         raise
+
+
+def cast(model: Any, dtype: Any) -> Any:
+    """Cast the parameters in place; buffers such as the rotary frequencies stay exact, as a loaded model has them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def count(model: Any) -> int:

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tasks import events
+from tasks import events, models
 from tasks.chat import Encoded
 from tasks.errors import StageError
 from tasks.params import Training
@@ -178,7 +178,7 @@ def train(
 
     torch.manual_seed(settings.seed)
     half = settings.precision == "bf16" or (settings.precision == "auto" and bf16_is_native(model.device))
-    model.float()
+    models.cast(model, torch.float32)
     if settings.freeze_embeddings:
         model.get_input_embeddings().weight.requires_grad_(False)
         model.get_output_embeddings().weight.requires_grad_(False)
@@ -186,7 +186,7 @@ def train(
     plain = model.device.type == "cpu" and max(len(row.ids) for row in rows) <= 256
     model.set_attn_implementation("eager" if plain else "sdpa")
     masters = [p.detach().clone() for p in model.parameters() if p.requires_grad]
-    model.to(torch.bfloat16 if half else torch.float32).train()
+    models.cast(model, torch.bfloat16 if half else torch.float32).train()
     weights = [p for p in model.parameters() if p.requires_grad]
     need_space(scratch, 14 * sum(m.numel() for m in masters))
     optimizer = torch.optim.AdamW(

@@ -1,11 +1,13 @@
 """A checkout of the project in a temporary folder: its own params and data, git history, DVC, and the stages."""
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -78,6 +80,22 @@ BODIES = {
 }
 
 
+@functools.cache
+def _servers() -> tempfile.TemporaryDirectory[str]:
+    """Databases of Prefect and MLflow with their tables, made once a session: it takes seconds."""
+    return tempfile.TemporaryDirectory(prefix="slmops-tests-")
+
+
+@functools.cache
+def empty_store() -> Path:
+    """An MLflow database without runs, to be copied."""
+    from flows import tracking
+
+    folder = Path(_servers().name)
+    tracking.client(folder).search_experiments()
+    return folder / "mlflow.db"
+
+
 def git(root: Path, *arguments: str) -> str:
     """Output of a git command, with a committer."""
     command = ["git", "-c", "user.name=Test", "-c", "user.email=test@example.org", *arguments]
@@ -94,6 +112,7 @@ def make(root: Path, params: Mapping[str, object]) -> Path:
     (root / ".dvc").mkdir()
     for name in ("config", ".gitignore"):
         shutil.copy(ROOT / ".dvc" / name, root / ".dvc" / name)
+    shutil.copy(empty_store(), root / "mlflow.db")
     (root / "params.yaml").write_text(yaml.safe_dump(dict(params), sort_keys=False))
     git(root, "init", "-q", "-b", "main")
     commit(root)
@@ -130,7 +149,7 @@ def environment(root: Path, **extra: str) -> dict[str, str]:
     }
     return {
         **kept,
-        "PREFECT_HOME": os.environ.get("TEST_PREFECT_HOME", str(root / ".prefect")),
+        "PREFECT_HOME": str(Path(_servers().name) / "prefect"),
         "PYTHONPATH": str(Path(__file__).parent),
         "TOY_LOG": str(root / "toy.log"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),

@@ -9,6 +9,7 @@ from importlib.metadata import files
 from pathlib import Path
 
 import pytest
+from checkout import empty_store
 
 from flows import release, tracking
 from tasks.errors import ArtifactError, ConfigError, StageError
@@ -22,18 +23,10 @@ def _embedded_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables, made once: it takes seconds."""
-    folder = tmp_path_factory.mktemp("store")
-    tracking.client(folder).search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
-def root(tmp_path: Path, empty_store: Path) -> Path:
+def root(tmp_path: Path) -> Path:
     """A git checkout, since a version records its commit."""
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    shutil.copy(empty_store(), tmp_path / "mlflow.db")
     for command in (
         ["init", "-q"],
         ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x", "--allow-empty"],

@@ -146,7 +146,7 @@ def run_go(template: str, messages: list[dict[str, str]]) -> str:
     def block(i: int, m: dict[str, str], live: bool, top: bool = False) -> str:
         """Text up to this block's end; leaves `at` behind it."""
         nonlocal at
-        out, taken = "", live
+        out = ""
         while at < len(tokens):
             word = tokens[at]
             at += 1
@@ -163,7 +163,7 @@ def run_go(template: str, messages: list[dict[str, str]]) -> str:
                 return out
             elif live:
                 out += m["content"] if word == "$m.Content" else json.loads(word)
-        assert top and taken
+        assert top
         return out
 
     def choice(words: str, i: int, m: dict[str, str], live: bool) -> str:
