@@ -12,13 +12,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flows.versioning import Outcome, address
 from tasks import manifest
 from tasks.errors import StageError
-from tasks.params import Params, field_name
+from tasks.params import Params
 from tasks.stage import Stage
 
 EXPERIMENT = "slmops"
@@ -205,10 +206,11 @@ class Tracker:
         return str(store.create_run(place, run_name=name, tags=tags).info.run_id)
 
     def _section_params(self, sections: Iterable[str]) -> dict[str, str]:
+        values = self._params.model_dump(mode="json", by_alias=True)
         return {
             name: text
             for section in sections
-            for name, text in _flat(section, getattr(self._params, field_name(section)).model_dump(mode="json")).items()
+            for name, text in _flat(section, reduce(lambda node, key: node[key], section.split("."), values)).items()
         }
 
     def _flush(self, name: str) -> None:

@@ -235,9 +235,9 @@ def _failure(text: str, told: list[Event], name: str, log: Path, root: Path) -> 
         return StageError(f"{name}: {own}")
     if "RWLock-file" in text:
         return _damaged_rwlock(root)
-    if "dvc.lock' is invalid" in text or "dvc.lock' file structure is corrupted" in text:
+    if "dvc.lock' is invalid" in text or "dvc.lock' validation failed" in text:
         return _damaged_lock(root)
-    if "are missing from" in text or "dvc.yaml' is invalid" in text:
+    if "are missing from" in text or "dvc.yaml' is invalid" in text or "dvc.yaml' validation failed" in text:
         return ConfigError(f"{name}: {_dvc_error(text)}: params.yaml must hold each section that dvc.yaml names")
     if "Running stage" in text:
         return StageError(

@@ -34,10 +34,13 @@ def prompts(tiny_model_folder: Path) -> list[list[int]]:
 
 
 def plain_greedy(file: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """LIMIT tokens by the binding's own high-level class, one sequence and one token at a time."""
+    """LIMIT tokens by the binding's own high-level class, one sequence and one token at a time.
+
+    Flash attention is llama.cpp's default and that of its servers; this class alone has it off.
+    """
     from llama_cpp import Llama
 
-    runtime = Llama(str(file), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
+    runtime = Llama(str(file), n_ctx=256, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False)
     found = []
     for prompt in prompts:
         runtime.reset()

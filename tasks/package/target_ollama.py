@@ -19,7 +19,7 @@ NO_TEMPLATE = (
     "compare `ollama show --template {name}` with the model's chat template before use, or serve the llama-server bundle."
 )
 ADDS_BOS = "Ollama puts a bos token before every prompt of this GGUF, which the model's own template does not do."
-NO_SYSTEM = 'The data\'s system prompt holds """, which a Modelfile cannot carry: send it with each request.'
+NO_SYSTEM = 'The data\'s system prompt ends with a quote or holds """, which a Modelfile cannot carry: send it yourself.'
 
 
 def ollama(release: Release, out: Path) -> list[str]:
@@ -29,13 +29,16 @@ def ollama(release: Release, out: Path) -> list[str]:
     # Greedy and unpenalised, as the model was validated; Ollama's defaults sample and punish repetition.
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
     lines += [f'PARAMETER stop "{stop}"' for stop in release.stops]
-    if release.system is not None and '"""' in release.system:
-        notes.append(NO_SYSTEM)
-    elif release.system is not None:
-        lines.append(f'SYSTEM """{release.system}"""')
+    if release.system is not None:
+        quoted = f'{release.system}"""'
+        if quoted.index('"""') == len(release.system):
+            lines.append(f'SYSTEM """{quoted}')
+        else:
+            notes.append(NO_SYSTEM)
     if turns is not None:
         lines.append(f'TEMPLATE """{turns.go()}"""')
-    lines.append('LICENSE """{}"""'.format(release.licence.strip().replace('"""', "'''")))
+    licence = release.licence.strip().replace('"""', "'''")
+    lines.append(f'LICENSE """{licence}\n"""')
     place(release.weights, out / "model.gguf")
     write(out / "Modelfile", "\n".join(lines) + "\n")
     # A shell takes single-quoted text as it is.

@@ -187,9 +187,8 @@ def answers(
     decoding, Leviathan et al. 2023, with the reference for a draft). A row goes on alone where they part.
     """
     shared = _common_prefix(prompts)
-    longest = max(len(prompt) - shared + max(len(draft), limit) for prompt, draft in zip(prompts, drafts, strict=True))
-    # The last micro-batch of a step may be a whole prompt: leave room for it beside full slots.
-    cells = shared + max(SLOTS * longest, BATCH)
+    longest = max(map(len, prompts)) - shared + limit
+    cells = shared + SLOTS * longest
     with Session(
         file, threads=threads, cells=cells + 1, sequences=SLOTS + 2, batch=max(BATCH, longest, shared) + 1, micro=MICRO
     ) as session:
@@ -274,40 +273,40 @@ def _finish(
     rows: Sequence[tuple[list[int], list[int]]],
     shared: int,
     done: list[list[int]],
-    waiting: list[int],
+    waiting: Sequence[int],
     stops: Sequence[int],
     limit: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Generate token by token, SLOTS answers side by side; a finished one makes room for the next."""
-    waiting = waiting[::-1]
-    free = list(range(1, SLOTS + 1))
-    active: dict[int, int] = {}  # slot -> row
-    while waiting or active:
-        tokens: list[int] = []
-        positions: list[int] = []
-        sequences: list[int] = []
-        wanted: list[bool] = []
-        for slot, row in active.items():
-            tokens.append(done[row][-1])
-            positions.append(shared + len(rows[row][0]) + len(done[row]) - 1)
-            sequences.append(slot)
-            wanted.append(True)
-        while waiting and free and (not tokens or len(tokens) + len(rows[waiting[-1]][0]) + limit <= BATCH):
-            row, slot = waiting.pop(), free.pop(0)
-            fed = rows[row][0] + done[row]
+    """Generate token by token, up to SLOTS answers side by side.
+
+    A finished answer's cells are not given to another one before all are finished: cells out of order would
+    be summed in another order, which rounds differently.
+    """
+    for group in _groups([len(rows[row][0]) + len(done[row]) for row in waiting]):
+        active = {slot: waiting[index] for slot, index in enumerate(group, start=1)}
+        slots = list(active)
+        fed = {slot: rows[row][0] + done[row] for slot, row in active.items()}
+        for slot in slots:
             session.share(0, slot)
-            active[slot] = row
-            tokens += fed
-            positions += range(shared, shared + len(fed))
-            sequences += [slot] * len(fed)
-            wanted += [False] * (len(fed) - 1) + [True]
-        best = session.decode(tokens, positions, sequences, wanted).argmax(axis=1).tolist()
-        for (slot, row), token in zip(list(active.items()), best, strict=True):
-            if token not in stops:
-                done[row].append(token)
-            if token in stops or len(done[row]) >= limit:
-                session.forget(slot)
-                del active[slot]
-                free.append(slot)
-                advance(1)
+        while active:
+            tokens: list[int] = []
+            positions: list[int] = []
+            sequences: list[int] = []
+            wanted: list[bool] = []
+            for slot, row in active.items():
+                end = shared + len(rows[row][0]) + len(done[row])
+                tokens += fed[slot]
+                positions += range(end - len(fed[slot]), end)
+                sequences += [slot] * len(fed[slot])
+                wanted += [False] * (len(fed[slot]) - 1) + [True]
+            best = session.decode(tokens, positions, sequences, wanted).argmax(axis=1).tolist()
+            for (slot, row), token in zip(list(active.items()), best, strict=True):
+                fed[slot] = [token]
+                if token not in stops:
+                    done[row].append(token)
+                if token in stops or len(done[row]) >= limit:
+                    del active[slot]
+                    advance(1)
+        for slot in slots:
+            session.forget(slot)
