@@ -161,7 +161,8 @@ def lines(title: str, series: Series, names: tuple[str, str]) -> str:
     frame = _Frame(
         _range([x for x, _ in points], zero=True, margin=0.02), _range([y for _, y in points], zero=True), right=right
     )
-    body, ends = [frame.axes(*names)], []
+    body = [frame.axes(*names)]
+    ends: list[float] = []
     for i, (name, line) in enumerate(series.items()):
         placed = [frame.at(x, y) for x, y in line]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)

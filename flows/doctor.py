@@ -122,9 +122,13 @@ def _packages(root: Path) -> Iterator[Check]:
 
 
 def _workspace(root: Path) -> Iterator[Check]:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
-    found = git.stdout.strip()[:12] or "not a git checkout with a commit"
-    yield Check("git checkout", git.returncode == 0, found, "git init && git add -A && git commit -m start")
+    head = ""
+    if git := shutil.which("git"):
+        head = subprocess.run(
+            [git, "rev-parse", "-q", "--verify", "HEAD"], cwd=root, capture_output=True, text=True
+        ).stdout
+    found = head.strip()[:12] or "not a git checkout with a commit"
+    yield Check("git checkout", bool(head), found, "git init && git add -A && git commit -m start")
     have = (root / ".dvc").is_dir() and (root / "dvc.yaml").is_file()
     yield Check(
         "dvc workspace",

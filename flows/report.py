@@ -125,7 +125,7 @@ def _headline(bundle: Bundle, report: Mapping[str, Any]) -> str:
     numbers = _flat(chosen["metrics"]) | _flat(chosen["measurements"])
     tiles = [
         (heading, form(numbers[name]))
-        for name, (heading, form) in (METRICS | MEASUREMENTS).items()
+        for name, (heading, form) in {**METRICS, **MEASUREMENTS}.items()
         if name in numbers
         and name in ("accuracy", "accuracy_retention", "size_bytes", "size_ratio", "ttft_s.p50", "decode_tokens_per_s")
     ]

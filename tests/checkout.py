@@ -172,3 +172,14 @@ def digests(root: Path) -> dict[str, str]:
         folder = path.parent.relative_to(root / "build").as_posix()
         found |= {f"{folder}/{name}": digest for name, digest in made["files"].items()}
     return found
+
+
+def started(root: Path) -> list[str]:
+    """Which toy stages were started, in order."""
+    log = root / "toy.log"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def dvc_python() -> list[str]:
+    """The command that calls dvc with this interpreter."""
+    return [sys.executable, "-m", "dvc"]

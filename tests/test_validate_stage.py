@@ -1,10 +1,12 @@
 """The whole stage on tiny files: its three reports, equal bytes whatever the threads, clear errors."""
 
+import fcntl
 import json
-import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,40 +129,60 @@ def test_a_missing_file_is_named(inputs: dict, tmp_path: Path) -> None:
         run(inputs, tmp_path, "q4_0", tmp_path / "out")
 
 
+HOLDER = """
+import sys
+from pathlib import Path
+from tasks import cores
+name, kind, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+log = (folder / "log").open("a", buffering=1)
+with getattr(cores, kind)(folder):
+    log.write(name + " in\\n")
+    sys.stdin.read()
+    log.write(name + " out\\n")
+"""
+
+
 def test_a_measurement_waits_for_work_and_keeps_new_work_out(tmp_path: Path) -> None:
-    """Held open by pipes, not by time: work, then a measurement, then more work ask for the lock in turn."""
-    program = (
-        "import sys; from pathlib import Path; from tasks import cores\n"
-        "with getattr(cores, sys.argv[1])(Path(sys.argv[2])):\n"
-        "    print('in', flush=True); sys.stdin.read()\n"
-        "print('out', flush=True)"
-    )
+    running: dict[str, subprocess.Popen] = {}
+    log = tmp_path / "log"
+    log.touch()
 
-    def start(kind: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-c", program, kind, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, cwd=ROOT,
-        )  # fmt: skip
+    def start(name: str, kind: str) -> None:
+        command = [sys.executable, "-c", HOLDER, name, kind, str(tmp_path)]
+        running[name] = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT)
 
-    with start("busy") as first, start("busy") as second:
-        assert (first.stdout.readline(), second.stdout.readline()) == ("in\n", "in\n")
-        with start("quiet") as measurement:
-            first.stdin.close()
-            assert first.stdout.readline() == "out\n"
-            os.set_blocking(measurement.stdout.fileno(), False)
-            assert measurement.stdout.read() in (None, "")  # the second still works
-            os.set_blocking(measurement.stdout.fileno(), True)
-            second.stdin.close()
-            assert second.stdout.readline() == "out\n"
-            assert measurement.stdout.readline() == "in\n"
-            with start("busy") as later:
-                os.set_blocking(later.stdout.fileno(), False)
-                assert later.stdout.read() in (None, "")
-                os.set_blocking(later.stdout.fileno(), True)
-                measurement.stdin.close()
-                assert measurement.stdout.readline() == "out\n"
-                assert later.stdout.readline() == "in\n"
-                later.stdin.close()
+    def wait_until(true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not true():
+            assert time.monotonic() < deadline, log.read_text()
+
+    def queued() -> bool:
+        """Whether someone stands in the turnstile, waiting for the lock."""
+        with (tmp_path / ".quiet.turnstile").open("a") as turnstile:
+            try:
+                fcntl.flock(turnstile, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    try:
+        for name in ("first", "second"):
+            start(name, "busy")
+            wait_until(lambda name=name: f"{name} in" in log.read_text())  # side by side
+        start("measurement", "quiet")
+        wait_until(queued)
+        start("later", "busy")
+        for name in ("first", "second", "measurement", "later"):
+            wait_until(lambda name=name: f"{name} in" in log.read_text())
+            running[name].stdin.close()
+            wait_until(lambda name=name: f"{name} out" in log.read_text())
+        assert log.read_text().split("\n")[:-1] == [
+            "first in", "second in", "first out", "second out", "measurement in", "measurement out", "later in", "later out",
+        ]  # fmt: skip
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
 
 
 def test_threads_come_from_the_callers_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ CONVERSATIONS: Mapping[str, Messages] = {
     "an empty answer": _talk("Hi", "", "Are you there?"),
     "white space": _talk("  two  spaces\n\n\ttab, trailing  \n"),
     "only white space": _talk(" \t\r\n"),
+    "digits after white space": _talk("room  5,\n\n7\tand 9 or ½"),
     "unicode": _talk("Grüße, 日本語, العربية, e\u0301 and \u00a0no-break, ﬁ, ½", system="Übersetze – “genau”."),
     "emoji": _talk("🙂 👩‍👩‍👧 🇩🇪 👍🏽"),
     "numbers": _talk("12345 3.14159 1,000,000 0x1F -7 °C"),

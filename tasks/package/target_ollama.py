@@ -19,7 +19,9 @@ NO_TEMPLATE = (
     "compare `ollama show --template {name}` with the model's chat template before use, or serve the llama-server bundle."
 )
 ADDS_BOS = "Ollama puts a bos token before every prompt of this GGUF, which the model's own template does not do."
-NO_SYSTEM = 'The data\'s system prompt ends with a quote or holds """, which a Modelfile cannot carry: send it yourself.'
+NO_SYSTEM = (
+    'The data\'s system prompt ends with a quote or holds """, which a Modelfile cannot carry: send it yourself.'
+)
 
 
 def ollama(release: Release, out: Path) -> list[str]:

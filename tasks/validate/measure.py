@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-PREFILL, DECODED, CONTEXT = 512, 64, 1024  # tokens: as llama-bench's pp512 and tg64
+CONTEXT, DECODED = 512, 64  # tokens of the prefill and of the generation: llama-bench's pp512 and tg64
 WARM_UP = 3
 
 # step(tokens, position) -> the most likely next token; positions before `position` are kept
@@ -71,7 +71,7 @@ def _speed(step: Step, prompt: Sequence[int], repeats: int) -> dict[str, object]
     for _ in range(WARM_UP):
         step(prompt, 0)
     first_token = [_timed(lambda: step(prompt, 0)) for _ in range(repeats)]
-    fill = (prompt * (PREFILL // len(prompt) + 1))[:PREFILL]
+    fill = (prompt * (CONTEXT // len(prompt) + 1))[:CONTEXT]
     prefill = [_timed(lambda: step(fill, 0)) for _ in range(3)]
 
     decode = []
@@ -80,7 +80,7 @@ def _speed(step: Step, prompt: Sequence[int], repeats: int) -> dict[str, object]
         decode.append(_timed(partial(_generate, step, token, len(prompt))))
     return {
         "ttft_s": {f"p{percent}": _percentile(first_token, percent) for percent in (50, 95, 99)},
-        "prefill_tokens_per_s": PREFILL / statistics.median(prefill),
+        "prefill_tokens_per_s": CONTEXT / statistics.median(prefill),
         "decode_tokens_per_s": DECODED / statistics.median(decode),
     }
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import ArtifactError, StageError
+from tasks.errors import ArtifactError, ConfigError, StageError
 
 Logits = Any  # a float32 NumPy array (tokens, vocabulary)
 
@@ -29,14 +29,23 @@ def load(folder: Path, threads: int) -> Any:
 
 
 class Decoded:
-    """One growing sequence of at most `most` tokens, which can be cut back."""
+    """One growing sequence of at most `most` tokens, which can be cut back.
+
+    Raises:
+        ConfigError: the model was not made for so many.
+    """
 
     def __init__(self, model: Any, most: int) -> None:
         import onnxruntime_genai as og
 
         params = og.GeneratorParams(model)
         params.set_search_options(max_length=most, do_sample=False)
-        self._generator = og.Generator(model, params)
+        try:
+            self._generator = og.Generator(model, params)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"ONNX Runtime GenAI cannot hold {most} tokens: {error}: lower validate.context or task.max_new_tokens"
+            ) from error
 
     def append(self, tokens: Sequence[int]) -> None:
         """Compute these tokens.

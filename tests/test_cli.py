@@ -1,0 +1,169 @@
+"""The command line: what it says, what it costs to ask, and how it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkout import SLMOPS, environment, make_toy, slmops
+
+from flows import doctor, plan, shape
+from flows.cli import main
+from tasks import params
+from tasks.errors import ArtifactError, ConfigError
+from tasks.params import Onnx
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return make_toy(tmp_path)
+
+
+def test_help_imports_the_standard_library_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", SLMOPS, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    for command_name in ("run", "stage", "plan", "doctor", "register", "approve", "rollback", "history", "report", "runs", "prune"):  # fmt: skip
+        assert f"\n    {command_name} " in done.stdout
+    loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert not loaded & {"pydantic", "yaml", "rich", "prefect", "mlflow", "dvc", "torch", "numpy"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run"], ["stage", "acquire"], ["plan"], ["doctor"], ["report"], ["register"], ["history"], ["runs"], ["prune"],
+        ["approve", "1", "--by", "A", "--reason", "B"], ["rollback", "--by", "A", "--reason", "B"],
+    ],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_every_command_takes_params_and_overrides(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--params", "x.yaml", "--set", "a=1", "--set", "b=2", "--help"])
+    assert end.value.code == 0
+    assert "--set KEY=VALUE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["plan", "--set", "distill.epoch=1", "--set", "task.metric=xml"], "has 2 problems"),
+        (["plan", "--set", "finetune.learning_rate=1e-4"], "1.0e-04 with a dot"),
+        (["plan", "--params", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["run", "--name", "a/b"], "--name a/b: use up to 63"),
+        (["run", "--set", "quantize.variants=[]"], "quantize.variants"),
+        (["run", "--worktree", "--commit", "nowhere"], "invalid object name 'nowhere'"),
+        (["stage", "quantize"], "name one of q8_0, q4_0"),
+        (["stage", "distill"], "build/acquire/manifest.json is missing: run that stage first"),
+        (["register"], "bundle.json is missing: run `package` first"),
+        (["report"], "bundle.json is missing"),
+        (["approve", "1", "--by", "Ada", "--reason", ""], "must not be empty"),
+        (["prune", "nothing"], "no run named nothing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_said_in_one_error(toy: Path, words: list[str], said: str) -> None:
+    done = slmops(toy, *words)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_outside_a_workspace_the_way_in_is_told(tmp_path: Path) -> None:
+    done = slmops(tmp_path, "runs")
+    assert (done.returncode, done.stderr[:7]) == (1, "error: ")
+    assert "lies in no workspace" in done.stderr
+
+
+def test_a_stage_runs_alone_with_its_overrides(toy: Path) -> None:
+    for stage in ("acquire", "finetune"):
+        command = [sys.executable, "-m", "tasks", stage]
+        subprocess.run(command, cwd=toy, env=environment(toy), check=True, capture_output=True)
+    assert (toy / "build" / "finetune" / "manifest.json").is_file()
+
+
+# --- plan --------------------------------------------------------------------------------------------
+
+# Sizes of files that llama.cpp made of the bundled SmolLM2-135M, in bytes / 1e5.
+MADE = {"f16": 2709, "q8_0": 1448, "q5_1": 1116, "q4_k_m": 1055, "q4_0": 917}
+
+
+@pytest.fixture(scope="module")
+def smollm() -> shape.Shape:
+    return shape.read(params.load(ROOT / "params.yaml").acquire, ROOT)
+
+
+@pytest.mark.parametrize("variant", MADE)
+def test_the_predicted_size_is_that_of_the_file_that_llama_cpp_makes(smollm: shape.Shape, variant: str) -> None:
+    assert round(shape.size(smollm, variant, Onnx()) / 1e5) == MADE[variant]
+
+
+def test_a_config_and_a_gguf_header_tell_the_same_shape(smollm: shape.Shape, tmp_path: Path) -> None:
+    config = {**smollm.config, "model_type": "llama", "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = shape.from_config(tmp_path)
+    assert told.parameters == smollm.parameters == 134_515_008
+    assert {(t.name, t.row, t.elements) for t in told.tensors} == {(t.name, t.row, t.elements) for t in smollm.tensors}
+
+
+def test_the_student_is_the_largest_that_is_small_enough(smollm: shape.Shape) -> None:
+    student = smollm.pruned(0.85)
+    assert student.parameters <= 0.85 * smollm.parameters < smollm.first(student.layers + 1).parameters
+
+
+def test_a_plan_tells_all_of_a_run_before_any_work(tmp_path: Path) -> None:
+    checked = params.load(ROOT / "params.yaml", ["finetune.epochs=2.0", "finetune.batch_tokens=1000"])
+    slow, fast = (plan.predict(ROOT, checked, flops) for flops in (1e10, 1e12))
+    assert list(slow.sizes) == list(checked.quantize.variants)
+    assert [work.stage for work in slow.work] == ["acquire", "finetune", "distill", "convert", "quantize", "validate", "package"]  # fmt: skip
+    tuned = slow.work[1]
+    assert tuned.tokens is not None
+    assert tuned.steps == tuned.tokens // 1000
+    assert sum(work.seconds for work in slow.work) > sum(work.seconds for work in fast.work)
+    assert all(slow.ram[name] > size for name, size in slow.sizes.items())
+
+
+def test_a_plan_for_a_model_that_is_not_there_says_so(tmp_path: Path) -> None:
+    hub = {"source": "hub", "repo": "a/b", "revision": "0" * 40}
+    acquire = params.check(
+        {
+            **params.read(ROOT / "params.yaml"),
+            "acquire": {"watch": "data", "model": hub, "data": {"source": "local", "path": "data"}},
+        },
+        "test",
+    ).acquire
+    with pytest.raises(ConfigError, match=r"`slmops stage acquire` first"):
+        shape.read(acquire, tmp_path)
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
+    with pytest.raises(ArtifactError, match="has no hidden_size, intermediate_size"):
+        shape.from_config(tmp_path)
+
+
+# --- doctor ------------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_this_environment_in_order() -> None:
+    checks = {check.name: check for check in doctor.examine(ROOT)}
+    assert {"python", "git", "C++ compiler", "torch", "prefect", "GGUF converter", "cache links"} <= set(checks)
+    assert [name for name, check in checks.items() if check.needed and not check.ok] == []
+
+
+def test_doctor_names_the_command_that_mends_each_fault(tmp_path: Path) -> None:
+    (tmp_path / "constraints.txt").write_text("torch==9.9.9\n")
+    done = subprocess.run(
+        [SLMOPS, "doctor"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PATH": str(tmp_path), "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    for line in (
+        "FAIL git                  not found", "-> apt-get install git", "-> apt-get install g++",
+        "9.9.9 was tested", "-> pip install 'torch==9.9.9'", "-> git init",
+    ):  # fmt: skip
+        assert line in done.stdout
