@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from flows import quiet, workspace
 
     quiet.apply(quiet.PREFECT)
+    workspace.mark()
     here = workspace.find(Path())
     main = workspace.main_root(here)
     name = args.name or workspace.new_name()

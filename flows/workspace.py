@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from tasks import params
 from tasks.errors import ConfigError, PipelineError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+MARK = "SLMOPS_RUN_PID"
 RESERVED = ("lock", "logs")  # what else lies in .runs/
 FINISHED = ".runs/finished.json"  # in a worktree: the run came to its end
 
@@ -113,15 +115,39 @@ def locked(root: Path, name: str) -> Iterator[int]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Busy(_busy(path, root)) from None
+        handle.seek(0)
+        left = handle.read()
+        if left:  # its run was killed, or it would have emptied the file
+            _end_orphans(left)
         handle.truncate(0)
-        handle.write(
-            json.dumps({"name": name, "pid": os.getpid(), "started": datetime.now().isoformat(" ", "seconds")})
-        )
+        holder = {"name": name, "pid": os.getpid(), "started": datetime.now().isoformat(" ", "seconds")}
+        handle.write(json.dumps(holder))
         handle.flush()
         try:
             yield handle.fileno()
         finally:
             handle.truncate(0)
+
+
+def mark() -> None:
+    """Let every process that this one starts carry its id, so that a later run can tell whose orphan it is."""
+    os.environ[MARK] = str(os.getpid())
+
+
+def _end_orphans(left: str) -> None:
+    """End what a killed run left behind: Prefect's server, which would go on for ever. Stages are none of these:
+    while one works, its dvc holds the lock.
+    """
+    try:
+        wanted = f"{MARK}={json.loads(left)['pid']}".encode()
+    except (ValueError, KeyError):
+        return  # killed in the middle of the line
+    for entry in Path("/proc").glob("[0-9]*"):  # empty where there is no such thing
+        try:
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                os.kill(int(entry.name), signal.SIGTERM)
+        except (PermissionError, FileNotFoundError, ProcessLookupError):
+            continue  # someone else's, or it ended meanwhile
 
 
 def _busy(path: Path, root: Path) -> str:
