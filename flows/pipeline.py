@@ -132,9 +132,9 @@ def _stages(context: Context) -> None:
             inputs = [futures[key] for key in _inputs(stage, variant, variants)]
             futures[stage.name, variant] = _task(context, stage, variant).submit(wait_for=inputs)
     wait(list(futures.values()))
-    ends = [future.state.result(raise_on_failure=False) for future in futures.values()]
-    # A stage whose input failed was not run and has no error of its own to tell.
-    for end in ends:
+    # A stage whose input failed was not run (its state is pending) and has no error of its own to tell.
+    for future in futures.values():
+        end = future.state.result(raise_on_failure=False) if future.state.is_final() else None
         if isinstance(end, PipelineError):
             raise end
     for future in futures.values():

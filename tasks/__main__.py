@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         values = params.load(args.params or args.root / "params.yaml", args.overrides)
         stage.run(STAGES[args.stage], STAGES, values, args.root, args.variant)
     except PipelineError as error:
+        events.error(type(error).__name__, str(error))
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 `tasks/__main__.py` calls `open_sink` once; library code only calls `progress` and `metric`. A line is
 one of `{"event": "progress", "label", "done", "total", "unit"}`, `{"event": "metric", "name", "value",
-"step"}` and `{"event": "note", "text"}`.
+"step"}`, `{"event": "note", "text"}` and `{"event": "error", "family", "text"}`.
 """
 
 import json
@@ -26,6 +26,11 @@ def open_sink(path: str | None) -> None:
 def _send(event: str, **fields: Any) -> None:
     if _sink is not None:
         _sink.write(json.dumps({"event": event, **fields}) + "\n")
+
+
+def error(family: str, text: str) -> None:
+    """Tell the error that ends a stage: the name of its class in `tasks/errors.py` and its message."""
+    _send("error", family=family, text=text)
 
 
 def metric(name: str, value: float, step: int) -> None:

@@ -94,6 +94,8 @@ def tiny_params(tmp_path: Path, tiny_model_folder: Path) -> dict:
     }  # fmt: skip
     raw["quantize"] |= {"variants": ["q8_0", "q4_0"]}
     raw["validate"] |= {"context": 64, "windows": 4, "bootstrap": 200, "repeats": 3}
+    # No gate on speed or memory: a verdict that rests on measurements may differ between two runs.
+    raw["validate"]["gates"] = [{"name": "accuracy_retention", "at_least": 0.0}, {"name": "size_ratio", "at_most": 1.0}]
     return raw
 
 

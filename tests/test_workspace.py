@@ -1,0 +1,229 @@
+"""The lock, the effective params and worktrees: git and DVC for real, no stage is run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from checkout import commit, git, make_toy
+
+from flows import versioning, workspace
+from tasks.errors import ArtifactError, ConfigError, StageError
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_toy(tmp_path)
+
+
+def lines(root: Path) -> list[str]:
+    return (root / "params.yaml").read_text().splitlines()
+
+
+def test_the_workspace_is_found_from_any_folder_in_it(root: Path) -> None:
+    assert workspace.find(root / "data" / "rows") == root
+    with pytest.raises(ConfigError, match="lies in no workspace"):
+        workspace.find(root.parent)
+
+
+def test_the_lock_names_its_holder_and_is_free_again(root: Path) -> None:
+    with workspace.locked(root, "first"):
+        with pytest.raises(workspace.Busy, match=r"run first works in .* \(process \d+\)"), workspace.locked(root, "b"):
+            pytest.fail("two runs hold one workspace")
+        assert json.loads((root / ".runs" / "lock").read_text())["name"] == "first"
+    with workspace.locked(root, "second"):
+        pass
+
+
+def test_the_lock_of_a_killed_run_is_free_unless_a_child_still_works(root: Path) -> None:
+    code = (
+        "import os, subprocess, sys; from pathlib import Path; from flows import workspace\n"
+        "with workspace.locked(Path(sys.argv[1]), 'dead') as lock:\n"
+        "    child = subprocess.Popen(['cat'], stdin=0, stdout=subprocess.DEVNULL, pass_fds=(lock,))\n"
+        "    print('ready', flush=True); os.kill(os.getpid(), 9)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert run.stdin is not None
+    run.wait(60)
+    with pytest.raises(workspace.Busy, match=r"run dead .* was killed, but its stage still works"), workspace.locked(root, "b"):  # fmt: skip
+        pytest.fail("a stage of the killed run works in there")
+    run.stdin.close()  # the child ends
+    assert run.stdout is not None
+    run.stdout.read()
+    _until_free(root)
+
+
+def _until_free(root: Path) -> None:
+    for _ in range(1000):
+        try:
+            with workspace.locked(root, "next"):
+                return
+        except workspace.Busy:
+            continue
+    pytest.fail("the lock never became free")
+
+
+def test_overrides_are_written_with_every_comment_kept(root: Path) -> None:
+    source = Path(__file__).parent.parent / "params.yaml"
+    text, checked = workspace.effective(
+        source.read_bytes(), "params.yaml", ["distill.epochs=3.5", "package.choose=fastest"]
+    )
+    assert (checked.distill.epochs, checked.package.choose) == (3.5, "fastest")
+    before, after = source.read_text().splitlines(), text.splitlines()
+    assert len(before) == len(after)
+    changed = [new.split(":")[0].strip() for old, new in zip(before, after, strict=True) if old != new]
+    assert changed == ["epochs", "choose"]
+
+
+def test_wrong_values_leave_params_yaml_alone(root: Path) -> None:
+    before = lines(root)
+    with pytest.raises(ConfigError, match=r"distill\.epoch: unknown key: did you mean 'epochs'"), workspace.in_place(root, "a", None, ["distill.epoch=3"]):  # fmt: skip
+        pytest.fail("a run would start")
+    assert lines(root) == before
+
+
+def test_a_params_file_never_replaces_changes_that_are_not_committed(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("recipes") / "other.yaml"
+    raw = yaml.safe_load((root / "params.yaml").read_text())
+    raw["finetune"]["epochs"] = 5.0
+    other.write_text(yaml.safe_dump(raw))
+    (root / "params.yaml").write_text((root / "params.yaml").read_text() + "# mine\n")
+    with pytest.raises(ConfigError, match=r"not committed, and --params .* would replace them"):
+        workspace.write_params(root, other, [])
+    assert lines(root)[-1] == "# mine"
+    git(root, "checkout", "params.yaml")
+    workspace.write_params(root, other, ["distill.epochs=6.0"])
+    assert yaml.safe_load((root / "params.yaml").read_text())["finetune"]["epochs"] == 5.0
+    assert yaml.safe_load((root / "params.yaml").read_text())["distill"]["epochs"] == 6.0
+
+
+def test_a_worktree_has_its_own_params_the_shared_cache_and_an_end_on_its_branch(root: Path) -> None:
+    (root / "notes.txt").write_text("staged, and none of a run's business")
+    git(root, "add", "notes.txt")
+    with workspace.worktree(root, "one", "HEAD", None, ["distill.epochs=7.0"]) as (place, _):
+        assert place == root / ".runs" / "one"
+        assert yaml.safe_load((place / "params.yaml").read_text())["distill"]["epochs"] == 7.0
+        assert versioning.cache_folder(place) == versioning.cache_folder(root)
+        assert [(run.name, run.state) for run in workspace.runs(root)] == [("one", "running")]
+        with pytest.raises(ConfigError, match="still works"):
+            workspace.prune(root, ["one"])
+        (place / "dvc.lock").write_text("schema: '2.0'\n")
+        made = workspace.finish(place, "one", "Run one")
+    assert git(root, "rev-parse", "runs/one") == made
+    assert set(git(root, "show", "--name-only", "--format=", "runs/one").split()) == {"params.yaml", "dvc.lock"}
+    assert git(root, "status", "--porcelain") == "A  notes.txt"
+    assert [(run.name, run.state) for run in workspace.runs(root)] == [("one", "finished")]
+
+    assert workspace.prune(root) == ["one"]
+    assert workspace.runs(root) == []
+    assert not (root / ".runs" / "one").exists()
+    assert git(root, "rev-parse", "runs/one") == made
+    with (
+        pytest.raises(ConfigError, match="has ended as branch runs/one"),
+        workspace.worktree(root, "one", "HEAD", None, []),
+    ):
+        pytest.fail("a finished run would be overwritten")
+
+
+def test_a_run_that_stopped_is_taken_up_again(root: Path) -> None:
+    with workspace.worktree(root, "two", "HEAD", None, ["distill.epochs=7.0"]) as (place, _):
+        (place / "build").mkdir()
+        (place / "build" / "left").write_text("half a run")
+    assert [run.state for run in workspace.runs(root)] == ["stopped"]
+    assert workspace.prune(root) == []
+    with workspace.worktree(root, "two", "HEAD", None, []) as (place, _):
+        assert (place / "build" / "left").exists()
+        assert yaml.safe_load((place / "params.yaml").read_text())["distill"]["epochs"] == 7.0
+    assert workspace.prune(root, ["two"]) == ["two"]
+    assert git(root, "branch", "--list", "runs/two") == ""
+    with pytest.raises(ConfigError, match="no run named two"):
+        workspace.prune(root, ["two"])
+
+
+def test_a_commit_needs_no_configured_person(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, "/dev/null")
+    with workspace.worktree(root, "anon", "HEAD", None, []) as (place, _):
+        (place / "dvc.lock").write_text("schema: '2.0'\n")
+        workspace.finish(place, "anon", "Run anon")
+    assert git(root, "log", "-1", "--format=%an", "runs/anon") == "slmops"
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "override", "message"),
+    [
+        ("../out", "HEAD", "machine.retries=0", "use up to 63 letters"),
+        ("a b", "HEAD", "machine.retries=0", "use up to 63 letters"),
+        ("logs", "HEAD", "machine.retries=0", "use up to 63 letters"),
+        ("x", "nowhere", "machine.retries=0", "invalid object name"),
+        ("x", "HEAD", "quantize.variants=[q9]", "quantize.variants"),
+        ("x", "HEAD", "acquire.watch=elsewhere", "lies outside watch"),
+    ],
+)
+def test_a_worktree_that_cannot_be_leaves_nothing_behind(
+    root: Path, name: str, revision: str, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message), workspace.worktree(root, name, revision, None, [override]):
+        pytest.fail("it was made")
+    assert git(root, "branch", "--list", "runs/*") == ""
+    assert git(root, "worktree", "list").count("\n") == 0
+
+
+def test_local_inputs_must_be_part_of_the_commit(root: Path) -> None:
+    git(root, "rm", "-rq", "--cached", "data")
+    (root / ".gitignore").write_text((root / ".gitignore").read_text() + "/data\n")
+    commit(root)
+    with pytest.raises(ConfigError, match=r"`git add` and commit it, `dvc add` it"), workspace.worktree(root, "x", "HEAD", None, []):  # fmt: skip
+        pytest.fail("the data would be missing")
+
+    subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "data"], cwd=root, check=True)
+    git(root, "add", "-f", "data.dvc")
+    commit(root)
+    with workspace.worktree(root, "x", "HEAD", None, []) as (place, _):
+        assert (place / "data" / "rows" / "train.jsonl").read_text() == "{}\n"
+
+
+def test_changes_that_a_worktree_does_not_see_are_listed(root: Path) -> None:
+    assert workspace.uncommitted(root) == []
+    (root / "params.yaml").write_text((root / "params.yaml").read_text() + "# mine\n")
+    assert workspace.uncommitted(root) == ["params.yaml"]
+
+
+# --- DVC's own files ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "way_out"),
+    [
+        (".dvc/tmp/rwlock", '{"read": {', "delete it, no work is lost"),
+        ("dvc.lock", "schema: '2.0'\nstages:\n  acquire: {cmd", "git checkout dvc.lock"),
+        ("dvc.lock", "", "git checkout dvc.lock"),
+    ],
+)
+def test_what_a_kill_left_of_dvcs_files_is_named_with_the_way_out(
+    root: Path, path: str, content: str, way_out: str
+) -> None:
+    (root / path).parent.mkdir(exist_ok=True)
+    (root / path).write_text(content)
+    with pytest.raises(ArtifactError, match=way_out):
+        versioning.check_state(root)
+    # The same when dvc stumbles over it in the middle of a run.
+    with pytest.raises(ArtifactError, match=way_out):
+        versioning.repro(root, "acquire", log=root / ".runs" / "log")
+
+
+def test_a_missing_section_is_explained(root: Path) -> None:
+    raw = yaml.safe_load((root / "params.yaml").read_text())
+    del raw["task"]
+    (root / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match=r"'task' .*params\.yaml must hold each section that dvc\.yaml names"):
+        versioning.repro(root, "acquire", log=root / ".runs" / "log")
+
+
+def test_a_missing_pointer_in_the_cache_is_a_stage_error(root: Path) -> None:
+    with pytest.raises(StageError, match=r"dvc checkout nothing\.dvc failed"):
+        versioning.checkout(root, Path("nothing.dvc"))
