@@ -1,0 +1,233 @@
+"""The whole tiny chain through every door, and what the flow does around the stages (with toy stages)."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from checkout import SLMOPS, digests, environment, git, make, make_toy, slmops, started
+
+from flows import tracking
+from tasks.stages import STAGES
+
+DEADLINE_S = 300
+
+
+def dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """dvc as a person calls it: by its path, from a shell in which no environment is active."""
+    bare = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": os.environ.get("HOME", "/"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+    }
+    command = [Path(sys.executable).with_name("dvc"), *arguments]
+    return subprocess.run(command, cwd=root, env=bare, capture_output=True, text=True)
+
+
+def runs(root: Path) -> list[tuple[str, str]]:
+    """Name and status of every MLflow run, oldest first."""
+    store = tracking.client(root)
+    found = store.search_runs([tracking.experiment(store, root)], order_by=["attributes.start_time ASC"])
+    return [(run.data.tags["mlflow.runName"], run.info.status) for run in found]
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+# --- the real stages, on a tiny model ----------------------------------------------------------------
+
+
+def test_every_door_gives_the_same_digests(
+    tiny_workspace: Path, tiny_params: dict, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    by_dvc = make(tiny_workspace, tiny_params)
+    by_flow = tmp_path_factory.mktemp("flow") / "checkout"
+    shutil.copytree(by_dvc, by_flow)
+    (by_dvc / ".venv").symlink_to(sys.prefix)  # where `make` puts it
+
+    # `dvc repro`, by its path and without a server; again, nothing runs.
+    done = dvc(by_dvc, "repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    want = digests(by_dvc)
+    assert {name.split("/")[0] for name in want} == set(STAGES)
+    assert "Running stage" not in dvc(by_dvc, "repro").stdout
+    assert "up to date" in dvc(by_dvc, "status").stdout
+    assert "mean_kld" in dvc(by_dvc, "metrics", "show").stdout
+    assert dvc(by_dvc, "plots", "show").returncode == 0
+
+    # A worktree run does all of it again, in its own cache, and ends as a commit.
+    done = slmops(by_flow, "run", "--worktree", "--name", "first")
+    assert done.returncode == 0, done.stderr
+    assert digests(by_flow / ".runs" / "first") == want
+    assert set(git(by_flow, "show", "--name-only", "--format=", "runs/first").split()) == {"dvc.lock"}
+    locks = [git(by_flow, "show", "runs/first:dvc.lock"), (by_dvc / "dvc.lock").read_text()]
+    ours, theirs = (yaml.safe_load(lock)["stages"] for lock in locks)
+    assert ours.keys() == theirs.keys()
+    for name in ours:  # what is measured lies in the outputs of validate and package, and differs
+        assert name.startswith(("validate", "package")) or ours[name] == theirs[name]
+
+    # A run in the checkout finds all of it in the shared cache.
+    done = slmops(by_flow, "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("restored from the cache") == len(digests_folders(by_flow))
+    assert digests(by_flow) == want
+    assert (by_flow / "report.html").is_file()
+
+
+def digests_folders(root: Path) -> list[Path]:
+    return list((root / "build").rglob("manifest.json"))
+
+
+# --- toy stages --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return make_toy(tmp_path)
+
+
+def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
+    done = slmops(toy, "run", "--name", "one")
+    assert done.returncode == 0, done.stderr
+    everything = ["acquire", "finetune", "distill", "convert"]
+    variants = {f"{stage}-{variant}" for stage in ("quantize", "validate") for variant in ("q8_0", "q4_0")}
+    assert started(toy)[:4] == everything
+    assert set(started(toy)[4:-1]) == variants
+    assert started(toy)[-1] == "package"
+    assert "q4_0" in done.stderr
+    assert "version 1 registered" in done.stdout
+
+    names = dict(runs(toy))
+    assert names == dict.fromkeys(("one", *everything, "quantize@q8_0", "quantize@q4_0", "validate@q8_0", "validate@q4_0", "package"), "FINISHED")  # fmt: skip
+    store = tracking.client(toy)
+    by_name = {run.data.tags["mlflow.runName"]: run for run in store.search_runs([tracking.experiment(store, toy)])}
+    parent, child = by_name["one"], by_name["validate@q4_0"]
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.tags["slmops.cached"] == "false"
+    assert child.data.metrics["accuracy"] == 0.9
+    assert child.data.metrics["ttft_s.p95"] == 0.2
+    assert [point.value for point in store.get_metric_history(by_name["distill"].info.run_id, "loss")] == [1, 1 / 2, 1 / 3, 1 / 4]  # fmt: skip
+    assert parent.data.params["package.name"] == "home-commands"
+    assert parent.data.tags["slmops.git_commit"] == git(toy, "rev-parse", "HEAD")
+    assert len(parent.data.tags["slmops.dvc_lock"]) == 64
+    assert by_name["acquire"].inputs.dataset_inputs[0].dataset.name == "train"
+    assert "report.html" in {file.path for file in store.list_artifacts(parent.info.run_id)}
+
+    with sqlite3.connect(Path(environment(toy)["PREFECT_HOME"]) / "prefect.db") as prefect:
+        (data,) = prefect.execute("select data from artifact where key = 'result' order by created desc").fetchone()
+        tasks = {name for (name,) in prefect.execute("select name from task_run")}
+    assert "| q4_0 | pass | 0.900 |" in data
+    assert {"distill", "quantize-q4_0", "validate-q8_0"} <= tasks
+
+    again = slmops(toy, "run", "--name", "two")
+    assert again.returncode == 0, again.stderr
+    assert len(started(toy)) == 9
+    assert again.stdout.count("up to date") == 9
+    assert "version 1 was registered before" in again.stdout
+
+
+def test_work_that_failed_is_tried_again(toy: Path) -> None:
+    fails = json.dumps({"finetune": ["StageError", 1]})
+    done = slmops(toy, "run", TOY_FAIL=fails)
+    assert done.returncode == 0, done.stderr
+    assert started(toy).count("finetune") == 2
+    assert runs(toy).count(("finetune", "FINISHED")) == 1
+
+
+def test_a_wrong_value_is_not_tried_again(toy: Path) -> None:
+    done = slmops(toy, "run", "--name", "wrong", TOY_FAIL=json.dumps({"finetune": ["ConfigError", 9]}))
+    assert (done.returncode, started(toy)) == (1, ["acquire", "finetune"])
+    assert done.stderr.splitlines()[-1] == "error: finetune: told to fail: do not tell it"
+    assert "Traceback" not in done.stderr
+    assert dict(runs(toy)) == {"wrong": "FAILED", "acquire": "FINISHED", "finetune": "FAILED"}
+
+
+def test_one_failing_variant_stops_only_what_needs_it(toy: Path) -> None:
+    done = slmops(toy, "run", TOY_FAIL=json.dumps({"quantize-q4_0": ["ArtifactError", 9]}))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: quantize@q4_0: told to fail: do not tell it"
+    assert "validate-q8_0" in started(toy)
+    assert not {"validate-q4_0", "package"} & set(started(toy))
+
+    mended = slmops(toy, "run")
+    assert mended.returncode == 0, mended.stderr
+    assert started(toy).count("quantize-q8_0") == 1
+
+
+def test_a_bug_in_a_stage_is_told_with_its_log(toy: Path) -> None:
+    (toy / "tasks" / "finetune" / "__init__.py").write_text("def finetune(params, **rest):\n    os.getcwd()\n")
+    done = slmops(toy, "run", "--set", "machine.retries=0", "--name", "bug")
+    assert done.returncode == 1
+    assert "finetune ended without a message" in done.stderr
+    assert "NameError: name 'os' is not defined" in done.stderr
+    assert "Traceback" in (toy / ".runs" / "logs" / "bug" / "finetune.log").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_ends_truly(toy: Path, number: signal.Signals) -> None:
+    command = [SLMOPS, "run", "--name", "stopped"]
+    env = environment(toy, TOY_WAIT=json.dumps({"distill": 600}))
+    with subprocess.Popen(command, cwd=toy, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        wait_for(lambda: "distill" in started(toy))
+        run.send_signal(number)
+        _, said = run.communicate(timeout=DEADLINE_S)
+    assert run.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert said.splitlines()[-1].startswith("error: stopped")
+    assert dict(runs(toy)) == {"stopped": "KILLED", "acquire": "FINISHED", "finetune": "FINISHED", "distill": "KILLED"}
+
+    again = slmops(toy, "run")
+    assert again.returncode == 0, again.stderr
+    assert started(toy).count("finetune") == 1
+
+
+def test_a_second_run_is_refused_by_name(toy: Path) -> None:
+    command = [SLMOPS, "run", "--name", "long"]
+    env = environment(toy, TOY_WAIT=json.dumps({"distill": 600}))
+    with subprocess.Popen(command, cwd=toy, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        wait_for(lambda: "distill" in started(toy))
+        before = (toy / "params.yaml").read_text()
+        second = slmops(toy, "run", "--name", "second", "--set", "distill.epochs=9.0")
+        run.kill()
+    assert second.returncode == 1
+    assert second.stderr.startswith(f"error: run long works in {toy} since ")
+    assert (toy / "params.yaml").read_text() == before
+
+    # The stage outlives the killed run and is still named; when it is gone, the next run ends what else is left.
+    left = carriers(run.pid)
+    assert len(left) >= 3  # Prefect's server, dvc and the stage
+    third = slmops(toy, "run")
+    assert "was killed, but its stage still works" in third.stderr
+    os.killpg(next(os.getpgid(pid) for pid in left if os.getpgid(pid) == pid), signal.SIGKILL)
+    fourth = slmops(toy, "run")
+    assert fourth.returncode == 0, fourth.stderr
+    assert started(toy).count("finetune") == 1
+    assert dict(runs(toy))["long"] == "KILLED"
+    wait_for(lambda: not carriers(run.pid))
+
+
+def carriers(pid: int) -> list[int]:
+    """Processes that a run started, known by the mark that they carry."""
+    wanted = f"SLMOPS_RUN_PID={pid}".encode()
+    found = [
+        int(entry.name) for entry in Path("/proc").glob("[0-9]*") if wanted in read(entry / "environ").split(b"\0")
+    ]
+    return [each for each in found if each != pid]
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
