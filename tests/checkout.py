@@ -1,13 +1,17 @@
 """A checkout of the project in a temporary folder: its own params and data, git history, DVC, and the stages."""
 
+import atexit
 import functools
 import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -94,6 +98,28 @@ def empty_store() -> Path:
     folder = Path(_servers().name)
     tracking.client(folder).search_experiments()
     return folder / "mlflow.db"
+
+
+@functools.cache
+def prefect_server() -> str:
+    """The address of one Prefect server for the session: each run would otherwise start one of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (Path(_servers().name) / "prefect.log").open("wb")
+    command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port), "--no-services"]
+    process = subprocess.Popen(command, env=environment(Path(), PREFECT_UI_ENABLED="0"), stdout=log, stderr=log)
+    atexit.register(process.terminate)
+    address = f"http://127.0.0.1:{port}/api"
+    deadline = time.monotonic() + 300
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            return address
+        except OSError:
+            assert process.poll() is None, "Prefect's server ended"
+            assert time.monotonic() < deadline, "Prefect's server does not answer"
+            time.sleep(0.1)
 
 
 def git(root: Path, *arguments: str) -> str:
