@@ -12,7 +12,8 @@ from typing import Any
 from tasks import events
 from tasks.chat import Encoded
 from tasks.scoring import Metric
-from tasks.training import batches, collate, target_states
+from tasks.packing import pack
+from tasks.training import batches, target_states
 
 BATCH = 64
 
@@ -32,8 +33,7 @@ def answers(
     with torch.no_grad(), events.progress(label, len(rows), "rows") as advance:
         for indices in batches([len(row.ids) for row in rows], 4096, 0, 1.0):
             tails = [_last_answer(rows[i]) for i in indices]
-            ids, predicts, _ = collate(tails, model.device)
-            guesses = model.get_output_embeddings()(target_states(model, ids, predicts)).argmax(-1).tolist()
+            guesses = model.get_output_embeddings()(target_states(model, pack(tails, model.device))).argmax(-1).tolist()
             for i, tail in zip(indices, tails, strict=True):
                 start, want = tail.answer_start, tail.ids[tail.answer_start :]
                 got, guesses = guesses[: len(want)], guesses[len(want) :]

@@ -19,6 +19,7 @@ from typing import Any
 from tasks import events, models
 from tasks.chat import Encoded
 from tasks.errors import StageError
+from tasks.packing import Packed, pack, states
 from tasks.params import Training
 from tasks.stage import need_space
 
@@ -27,8 +28,8 @@ Objective = Callable[[Any, Any, list[int]], Any]
 (n,), the rows' indices -> scalar mean loss."""
 
 CHECKPOINT_SECONDS = 60.0
-WORTHWHILE_PREFIX = 8
-CHUNK = 1024  # target positions projected on the vocabulary at a time: bounds the logits' memory
+CHUNK = 128  # target positions projected on the vocabulary at a time: few enough for a processor's caches
+KEPT = 1024  # target positions whose probabilities are kept for the backward pass
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, seed: int, epochs: float) -> list[list[int]]:
@@ -54,49 +55,16 @@ def batches(lengths: Sequence[int], batch_tokens: int, seed: int, epochs: float)
     return steps
 
 
-def collate(rows: Sequence[Encoded], device: Any) -> tuple[Any, Any, Any]:
-    """Right-padded ids (b, t), the mask (b, t - 1) of positions that predict a target, and the labels (n,)."""
-    import torch
-
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    predicts = torch.zeros(len(rows), longest - 1, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        predicts[i, : len(row.ids) - 1] = torch.tensor(row.target[1:])
-    return ids.to(device), predicts.to(device), ids[:, 1:][predicts].to(device)
-
-
-def target_states(model: Any, ids: Any, predicts: Any) -> Any:
-    """Final hidden states (n, d) of the positions that predict a target, in row order.
-
-    What all rows begin with (the template's head, a shared system prompt) is computed once and reaches the rows
-    as cached keys and values; gradients flow through the cache, so the result is that of separate rows.
-    """
-    from transformers import DynamicCache
-
-    decoder, shared = model.get_decoder(), common_prefix(ids, predicts)
-    if len(ids) == 1 or shared < WORTHWHILE_PREFIX:
-        return decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]
-    cache = DynamicCache(config=model.config)
-    decoder(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(len(ids))
-    hidden = decoder(input_ids=ids[:, shared:], past_key_values=cache, use_cache=True).last_hidden_state
-    return hidden[:, :-1][predicts[:, shared:]]
-
-
-def common_prefix(ids: Any, predicts: Any) -> int:
-    """How many leading tokens all rows of `ids` (b, t) share before the first that predicts a target."""
-    stops = (ids != ids[:1]).any(0)
-    stops[:-1] |= predicts.any(0)
-    return int(stops.long().argmax()) if stops.any() else 0
+def target_states(model: Any, packed: Packed) -> Any:
+    """Final hidden states (n, d) of the tokens that predict a target, in row order."""
+    return states(model, packed)[packed.predicting]
 
 
 def log_probs(hidden: Any, head: Any, tokens: Any) -> Any:
     """Log-probabilities (n, k) of `tokens` (n, k) at positions with hidden states (n, d), over the whole vocabulary.
 
-    Any loss on a few tokens needs only these, so the (n, v) logits never enter the graph: the forward pass keeps
-    at most CHUNK rows of probabilities, the backward pass rebuilds the rest chunk by chunk.
+    Any loss on a few tokens needs only these, so the (n, v) logits never enter the graph. They are made CHUNK rows
+    at a time; the probabilities of up to KEPT rows stay for the backward pass, of more they are made again there.
     """
     return _log_probs_function().apply(hidden, head.weight, tokens)
 
@@ -105,16 +73,23 @@ def log_probs(hidden: Any, head: Any, tokens: Any) -> Any:
 def _log_probs_function() -> Any:
     import torch
 
+    def chances(part: Any, weight: Any) -> tuple[Any, Any, Any]:
+        """Logits (m, v) in fp32, their log-sum (m, 1), and the probabilities in the type of `part`."""
+        logits = (part @ weight.T).float()
+        most = logits.amax(-1, keepdim=True)
+        shares = (logits - most).exp_()
+        total = shares.sum(-1, keepdim=True)
+        return logits, most + total.log(), shares.div_(total).to(part.dtype)
+
     class LogProbs(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, hidden: Any, weight: Any, tokens: Any) -> Any:
             kept, made = [], []
             for part, wanted in zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True):
-                logits = (part @ weight.T).float()
-                log_z = logits.logsumexp(-1, keepdim=True)
+                logits, log_z, shares = chances(part, weight)
                 made.append(logits.gather(-1, wanted) - log_z)
-                if len(hidden) <= CHUNK:
-                    kept.append(logits.sub_(log_z).exp_().to(part.dtype))
+                if len(hidden) <= KEPT:
+                    kept.append(shares)
             ctx.save_for_backward(hidden, weight, tokens, *kept)
             return torch.cat(made)
 
@@ -123,11 +98,11 @@ def _log_probs_function() -> Any:
             hidden, weight, tokens, *kept = ctx.saved_tensors
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-            for start in range(0, len(hidden), CHUNK):
+            for n, start in enumerate(range(0, len(hidden), CHUNK)):
                 part = slice(start, start + CHUNK)
-                share = kept[0] if kept else (hidden[part] @ weight.T).float().softmax(-1).to(hidden.dtype)
-                grad = (share * -gradient[part].sum(-1, keepdim=True).to(share.dtype)).scatter_add_(
-                    -1, tokens[part], gradient[part].to(share.dtype)
+                shares = kept[n] if kept else chances(hidden[part], weight)[2]
+                grad = (shares * -gradient[part].sum(-1, keepdim=True).to(shares.dtype)).scatter_add_(
+                    -1, tokens[part], gradient[part].to(shares.dtype)
                 )
                 grad_hidden[part] = grad @ weight
                 if grad_weight is not None:
@@ -150,10 +125,10 @@ def validation_loss(model: Any, rows: Sequence[Encoded], batch_tokens: int = 409
     total, count = 0.0, 0
     with torch.no_grad():
         for indices in batches([len(row.ids) for row in rows], batch_tokens, 0, 1.0):
-            ids, predicts, labels = collate([rows[i] for i in indices], model.device)
-            states = target_states(model, ids, predicts)
-            total -= log_probs(states, model.get_output_embeddings(), labels[:, None]).sum().item()
-            count += len(labels)
+            packed = pack([rows[i] for i in indices], model.device)
+            hidden = target_states(model, packed)
+            total -= log_probs(hidden, model.get_output_embeddings(), packed.labels[:, None]).sum().item()
+            count += len(packed.labels)
     return total / count
 
 
@@ -182,9 +157,6 @@ def train(
     if settings.freeze_embeddings:
         model.get_input_embeddings().weight.requires_grad_(False)
         model.get_output_embeddings().weight.requires_grad_(False)
-    # Flash attention's backward pass is slow on a CPU and on short rows; there, plain products are faster.
-    plain = model.device.type == "cpu" and max(len(row.ids) for row in rows) <= 256
-    model.set_attn_implementation("eager" if plain else "sdpa")
     masters = [p.detach().clone() for p in model.parameters() if p.requires_grad]
     models.cast(model, torch.bfloat16 if half else torch.float32).train()
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -202,8 +174,8 @@ def train(
         state.push(weights)
         while state.step < len(steps) and state.stale < settings.patience:
             chosen = steps[state.step]
-            ids, predicts, labels = collate([rows[i] for i in chosen], model.device)
-            loss = objective(target_states(model, ids, predicts), labels, chosen)
+            packed = pack([rows[i] for i in chosen], model.device)
+            loss = objective(target_states(model, packed), packed.labels, chosen)
             value = loss.item()
             if not math.isfinite(value):
                 raise StageError(
@@ -231,7 +203,6 @@ def train(
                 state.save()
                 saved = time.monotonic()
     state.push(weights, best=True)
-    model.set_attn_implementation("sdpa")
     model.eval()
     return state.history
 

@@ -83,22 +83,6 @@ def test_padding_and_prompt_do_not_touch_the_loss(model: Any, rows: list[Encoded
     assert together == pytest.approx(sum(alone), rel=1e-4)
 
 
-def test_a_shared_prefix_changes_neither_states_nor_gradients(
-    model: Any, rows: list[Encoded], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids, predicts, labels = training.collate(rows[:7], model.device)
-    assert training.common_prefix(ids, predicts) >= training.WORTHWHILE_PREFIX
-    results = []
-    for worthwhile in (training.WORTHWHILE_PREFIX, 10**6):
-        monkeypatch.setattr(training, "WORTHWHILE_PREFIX", worthwhile)
-        mine = copy.deepcopy(model)
-        states = training.target_states(mine, ids, predicts)
-        training.cross_entropy(mine)(states, labels, []).backward()
-        results.append((states.detach(), mine.get_decoder().layers[0].self_attn.k_proj.weight.grad))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3)
-
-
 @settings(max_examples=50, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=80),

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks import events
+from tasks import events, packing
 from tasks.chat import Encoded
 from tasks.errors import ConfigError
 from tasks.params import Distill
-from tasks.training import collate
+from tasks.packing import pack, tokens
 
 
 def prune(model: Any, calibration: Sequence[Encoded], settings: Distill, record: Path) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ class _Trace:
         import torch.nn.functional as F
 
         self.model, self.decoder = model, model.get_decoder()
-        ids, self.predicts, self.labels = collate(rows, model.device)
+        self.packed = pack(rows, model.device)
         self.inputs: list[Any] = []
         self.keywords: list[dict[str, Any]] = []
 
@@ -100,13 +100,12 @@ class _Trace:
         hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.decoder.layers]
         last: list[Any] = []
         hooks.append(self.decoder.norm.register_forward_pre_hook(lambda _, args: last.append(args[0])))
-        self.decoder(input_ids=ids, use_cache=False)
+        packing.states(model, self.packed)
         for hook in hooks:
             hook.remove()
-        real = collate_mask(rows, ids)
         after = [*self.inputs[1:], last[0]]
         self.influence = [
-            1.0 - F.cosine_similarity(a[real].float(), b[real].float(), dim=-1).mean().item()
+            1.0 - F.cosine_similarity(tokens(a, self.packed).float(), tokens(b, self.packed).float(), dim=-1).mean().item()
             for a, b in zip(self.inputs, after, strict=True)
         ]
 
@@ -115,16 +114,10 @@ class _Trace:
         import torch.nn.functional as F
 
         hidden = self.inputs[position]
-        for layer, keywords in zip(self.decoder.layers[position + 1 :], self.keywords[position + 1 :], strict=True):
-            out = layer(hidden, **keywords)
-            hidden = out[0] if isinstance(out, tuple) else out
-        states = self.decoder.norm(hidden)[:, :-1][self.predicts]
-        return float(F.cross_entropy(self.model.get_output_embeddings()(states).float(), self.labels).item())
-
-
-def collate_mask(rows: Sequence[Encoded], ids: Any) -> Any:
-    """Which positions (b, t) hold a real token."""
-    import torch
-
-    lengths = torch.tensor([len(row.ids) for row in rows], device=ids.device)
-    return torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths[:, None]
+        with packing.attention(self.model):
+            for layer, keywords in zip(self.decoder.layers[position + 1 :], self.keywords[position + 1 :], strict=True):
+                out = layer(hidden, **keywords)
+                hidden = out[0] if isinstance(out, tuple) else out
+        states = tokens(self.decoder.norm(hidden), self.packed)[self.packed.predicting]
+        logits = self.model.get_output_embeddings()(states)
+        return float(F.cross_entropy(logits.float(), self.packed.labels).item())

@@ -14,7 +14,8 @@ from tasks import events
 from tasks.chat import Encoded
 from tasks.params import Distill
 from tasks.stage import need_space
-from tasks.training import Objective, batches, collate, log_probs, target_states
+from tasks.packing import pack
+from tasks.training import Objective, batches, log_probs, target_states
 
 Lookup = Callable[[list[int]], tuple[Any, Any]]
 
@@ -41,8 +42,8 @@ def cache_targets(model: Any, rows: Sequence[Encoded], settings: Distill, path: 
         with torch.no_grad(), events.progress("teacher targets", len(read), "rows") as advance:
             for part in batches([lengths[i] for i in read], 4096, 0, 1.0):
                 chosen = [read[n] for n in part]
-                ids, predicts, _ = collate([rows[i] for i in chosen], model.device)
-                logits = head(target_states(model, ids, predicts)).float() / settings.temperature
+                packed = pack([rows[i] for i in chosen], model.device)
+                logits = head(target_states(model, packed)).float() / settings.temperature
                 top = logits.log_softmax(-1).topk(settings.top_k)
                 where = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen])
                 tokens[where], logs[where] = top.indices.int().cpu(), top.values.cpu()

@@ -1,0 +1,115 @@
+"""Packed rows: the states and gradients of separate rows, for every architecture that is packed."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tasks import packing
+from tasks.chat import Encoded
+from tasks.models import DENSE
+from tasks.packing import common_prefix, pack, states
+
+SIZES = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+EXTRA = {
+    "gemma2": {"sliding_window": 6, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "mistral": {"sliding_window": 6},
+    "ministral": {"sliding_window": 6},
+}
+
+
+def row(prompt: list[int], answer: list[int], more: tuple[list[int], list[int]] | None = None) -> Encoded:
+    ids, target = prompt + answer, [False] * len(prompt) + [True] * len(answer)
+    if more:
+        ids, target = ids + more[0] + more[1], target + [False] * len(more[0]) + [True] * len(more[1])
+    return Encoded(ids, target)
+
+
+HEAD = list(range(3, 13))
+ROWS = [
+    row([*HEAD, 20, 21, 22], [30, 31, 2]),
+    row([*HEAD, 23], [32, 2]),
+    row([*HEAD, 24, 25, 26, 27, 28, 29], [33, 34, 35, 36, 2]),
+    row([*HEAD, 20, 24], [37, 2], ([40, 41], [42, 43, 2])),
+]
+
+
+def made(kind: str) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES | EXTRA.get(kind, {}))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation("eager")
+    return model
+
+
+def separate(model: Any, rows: list[Encoded]) -> torch.Tensor:
+    """States of the predicting tokens, each row alone in an ordinary forward pass."""
+    found = []
+    for each in rows:
+        hidden = model.get_decoder()(input_ids=torch.tensor([each.ids]), use_cache=False).last_hidden_state[0]
+        found.append(hidden[:-1][torch.tensor(each.target[1:])])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", sorted(DENSE))
+@pytest.mark.parametrize("keys", [packing.SHORT, 0], ids=["products", "flash"])
+def test_states_and_gradients_are_those_of_separate_rows(
+    kind: str, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "SHORT", keys)
+    model = made(kind)
+    assert common_prefix(ROWS) == len(HEAD)
+    weights = torch.randn(sum(sum(each.target) for each in ROWS), 32)
+    results = []
+    for way in (lambda m: (packed := pack(ROWS, "cpu"), states(m, packed)[packed.predicting])[1], lambda m: separate(m, ROWS)):
+        mine = copy.deepcopy(model)
+        found = way(mine)
+        (found * weights).sum().backward()
+        results.append((found.detach(), [p.grad for p in mine.get_decoder().layers.parameters() if p.grad is not None]))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-4)
+    for ours, theirs in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3)
+
+
+def test_an_architecture_that_is_not_known_to_be_dense_gets_ordinary_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("llama")
+    monkeypatch.setattr(packing, "DENSE", frozenset())
+    for rows in (ROWS, ROWS[:1]):
+        packed = pack(rows, "cpu")
+        torch.testing.assert_close(states(model, packed)[packed.predicting], separate(model, rows), atol=1e-5, rtol=1e-4)
+
+
+def test_the_attention_of_the_model_is_left_as_it_was() -> None:
+    model = made("llama")
+    states(model, pack(ROWS, "cpu"))
+    assert model.config._attn_implementation == "eager"
+    assert model.generate(torch.tensor([HEAD]), max_new_tokens=2, do_sample=False).shape[1] > len(HEAD)
+
+
+tokens = st.lists(st.integers(3, 59), min_size=1, max_size=6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(head=st.lists(st.integers(3, 59), max_size=14), rests=st.lists(st.tuples(tokens, tokens), min_size=1, max_size=5))
+def test_every_target_is_predicted_once_whatever_the_rows_share(
+    head: list[int], rests: list[tuple[list[int], list[int]]]
+) -> None:
+    rows = [row([1, *head, *prompt], answer) for prompt, answer in rests]
+    packed = pack(rows, "cpu")
+    assert packed.labels.tolist() == [i for _, answer in rests for i in answer]
+    assert packed.ids.shape[1] == packed.prefix + sum(len(each.ids) - 1 - packed.prefix for each in rows)
+    assert len(set(packed.place.tolist())) == packed.ids.shape[1]
+    model = _MODEL
+    torch.testing.assert_close(states(model, packed)[packed.predicting], separate(model, rows), atol=1e-5, rtol=1e-4)
+
+
+_MODEL = made("llama")
