@@ -5,21 +5,15 @@ that weights are on the disk once) and carries its digest; tags say what it is, 
 `candidate` (newest registered), `champion`, `previous`. Every decision is a line of `registry/history.jsonl`.
 """
 
-import fcntl
 import getpass
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from flows import tracking, workspace
-from tasks.errors import ArtifactError, ConfigError
+from flows import registry, workspace
+from tasks.errors import ConfigError
 from tasks.package.bundle import bundle_digest, verify
 from tasks.stage import folder
 
@@ -57,12 +51,12 @@ def register(root: Path, main: Path) -> Registered:
     if verdict != "pass":
         raise ConfigError(f"{source} is not registered: the verdict on {bundle.chosen} is {verdict}")
     digest = bundle_digest(source)
-    with _registry(main) as client:
-        known = _by_digest(client, bundle.name, digest)
+    with registry.opened(main) as client:
+        known = registry.by_digest(client, bundle.name, digest)
         if known:
             client.set_registered_model_alias(bundle.name, CANDIDATE, known)
             return Registered(bundle.name, known, digest, False)
-        place = _place(source, main / "registry" / bundle.name / digest[:12])
+        place = registry.place(source, main / "registry" / bundle.name / digest[:12])
         tags = {
             "bundle_digest": digest,
             "bundle": str(place),
@@ -70,7 +64,7 @@ def register(root: Path, main: Path) -> Registered:
             "variant": bundle.chosen,
             "git_commit": workspace.git(root, "rev-parse", "HEAD"),
         }
-        version = _log_version(main, bundle.name, place, digest, tags)
+        version = registry.log_version(main, bundle.name, place, digest, tags)
         client.set_registered_model_alias(bundle.name, CANDIDATE, version)
         _record(main, "register", bundle.name, version, digest, getpass.getuser(), bundle.reason)
         return Registered(bundle.name, version, digest, True)
@@ -92,20 +86,20 @@ def approve(main: Path, name: str, version: str, by: str, reason: str) -> str:
         ArtifactError: its bundle moved or changed since it was registered.
     """
     _signed(by, reason)
-    with _registry(main) as client:
-        found = _version(client, name, version)
+    with registry.opened(main) as client:
+        found = registry.find_version(client, name, version)
         if found.tags.get("verdict") != "pass":
             raise ConfigError(
                 f"{name} version {version} may not be released: its verdict is {found.tags.get('verdict')}"
             )
-        digest = _intact(found)
-        champion = _aliased(client, name, CHAMPION)
+        digest, _ = registry.intact(found)
+        champion = registry.aliased(client, name, CHAMPION)
         if champion == version:
             return f"{name} version {version} is the champion already"
         if champion:
             client.set_registered_model_alias(name, PREVIOUS, champion)
         client.set_registered_model_alias(name, CHAMPION, version)
-        if _aliased(client, name, CANDIDATE) == version:
+        if registry.aliased(client, name, CANDIDATE) == version:
             client.delete_registered_model_alias(name, CANDIDATE)
         client.set_model_version_tag(name, version, "approved_by", by)
         client.set_model_version_tag(name, version, "approval_reason", reason)
@@ -121,13 +115,13 @@ def rollback(main: Path, name: str, by: str, reason: str) -> str:
         ArtifactError: its bundle moved or changed.
     """
     _signed(by, reason)
-    with _registry(main) as client:
-        champion, previous = _aliased(client, name, CHAMPION), _aliased(client, name, PREVIOUS)
+    with registry.opened(main) as client:
+        champion, previous = registry.aliased(client, name, CHAMPION), registry.aliased(client, name, PREVIOUS)
         if not champion or not previous:
             raise ConfigError(
                 f"{name} has no previous champion to go back to: `slmops history` shows what was released"
             )
-        digest = _intact(_version(client, name, previous))
+        digest, _ = registry.intact(registry.find_version(client, name, previous))
         client.set_registered_model_alias(name, CHAMPION, previous)
         client.set_registered_model_alias(name, PREVIOUS, champion)
         _record(main, "rollback", name, previous, digest, by, reason)
@@ -149,97 +143,6 @@ def history(main: Path, name: str) -> str:
 def _signed(by: str, reason: str) -> None:
     if not by.strip() or not reason.strip():
         raise ConfigError("--by and --reason must not be empty: they are the record of who released what and why")
-
-
-@contextmanager
-def _registry(main: Path) -> Iterator[Any]:
-    """The MLflow client, while no one else on this machine changes the registry: aliases know no compare-and-set."""
-    from mlflow.exceptions import MlflowException
-
-    tracking.check_server(tracking.uri(main))
-    place = main / "registry"
-    place.mkdir(exist_ok=True)
-    with (place / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield tracking.client(main)
-        except MlflowException as error:
-            raise ConfigError(f"MLflow refused: {str(error).splitlines()[0]}") from error
-
-
-def _by_digest(client: Any, name: str, digest: str) -> str | None:
-    found = client.search_model_versions(f"name = '{name}'")
-    same = [version.version for version in found if version.tags.get("bundle_digest") == digest]
-    return str(same[0]) if same else None
-
-
-def _version(client: Any, name: str, version: str) -> Any:
-    for found in client.search_model_versions(f"name = '{name}'"):
-        if str(found.version) == version:
-            return found
-    known = sorted(str(found.version) for found in client.search_model_versions(f"name = '{name}'"))
-    raise ConfigError(
-        f"{name} has no version {version}" + (f": it has {', '.join(known)}" if known else ": register one")
-    )
-
-
-def _aliased(client: Any, name: str, alias: str) -> str | None:
-    for model in client.search_registered_models(f"name = '{name}'"):
-        version = model.aliases.get(alias)
-        return str(version) if version else None
-    return None
-
-
-def _intact(version: Any) -> str:
-    place, digest = Path(version.tags["bundle"]), str(version.tags["bundle_digest"])
-    verify(place)
-    if bundle_digest(place) != digest:
-        raise ArtifactError(f"{place} is not the bundle that was registered as version {version.version}: restore it")
-    return digest
-
-
-def _place(source: Path, target: Path) -> Path:
-    """The bundle under its digest, linked where the file system can; whole or not at all."""
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
-        shutil.copytree(source, partial, copy_function=_link, dirs_exist_ok=True)
-        partial.chmod(0o755)
-        partial.rename(target)
-    verify(target)
-    return target
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _log_version(main: Path, name: str, place: Path, digest: str, tags: dict[str, str]) -> str:
-    """A small pyfunc model whose one artifact points at the bundle, as a new version."""
-    from importlib.metadata import version as installed
-
-    import mlflow
-
-    mlflow.set_tracking_uri(tracking.uri(main))
-    mlflow.set_registry_uri(tracking.uri(main))
-    mlflow.set_experiment(experiment_id=tracking.experiment(tracking.client(main), main))
-    with tempfile.TemporaryDirectory() as temporary:
-        pointer = Path(temporary) / "pointer.json"
-        pointer.write_text(json.dumps({"folder": str(place), "digest": digest}))
-        logged = mlflow.pyfunc.log_model(
-            name=name,
-            python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"pointer": str(pointer)},
-            pip_requirements=[f"{part}=={installed(part)}" for part in ("mlflow", "llama-cpp-python")],
-        )
-    client = tracking.client(main)
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
-    made = client.create_model_version(name, source=f"models:/{logged.model_id}", model_id=logged.model_id, tags=tags)
-    return str(made.version)
 
 
 def _record(main: Path, action: str, name: str, version: str, digest: str, by: str, reason: str) -> None:
