@@ -12,6 +12,7 @@ from tasks.errors import PipelineError
 
 if TYPE_CHECKING:
     from flows import pipeline
+    from tasks import params
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -67,9 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     add("register", register, "register the packaged model as `candidate`")
     sub = add("approve", approve, "make a registered version the `champion`")
     sub.add_argument("version", type=int)
+    sub.add_argument("--even-if-worse", action="store_true", help="than the champion, on the same test rows")
+    sub.add_argument("--even-if-rejected", action="store_true", help="by someone before")
+    _signed(sub)
+    sub = add("reject", reject, "record that a registered version is not to be released")
+    sub.add_argument("version", type=int)
     _signed(sub)
     _signed(add("rollback", rollback, "make the previous champion champion again"))
     add("history", history, "show who released what, when and why")
+    sub = add("audit", audit, "check that no line of that history was changed, removed or cut off")
+    sub.add_argument("what", choices=["verify"])
     add("runs", runs, "list the runs in worktrees")
     sub = add("prune", prune, "remove the worktrees of finished runs; their branches stay")
     sub.add_argument("name", nargs="*", help="of these runs, finished or not")
@@ -198,7 +206,22 @@ def approve(args: argparse.Namespace) -> int:
     """`slmops approve VERSION`."""
     from flows import release
 
-    print(release.approve(*_model(args), str(args.version), args.by, args.reason))
+    main, name = _model(args)
+    starter = release.started_by(main, name, str(args.version)) if _checked(args).release.separate_duties else None
+    print(
+        release.approve(
+            main, name, str(args.version), args.by, args.reason,
+            forbid=starter, even_if_worse=args.even_if_worse, even_if_rejected=args.even_if_rejected,
+        )
+    )  # fmt: skip
+    return 0
+
+
+def reject(args: argparse.Namespace) -> int:
+    """`slmops reject VERSION`."""
+    from flows import release
+
+    print(release.reject(*_model(args), str(args.version), args.by, args.reason))
     return 0
 
 
@@ -218,14 +241,26 @@ def history(args: argparse.Namespace) -> int:
     return 0
 
 
+def audit(args: argparse.Namespace) -> int:
+    """`slmops audit verify`."""
+    from flows import release
+
+    print(release.verify_audit(*_model(args)))
+    return 0
+
+
 def _model(args: argparse.Namespace) -> tuple[Path, str]:
     """The main checkout, where the registry lies, and the name of the registered model."""
     from flows import workspace
+
+    return workspace.main_root(workspace.find(Path())), _checked(args).package.name
+
+
+def _checked(args: argparse.Namespace) -> "params.Params":
+    from flows import workspace
     from tasks import params
 
-    root = workspace.find(Path())
-    checked = params.load(args.params or root / "params.yaml", args.overrides)
-    return workspace.main_root(root), checked.package.name
+    return params.load(args.params or workspace.find(Path()) / "params.yaml", args.overrides)
 
 
 def runs(args: argparse.Namespace) -> int:

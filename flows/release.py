@@ -1,29 +1,28 @@
-"""What may be released: registration, approval, rollback, and the record of them.
+"""What may be released: registration, approval, rejection, rollback, and the record of them.
 
 The registry is MLflow's. A version points at a bundle under `registry/` of the main checkout (hard-linked, so
 that weights are on the disk once) and carries its digest; tags say what it is, aliases what is deployed:
-`candidate` (newest registered), `champion`, `previous`. Every decision is a line of `registry/history.jsonl`.
+`candidate` (newest registered), `champion`, `previous`. A registered model belongs to one checkout: there lie its
+bundles and the record of every decision (`audit`), which the tags of model and versions mirror.
+
+Rules: what did not pass is not registered; a version known to be worse than the champion, or rejected before, is
+approved only by someone who says so; the policy approves only what nobody has decided on. A decision is on record
+before an alias moves, so that one that was stopped in between can be made again.
 """
 
-import fcntl
 import getpass
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flows import tracking, workspace
-from tasks.errors import ArtifactError, ConfigError
-from tasks.package.bundle import bundle_digest, verify
+from flows import audit, comparison, registry, workspace
+from flows.comparison import Comparison
+from tasks.errors import ArtifactError, ConfigError, StageError
+from tasks.package.bundle import Bundle, bundle_digest, load, verify
 from tasks.stage import folder
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+POLICY = "policy"  # who approves where no person does
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,15 @@ class Registered:
     version: str
     digest: str
     fresh: bool
+    rejected: bool = False
 
     def text(self) -> str:
         """One line for a person."""
+        if self.rejected:
+            return (
+                f"{self.name} version {self.version} was registered before and rejected (bundle {self.digest[:12]}): "
+                "`slmops history` shows why"
+            )
         how = "registered" if self.fresh else "was registered before"
         return f"{self.name} version {self.version} {how} (bundle {self.digest[:12]}): `slmops approve {self.version} --by NAME --reason TEXT` releases it"
 
@@ -57,23 +62,27 @@ def register(root: Path, main: Path) -> Registered:
     if verdict != "pass":
         raise ConfigError(f"{source} is not registered: the verdict on {bundle.chosen} is {verdict}")
     digest = bundle_digest(source)
-    with _registry(main) as client:
-        known = _by_digest(client, bundle.name, digest)
-        if known:
-            client.set_registered_model_alias(bundle.name, CANDIDATE, known)
-            return Registered(bundle.name, known, digest, False)
-        place = _place(source, main / "registry" / bundle.name / digest[:12])
-        tags = {
-            "bundle_digest": digest,
-            "bundle": str(place),
-            "verdict": verdict,
-            "variant": bundle.chosen,
-            "git_commit": workspace.git(root, "rev-parse", "HEAD"),
-        }
-        version = _log_version(main, bundle.name, place, digest, tags)
-        client.set_registered_model_alias(bundle.name, CANDIDATE, version)
-        _record(main, "register", bundle.name, version, digest, getpass.getuser(), bundle.reason)
-        return Registered(bundle.name, version, digest, True)
+    with registry.opened(main) as client:
+        version = registry.by_digest(client, bundle.name, digest)
+        fresh = version is None
+        if version is None:
+            place = registry.place(source, main / "registry" / bundle.name / digest[:12])
+            tags = {
+                "bundle_digest": digest,
+                "bundle": str(place),
+                "verdict": verdict,
+                "variant": bundle.chosen,
+                "git_commit": workspace.git(root, "rev-parse", "HEAD"),
+            }
+            version = registry.log_version(main, bundle.name, place, digest, tags)
+        decided = audit.decisions(main, bundle.name, version, digest)
+        if not decided:  # new, or stopped before it was on record
+            by = getpass.getuser()
+            audit.record(client, main, "register", bundle.name, version, digest=digest, by=by, reason=bundle.reason)
+        rejected = bool(decided) and decided[-1]["action"] == "reject"
+        if not rejected:
+            client.set_registered_model_alias(bundle.name, CANDIDATE, version)
+        return Registered(bundle.name, version, digest, fresh, rejected)
 
 
 def register_if_passed(root: Path, main: Path) -> str:
@@ -84,175 +93,251 @@ def register_if_passed(root: Path, main: Path) -> str:
     return register(root, main).text()
 
 
-def approve(main: Path, name: str, version: str, by: str, reason: str) -> str:
-    """Make a version the champion, the champion before it `previous`; one line for a person.
+def compare(main: Path, name: str, version: str) -> Comparison:
+    """A version's metrics beside the champion's, as their bundles tell them.
 
     Raises:
-        ConfigError: there is no such version, it did not pass, or name or reason is empty.
-        ArtifactError: its bundle moved or changed since it was registered.
+        ConfigError: there is no such version.
+        ArtifactError: its bundle moved or changed.
+        StageError: the MLflow server does not answer.
     """
-    _signed(by, reason)
-    with _registry(main) as client:
-        found = _version(client, name, version)
+    with registry.opened(main) as client:
+        return _compare(client, name, registry.find_version(client, name, version))
+
+
+def approve(
+    main: Path,
+    name: str,
+    version: str,
+    by: str,
+    reason: str,
+    *,
+    digest: str | None = None,
+    expected_champion: str | None = None,
+    forbid: str | None = None,
+    even_if_worse: bool = False,
+    even_if_rejected: bool = False,
+) -> str:
+    """Make a version the champion, the champion before it `previous`; one line for a person.
+
+    `digest` and `expected_champion` ("": none) are what the decider was shown, where that was earlier. `forbid`
+    is who may not approve: the one who started the run.
+
+    Raises:
+        ConfigError: there is no such version, it did not pass, it is worse than the champion or was rejected and
+            that is not accepted, another champion was released meanwhile, `by` may not decide, or name or reason
+            is empty.
+        ArtifactError: its bundle moved or changed since it was registered or shown, or the record is damaged.
+        StageError: the MLflow server does not answer.
+    """
+    by, reason = _signed(by, reason)
+    if forbid is not None and by.casefold() == forbid.strip().casefold():
+        raise ConfigError(
+            f"{by} started the run of {name} version {version} and may not approve it: someone else must "
+            "(release.separate_duties)"
+        )
+    with registry.opened(main) as client:
+        found = registry.find_version(client, name, version)
+        known = str(found.tags["bundle_digest"])
+        if digest is not None and digest != known:
+            raise ArtifactError(
+                f"{name} version {version} is bundle {known[:12]}, and the decision was on {digest[:12]}: look at it again"
+            )
         if found.tags.get("verdict") != "pass":
             raise ConfigError(
                 f"{name} version {version} may not be released: its verdict is {found.tags.get('verdict')}"
             )
-        digest = _intact(found)
-        champion = _aliased(client, name, CHAMPION)
-        if champion == version:
+        last = _last(main, name, found)
+        if last["action"] == "reject" and not even_if_rejected:
+            raise ConfigError(
+                f"{name} version {version} was rejected by {last['by']} ({last['reason']}): "
+                "--even-if-rejected approves it all the same"
+            )
+        seen = _compare(client, name, found)
+        if expected_champion is not None and seen.champion not in (expected_champion, version):
+            raise ConfigError(
+                f"the champion of {name} is {_which(seen.champion)} now, and the decision was made beside "
+                f"{_which(expected_champion)}: compare again"
+            )
+        if seen.worse and not even_if_worse:
+            raise ConfigError(
+                f"{name} version {version} is worse than what is released now: {seen.text()}; --even-if-worse releases "
+                "it all the same"
+            )
+        over = f"; over the rejection by {last['by']}" if last["action"] == "reject" else ""
+        return _release(client, main, name, seen, by, reason, seen.text() + over)
+
+
+def auto_approve(main: Path, name: str, version: str, margin: float) -> str:
+    """Approve as the policy, if the version passed and its accuracy is at least `margin` above the champion's.
+
+    Returns one line that says what was decided and why. What a person has decided on is left to persons: a
+    version that was rejected, or approved and rolled back, does not come back by itself.
+
+    Raises:
+        ConfigError: there is no such version.
+        ArtifactError: its bundle moved or changed, or the record is damaged.
+        StageError: the MLflow server does not answer.
+    """
+    with registry.opened(main) as client:
+        found = registry.find_version(client, name, version)
+        seen = _compare(client, name, found)
+        if seen.champion == version:
             return f"{name} version {version} is the champion already"
-        if champion:
-            client.set_registered_model_alias(name, PREVIOUS, champion)
-        client.set_registered_model_alias(name, CHAMPION, version)
-        if _aliased(client, name, CANDIDATE) == version:
-            client.delete_registered_model_alias(name, CANDIDATE)
-        client.set_model_version_tag(name, version, "approved_by", by)
-        client.set_model_version_tag(name, version, "approval_reason", reason)
-        _record(main, "approve", name, version, digest, by, reason)
-    return f"{name} version {version} is the champion" + (f", version {champion} the previous one" if champion else "")
+        refused = f"{name} version {version} is not approved by the policy: "
+        if found.tags.get("verdict") != "pass":
+            return f"{refused}its verdict is {found.tags.get('verdict')}"
+        last = _last(main, name, found)
+        if last["action"] != "register":
+            return f"{refused}{last['by']} decided on it before ({last['action']}: {last['reason']})"
+        if not seen.better_by(margin):
+            return f"{refused}{seen.text()}" + (f"; the margin is {margin:g}" if seen.comparable else "")
+        reason = f"it passed all gates and holds the margin of {margin:g}"
+        return _release(client, main, name, seen, POLICY, reason, seen.text())
+
+
+def reject(main: Path, name: str, version: str, by: str, reason: str) -> str:
+    """Record that a version is not to be released, and take `candidate` and `previous` from it; one line.
+
+    Raises:
+        ConfigError: there is no such version, it is the champion, or name or reason is empty.
+        ArtifactError: the record is damaged.
+        StageError: the MLflow server does not answer.
+    """
+    by, reason = _signed(by, reason)
+    with registry.opened(main) as client:
+        found = registry.find_version(client, name, version)
+        if registry.aliased(client, name, CHAMPION) == version:
+            raise ConfigError(f"{name} version {version} is the champion: `slmops rollback` takes it back")
+        digest = str(found.tags["bundle_digest"])
+        audit.record(client, main, "reject", name, version, digest=digest, by=by, reason=reason)
+        for alias in (CANDIDATE, PREVIOUS):
+            if registry.aliased(client, name, alias) == version:
+                client.delete_registered_model_alias(name, alias)
+    return f"{name} version {version} is rejected"
 
 
 def rollback(main: Path, name: str, by: str, reason: str) -> str:
-    """Swap champion and previous; one line for a person.
+    """Swap champion and previous, whichever is better; one line for a person.
 
     Raises:
-        ConfigError: there is no previous champion.
-        ArtifactError: its bundle moved or changed.
+        ConfigError: there is no previous champion, or name or reason is empty.
+        ArtifactError: its bundle moved or changed, or the record is damaged.
+        StageError: the MLflow server does not answer.
     """
-    _signed(by, reason)
-    with _registry(main) as client:
-        champion, previous = _aliased(client, name, CHAMPION), _aliased(client, name, PREVIOUS)
-        if not champion or not previous:
+    by, reason = _signed(by, reason)
+    with registry.opened(main) as client:
+        champion, previous = registry.aliased(client, name, CHAMPION), registry.aliased(client, name, PREVIOUS)
+        if not champion or not previous or champion == previous:
             raise ConfigError(
                 f"{name} has no previous champion to go back to: `slmops history` shows what was released"
             )
-        digest = _intact(_version(client, name, previous))
+        digest, _ = registry.intact(registry.find_version(client, name, previous))
+        facts = f"instead of version {champion}"
+        audit.record(client, main, "rollback", name, previous, digest=digest, by=by, reason=reason, facts=facts)
         client.set_registered_model_alias(name, CHAMPION, previous)
         client.set_registered_model_alias(name, PREVIOUS, champion)
-        _record(main, "rollback", name, previous, digest, by, reason)
     return f"{name} version {previous} is the champion again, version {champion} the previous one"
 
 
 def history(main: Path, name: str) -> str:
-    """Who registered, approved and rolled back which version, when and why; a line each, oldest first."""
-    path = main / "registry" / "history.jsonl"
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    lines = [
-        f"{entry['at']}  {entry['action']:<9} version {entry['version']:<4} by {entry['by']}: {entry['reason']}"
-        for entry in entries
-        if entry["model"] == name
-    ]
+    """Who decided what on which version, when and why; a line each, oldest first."""
+    lines = []
+    for number, entry in enumerate(audit.entries(audit.read(audit.place(main))), 1):
+        if entry is None:
+            lines.append(f"line {number} cannot be read: `slmops audit verify`")
+        elif entry["model"] == name:
+            facts = f" ({entry['facts']})" if entry.get("facts") else ""
+            lines.append(
+                f"{entry['at']}  {entry['action']:<9} version {entry['version']:<4} by {entry['by']}: {entry['reason']}{facts}"
+            )
     return "\n".join(lines) or f"nothing was registered under {name} yet"
 
 
-def _signed(by: str, reason: str) -> None:
-    if not by.strip() or not reason.strip():
-        raise ConfigError("--by and --reason must not be empty: they are the record of who released what and why")
+def started_by(main: Path, name: str, version: str) -> str | None:
+    """Who registered a version, as the record tells it."""
+    found = filter(None, audit.entries(audit.read(audit.place(main))))
+    wanted = ("register", name, version)
+    return next((str(e["by"]) for e in reversed([*found]) if (e["action"], e["model"], e["version"]) == wanted), None)
 
 
-@contextmanager
-def _registry(main: Path) -> Iterator[Any]:
-    """The MLflow client, while no one else on this machine changes the registry: aliases know no compare-and-set."""
-    from mlflow.exceptions import MlflowException
+def verify_audit(main: Path, name: str) -> str:
+    """Hold the record against its own chain and against what MLflow knows of it; one line for a person.
 
-    tracking.check_server(tracking.uri(main))
-    place = main / "registry"
-    place.mkdir(exist_ok=True)
-    with (place / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield tracking.client(main)
-        except MlflowException as error:
-            raise ConfigError(f"MLflow refused: {str(error).splitlines()[0]}") from error
-
-
-def _by_digest(client: Any, name: str, digest: str) -> str | None:
-    found = client.search_model_versions(f"name = '{name}'")
-    same = [version.version for version in found if version.tags.get("bundle_digest") == digest]
-    return str(same[0]) if same else None
-
-
-def _version(client: Any, name: str, version: str) -> Any:
-    for found in client.search_model_versions(f"name = '{name}'"):
-        if str(found.version) == version:
-            return found
-    known = sorted(str(found.version) for found in client.search_model_versions(f"name = '{name}'"))
-    raise ConfigError(
-        f"{name} has no version {version}" + (f": it has {', '.join(known)}" if known else ": register one")
-    )
-
-
-def _aliased(client: Any, name: str, alias: str) -> str | None:
-    for model in client.search_registered_models(f"name = '{name}'"):
-        version = model.aliases.get(alias)
-        return str(version) if version else None
-    return None
-
-
-def _intact(version: Any) -> str:
-    place, digest = Path(version.tags["bundle"]), str(version.tags["bundle_digest"])
-    verify(place)
-    if bundle_digest(place) != digest:
-        raise ArtifactError(f"{place} is not the bundle that was registered as version {version.version}: restore it")
-    return digest
-
-
-def _place(source: Path, target: Path) -> Path:
-    """The bundle under its digest, linked where the file system can; whole or not at all."""
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
-        shutil.copytree(source, partial, copy_function=_link, dirs_exist_ok=True)
-        partial.chmod(0o755)
-        partial.rename(target)
-    verify(target)
-    return target
-
-
-def _link(source: str, target: str) -> None:
+    Raises:
+        ArtifactError: a line was edited, removed, added, cut off or torn; names each by its number.
+    """
+    path, content = audit.place(main), audit.read(audit.place(main))
     try:
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        shutil.copy2(source, target)
+        with registry.opened(main) as client:
+            content = audit.read(path)
+            heads = audit.heads(client, main, name)
+    except StageError as error:
+        if found := audit.problems(content):
+            audit.check(path, [*found, f"besides, MLflow could not be asked ({error}): remove nothing before it was"])
+        beside = f"; MLflow could not be asked, so a cut-off end would not be seen ({error})"
+    else:
+        audit.check(path, audit.problems(content, heads) or audit.unconfirmed(content, heads))
+        beside = ", as MLflow knows it"
+    old = audit.unchained(content)
+    before = f"; lines 1 to {old} are from before there was a chain and could have been changed then" if old else ""
+    return f"{path}: {len(audit.entries(content))} lines, nothing changed{beside}{before}"
 
 
-def _log_version(main: Path, name: str, place: Path, digest: str, tags: dict[str, str]) -> str:
-    """A small pyfunc model whose one artifact points at the bundle, as a new version."""
-    from importlib.metadata import version as installed
+def _signed(by: str, reason: str) -> tuple[str, str]:
+    """Both as one line of text each."""
+    by, reason = " ".join(by.split()), " ".join(reason.split())
+    if not by or not reason:
+        raise ConfigError("--by and --reason must not be empty: they are the record of who released what and why")
+    if by.casefold() == POLICY:
+        raise ConfigError(f"--by {by} is how the record names what no person decided: give your name")
+    if not (by + reason).isprintable():
+        raise ConfigError("--by and --reason hold characters that no one can see: write plain text")
+    return by, reason
 
-    import mlflow
 
-    mlflow.set_tracking_uri(tracking.uri(main))
-    mlflow.set_registry_uri(tracking.uri(main))
-    mlflow.set_experiment(experiment_id=tracking.experiment(tracking.client(main), main))
-    with tempfile.TemporaryDirectory() as temporary:
-        pointer = Path(temporary) / "pointer.json"
-        pointer.write_text(json.dumps({"folder": str(place), "digest": digest}))
-        logged = mlflow.pyfunc.log_model(
-            name=name,
-            python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"pointer": str(pointer)},
-            pip_requirements=[f"{part}=={installed(part)}" for part in ("mlflow", "llama-cpp-python")],
+def _which(champion: str) -> str:
+    return f"version {champion}" if champion else "none"
+
+
+def _compare(client: Any, name: str, found: Any) -> Comparison:
+    digest, ours = registry.intact(found)
+    champion = registry.aliased(client, name, CHAMPION) or ""
+    theirs = _manifest(registry.find_version(client, name, champion)) if champion else None
+    return comparison.compare(str(found.version), digest, ours, champion, theirs)
+
+
+def _manifest(version: Any) -> Bundle | None:
+    """What the champion's bundle tells; None if it is not there as registered, which must not keep it champion."""
+    place = Path(version.tags["bundle"])
+    try:
+        return load(place) if bundle_digest(place) == version.tags["bundle_digest"] else None
+    except ArtifactError:
+        return None
+
+
+def _release(client: Any, main: Path, name: str, seen: Comparison, by: str, reason: str, facts: str) -> str:
+    """Make a version, about which all was asked, the champion."""
+    version, champion = seen.version, seen.champion
+    if champion == version:
+        return f"{name} version {version} is the champion already"
+    audit.record(client, main, "approve", name, version, digest=seen.digest, by=by, reason=reason, facts=facts)
+    if champion:
+        client.set_registered_model_alias(name, PREVIOUS, champion)
+    client.set_registered_model_alias(name, CHAMPION, version)
+    if registry.aliased(client, name, CANDIDATE) == version:
+        client.delete_registered_model_alias(name, CANDIDATE)
+    before = f", version {champion} the previous one" if champion else ""
+    return f"{name} version {version} is the champion{before}; {facts}"
+
+
+def _last(main: Path, name: str, found: Any) -> audit.Entry:
+    """The newest decision on a version."""
+    version = str(found.version)
+    decided = audit.decisions(main, name, version, found.tags["bundle_digest"])
+    if not decided:
+        raise ArtifactError(
+            f"{audit.place(main)} does not tell of {name} version {version}: `slmops audit verify`, or `slmops register` "
+            "the finished run again"
         )
-    client = tracking.client(main)
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
-    made = client.create_model_version(name, source=f"models:/{logged.model_id}", model_id=logged.model_id, tags=tags)
-    return str(made.version)
-
-
-def _record(main: Path, action: str, name: str, version: str, digest: str, by: str, reason: str) -> None:
-    entry = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "action": action,
-        "model": name,
-        "version": version,
-        "bundle_digest": digest,
-        "by": by,
-        "reason": reason,
-    }
-    with (main / "registry" / "history.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    return decided[-1]

@@ -219,6 +219,17 @@ class Machine(Section):
     retries: Annotated[int, Field(ge=0)] = 1
 
 
+class Release(Section):
+    """Who may release what passed. Not part of any stage's identity: it changes no result."""
+
+    approval: Literal["manual", "auto"] = Field("manual", description="auto: the policy may release, without a person")
+    margin: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="accuracy by which the policy wants the champion beaten, on the same test rows; 0: not worse"
+    )
+    expires_hours: Annotated[float, Field(gt=0)] = Field(72.0, description="until a question for approval lapses")
+    separate_duties: bool = Field(False, description="who started a run may not approve it")
+
+
 class Params(Section):
     acquire: Acquire
     task: Task = Task()
@@ -228,6 +239,7 @@ class Params(Section):
     validate_: Validate = Field(alias="validate")
     package: Package
     machine: Machine = Machine()
+    release: Release = Release()
 
     def digest(self, sections: Iterable[str]) -> str:
         """sha256 over the named sections (`section` or `section.key`): what an output depends on besides its inputs."""
@@ -342,4 +354,4 @@ def _all_keys(model: Any) -> set[str]:
 
 _SOURCES = ("package", "gguf", "local", "hub")
 _MODELS = (Params, Acquire, PackageModel, GgufModel, LocalModel, HubModel, LocalData, HubData, Task, Finetune, Distill)
-_KEYS = sorted(set().union(*map(_all_keys, (*_MODELS, Quantize, Onnx, Gate, Validate, Package, Machine))))
+_KEYS = sorted(set().union(*map(_all_keys, (*_MODELS, Quantize, Onnx, Gate, Validate, Package, Machine, Release))))

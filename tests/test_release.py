@@ -1,19 +1,24 @@
-"""Registration, approval and rollback on a real MLflow registry, with the bundled SmolLM2 as the model."""
+"""Registration, approval, rejection, rollback and their record on a real MLflow registry; SmolLM2 as the model."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.metadata import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkout import empty_store
+from conftest import ROOT
 
-from flows import release, tracking
+from flows import audit, cli, release, tracking
+from tasks import params
 from tasks.errors import ArtifactError, ConfigError, StageError
 from tasks.package import bundle
+from tasks.stages import STAGES
 
 NAME = "home-commands"
 
@@ -36,7 +41,15 @@ def root(tmp_path: Path) -> Path:
 
 
 def write_bundle(
-    root: Path, text: str = "one", *, chosen: str | None = "q4_1", verdict: str = "pass", weights: Path | None = None
+    root: Path,
+    text: str = "one",
+    *,
+    chosen: str | None = "q4_1",
+    verdict: str = "pass",
+    weights: Path | None = None,
+    metrics: dict[str, Any] | None = None,
+    files: dict[str, str] | None = None,
+    source: str | None = None,
 ) -> Path:
     """build/package as the package stage leaves it, smallest form."""
     out = root / "build" / "package"
@@ -66,12 +79,19 @@ def write_bundle(
         minimum_ram_bytes=1,
         runtimes={},
         licence=bundle.Licence(model="apache-2.0", data="apache-2.0"),
-        lineage={},
-        evaluation={"q4_1": bundle.Evaluation(verdict=verdict, metrics={"text": text})},
-        created_from={},
+        lineage={"data": {"sha256": dict(files)}} if files else {},
+        evaluation={"q4_1": bundle.Evaluation(verdict=verdict, metrics={"text": text, **(metrics or {})})},
+        created_from={"source": source} if source else {},
     )
     bundle.write(out, made)
     return out
+
+
+def registered(root: Path, accuracy: float, source: str = "a", **more: Any) -> str:
+    """A new version of that accuracy on the test rows of `source`."""
+    metrics = {"accuracy": accuracy, "size_bytes": 400.0, "per_group": {"lamp": 1.0}}
+    write_bundle(root, f"{accuracy} {source} {more}", metrics=metrics, source=source, **more)
+    return release.register(root, root).version
 
 
 def aliases(root: Path) -> dict[str, str]:
@@ -105,7 +125,7 @@ def test_a_bundle_goes_from_candidate_to_champion_and_back(root: Path) -> None:
     assert [line.split()[1] for line in lines] == ["register", "approve", "register", "approve", "rollback"]
     assert "version 1    by Eve: wrong answers in the hall" in lines[-1]
     version = tracking.client(root).get_model_version(NAME, "1")
-    assert version.tags["approved_by"] == "Ada"
+    assert (version.tags["decision"], version.tags["decided_by"]) == ("rollback", "Eve")
     assert version.tags["bundle_digest"] == first.digest
 
 
@@ -156,6 +176,356 @@ def test_approval_needs_a_version_a_name_and_a_reason(root: Path) -> None:
     with pytest.raises(ConfigError, match="must not be empty"):
         release.approve(root, NAME, "1", "Ada", "  ")
     assert release.history(root, "other") == "nothing was registered under other yet"
+
+
+def test_what_was_decided_on_is_what_is_released(root: Path) -> None:
+    first, second, third = (registered(root, accuracy) for accuracy in (0.8, 0.9, 0.95))
+    shown = release.compare(root, NAME, second)
+    assert shown.champion == ""
+    with pytest.raises(ArtifactError, match=f"is bundle {shown.digest[:12]}, and the decision was on 0000"):
+        release.approve(root, NAME, second, "Ada", "good", digest="0" * 64)
+    release.approve(root, NAME, first, "Bob", "quicker", digest=release.compare(root, NAME, first).digest)
+    with pytest.raises(ConfigError, match=r"is version 1 now, and the decision was made beside none: compare again"):
+        release.approve(root, NAME, second, "Ada", "good", digest=shown.digest, expected_champion=shown.champion)
+    again = release.compare(root, NAME, second)
+    release.approve(root, NAME, second, "Ada", "good", digest=again.digest, expected_champion=again.champion)
+    with pytest.raises(ConfigError, match=r"is version 2 now, and the decision was made beside version 1"):
+        release.approve(root, NAME, third, "Ada", "good", expected_champion="1")
+    assert "already" in release.approve(root, NAME, second, "Bob", "good", expected_champion="1")
+    assert aliases(root) == {"champion": "2", "previous": "1", "candidate": "3"}
+
+
+def test_who_started_a_run_may_be_forbidden_to_approve_it(root: Path) -> None:
+    version = registered(root, 0.9)
+    starter = release.started_by(root, NAME, version)
+    assert starter
+    with pytest.raises(ConfigError, match=r"started the run of .* may not approve it: someone else must"):
+        release.approve(root, NAME, version, f" {starter.upper()} ", "good", forbid=starter)
+    release.approve(root, NAME, version, "someone else", "good", forbid=starter)
+    assert release.started_by(root, NAME, "7") is None
+
+
+def test_a_verdict_that_was_withdrawn_refuses(root: Path) -> None:
+    version = registered(root, 0.9)
+    tracking.client(root).set_model_version_tag(NAME, version, "verdict", "fail")
+    with pytest.raises(ConfigError, match="may not be released: its verdict is fail"):
+        release.approve(root, NAME, version, "Ada", "good")
+    assert "its verdict is fail" in release.auto_approve(root, NAME, version, 0.0)
+    assert aliases(root) == {"candidate": "1"}
+
+
+@pytest.mark.parametrize(
+    ("by", "reason", "message"),
+    [("Policy", "good", "what no person decided"), ("A\x1b[2Jda", "good", "no one can see"), (" ", "good", "empty")],
+)
+def test_a_name_must_be_one(root: Path, by: str, reason: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        release.reject(root, NAME, "1", by, reason)
+
+
+# --- rejection ---------------------------------------------------------------------------------------------
+
+
+def test_a_rejected_version_comes_back_only_by_someone_who_says_so(root: Path) -> None:
+    version = registered(root, 0.9)
+    assert release.reject(root, NAME, version, "Ada", "rude\n  answers") == f"{NAME} version 1 is rejected"
+    assert aliases(root) == {}
+    with pytest.raises(ConfigError, match=r"was rejected by Ada \(rude answers\): --even-if-rejected"):
+        release.approve(root, NAME, version, "Bob", "good")
+    assert "Ada decided on it before (reject: rude answers)" in release.auto_approve(root, NAME, version, 0.0)
+
+    again = release.register(root, root)
+    assert (again.version, again.fresh, again.rejected) == ("1", False, True)
+    assert "registered before and rejected" in again.text()
+    assert aliases(root) == {}
+
+    release.approve(root, NAME, version, "Bob", "they were jokes", even_if_rejected=True)
+    assert aliases(root) == {"champion": "1"}
+    assert "they were jokes (no champion to compare with; over the rejection by Ada)" in release.history(root, NAME)
+    with pytest.raises(ConfigError, match="is the champion: `slmops rollback`"):
+        release.reject(root, NAME, version, "Ada", "rude answers")
+
+
+def test_a_rejected_version_is_no_way_back(root: Path) -> None:
+    for accuracy in (0.8, 0.9):
+        release.approve(root, NAME, registered(root, accuracy), "Ada", "good")
+    release.reject(root, NAME, "1", "Ada", "it leaks")
+    with pytest.raises(ConfigError, match="no previous champion"):
+        release.rollback(root, NAME, "Ada", "back")
+    assert aliases(root) == {"champion": "2"}
+
+
+# --- comparison with the champion ----------------------------------------------------------------------------
+
+
+def test_a_worse_version_is_released_only_by_someone_who_says_so(root: Path) -> None:
+    release.approve(root, NAME, registered(root, 0.9), "Ada", "good")
+    version = registered(root, 0.85)
+    shown = release.compare(root, NAME, version)
+    assert (shown.comparable, shown.worse, shown.reason) == (True, True, "the same data")
+    assert set(shown.metrics) == {"accuracy", "size_bytes"}
+    assert shown.metrics["size_bytes"].difference == 0
+    with pytest.raises(
+        ConfigError, match=r"accuracy 0\.8500 against 0\.9000 .* version 1, on the same data; --even-if"
+    ):
+        release.approve(root, NAME, version, "Ada", "smaller")
+    release.approve(root, NAME, version, "Ada", "smaller", even_if_worse=True)
+    assert "smaller (accuracy 0.8500 against 0.9000" in release.history(root, NAME).splitlines()[-1]
+    assert release.compare(root, NAME, version).text().startswith("accuracy 0.8500 against 0.8500")
+
+
+SPLIT = {"data/train.jsonl": "1", "data/test.jsonl": "2"}
+
+
+@pytest.mark.parametrize(
+    ("files", "other", "comparable", "reason"),
+    [
+        (SPLIT, SPLIT | {"data/train.jsonl": "3"}, True, "the same test.jsonl"),
+        (SPLIT, {"new/train.jsonl": "1", "new/test.jsonl": "2"}, True, "the same test.jsonl"),
+        (SPLIT, SPLIT | {"data/test.jsonl": "3"}, False, "they were tested on different rows"),
+        (SPLIT, {"data/test.jsonl": "2"}, False, "do not tell"),  # one file of that name, split by acquire
+        (None, None, False, "do not tell"),
+    ],
+    ids=["same test file", "moved", "other test file", "one file", "unknown"],
+)
+def test_accuracies_of_other_rows_are_not_compared(
+    root: Path, files: dict[str, str], other: dict[str, str], comparable: bool, reason: str
+) -> None:
+    release.approve(root, NAME, registered(root, 0.9, "a", files=files), "Ada", "good")
+    version = registered(root, 0.8, "b", files=other)
+    shown = release.compare(root, NAME, version)
+    assert shown.comparable == shown.worse == comparable
+    assert reason in shown.reason
+    assert not shown.better_by(-1.0) or comparable
+    if not comparable:
+        assert "not comparable with the champion, version 1" in release.auto_approve(root, NAME, version, 0.0)
+        assert "not comparable with" in release.approve(root, NAME, version, "Ada", "I tried both")
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["lost", "edited"])
+def test_a_lost_champion_can_be_replaced_by_a_person_alone(root: Path, edited: bool) -> None:
+    release.approve(root, NAME, registered(root, 0.9), "Ada", "good")
+    version = registered(root, 0.8)
+    place = Path(tracking.client(root).get_model_version(NAME, "1").tags["bundle"])
+    if edited:  # so that the new one would look better
+        text = (place / "bundle.json").read_text()
+        (place / "bundle.json").unlink()
+        (place / "bundle.json").write_text(text.replace("0.9", "0.7"))
+    else:
+        shutil.rmtree(place)
+    assert "its bundle moved or changed" in release.auto_approve(root, NAME, version, 0.0)
+    release.approve(root, NAME, version, "Ada", "the old one is lost")
+    with pytest.raises(ArtifactError, match=r"bundle\.json is missing|is not the bundle that was registered"):
+        release.rollback(root, NAME, "Ada", "back")
+
+
+# --- the policy ----------------------------------------------------------------------------------------------
+
+
+def test_the_policy_releases_what_beats_the_champion_by_the_margin(root: Path) -> None:
+    said = release.auto_approve(root, NAME, registered(root, 0.93), 0.02)
+    assert said == f"{NAME} version 1 is the champion; no champion to compare with"
+    assert "already" in release.auto_approve(root, NAME, "1", 0.02)
+    close = registered(root, 0.94)
+    assert release.auto_approve(root, NAME, close, 0.02) == (
+        f"{NAME} version 2 is not approved by the policy: accuracy 0.9400 against 0.9300 of the champion, version 1, "
+        "on the same data; the margin is 0.02"
+    )
+    assert aliases(root) == {"champion": "1", "candidate": "2"}
+    assert 0.95 - 0.93 < 0.02
+    assert "is the champion, version 1" in release.auto_approve(root, NAME, registered(root, 0.95), 0.02)
+    line = release.history(root, NAME).splitlines()[-1]
+    assert "by policy: it passed all gates and holds the margin of 0.02 (accuracy 0.9500 against 0.9300" in line
+
+
+def test_the_policy_does_not_bring_back_what_people_took_back(root: Path) -> None:
+    for accuracy in (0.8, 0.9):
+        release.auto_approve(root, NAME, registered(root, accuracy), 0.0)
+    release.rollback(root, NAME, "Ada", "wrong answers in the hall")
+    assert "policy decided on it before (approve" in release.auto_approve(root, NAME, "2", 0.0)
+    assert aliases(root) == {"champion": "1", "previous": "2"}
+    assert "is the champion" in release.approve(root, NAME, "2", "Ada", "it was the hall")
+
+
+def test_the_policy_section_changes_no_stage_and_may_be_absent(tmp_path: Path) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text[: text.index("release:")])
+    policy = params.load(tmp_path / "params.yaml").release
+    assert policy == params.load(ROOT / "params.yaml").release == params.Release()
+    assert (policy.approval, policy.margin, policy.expires_hours, policy.separate_duties) == (
+        "manual",
+        0.0,
+        72.0,
+        False,
+    )
+    assert not [name for name, stage in STAGES.items() for key in stage.sections if key.startswith("release")]
+    with pytest.raises(ConfigError, match=r"release\.aproval: unknown key: did you mean 'approval'"):
+        params.load(ROOT / "params.yaml", ["release.aproval=auto"])
+
+
+# --- the record ----------------------------------------------------------------------------------------------
+
+
+def test_every_decision_is_on_record_and_mirrored(root: Path) -> None:
+    release.approve(root, NAME, registered(root, 0.8), "Ada", "good")
+    release.approve(root, NAME, registered(root, 0.9), "Bob", "better")
+    release.rollback(root, NAME, "Eve", "wrong answers")
+    release.reject(root, NAME, "2", "Eve", "wrong answers")
+    lines = audit.place(root).read_bytes().splitlines()
+    actions = [json.loads(line)["action"] for line in lines]
+    assert actions == ["register", "approve", "register", "approve", "rollback", "reject"]
+
+    store = tracking.client(root)
+    mirrored = {k: v for n in "12" for k, v in store.get_model_version(NAME, n).tags.items() if "audit" in k}
+    assert [mirrored[key].encode() for key in sorted(mirrored)] == lines
+    head = audit.parse_head(store.get_registered_model(NAME).tags["slmops.audit_head"])
+    assert (head.count, head.hash) == (6, json.loads(lines[-1])["hash"])
+    tags = store.get_model_version(NAME, "2").tags
+    assert [tags[key] for key in ("decision", "decided_by", "decision_reason")] == ["reject", "Eve", "wrong answers"]
+    assert tags["decided_at"] == json.loads(lines[-1])["at"]
+    assert "6 lines, nothing changed, as MLflow knows it" in release.verify_audit(root, NAME)
+
+
+def test_a_damaged_record_is_told_and_takes_no_decision(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = registered(root, 0.9)
+    release.approve(root, NAME, version, "Ada", "good")
+    path = audit.place(root)
+    whole = path.read_bytes()
+
+    path.write_bytes(whole.splitlines(keepends=True)[0])
+    with pytest.raises(ArtifactError, match="line 2 of 2 that MLflow knows of cannot be found: the end was cut off"):
+        release.verify_audit(root, NAME)
+    path.unlink()
+    with pytest.raises(ArtifactError, match="lines 1 to 2 of 2"):
+        release.verify_audit(root, NAME)
+    path.write_bytes(whole.replace(b"Ada", b"Eve") + b'{"torn')
+    with pytest.raises(ArtifactError, match=r"line 2 was edited(.|\n)*line 3 is torn"):
+        release.verify_audit(root, NAME)
+    assert "line 3 cannot be read: `slmops audit verify`" in release.history(root, NAME)
+    write_bundle(root, "two")
+    with pytest.raises(ArtifactError, match="line 2 was edited"):
+        release.register(root, root)
+    assert aliases(root) == {"champion": version}
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(ArtifactError, match=r"line 2 was edited(.|\n)*remove nothing before it was"):
+        release.verify_audit(root, NAME)
+    path.write_bytes(whole)
+    assert "MLflow could not be asked, so a cut-off end would not be seen" in release.verify_audit(root, NAME)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert release.register(root, root).version == "2"
+    assert "3 lines, nothing changed" in release.verify_audit(root, NAME)
+
+
+def test_lines_from_before_the_chain_still_count(root: Path) -> None:
+    (root / "registry").mkdir()
+    old = {"at": "2026-01-01", "action": "register", "model": NAME, "version": "1", "bundle_digest": "d", "by": "A", "reason": "R"}  # fmt: skip
+    audit.place(root).write_text(json.dumps(old) + "\n")
+    assert "lines 1 to 1 are from before there was a chain" in release.verify_audit(root, NAME)
+    registered(root, 0.9)
+    assert len(release.history(root, NAME).splitlines()) == 2
+    said = release.verify_audit(root, NAME)
+    assert "2 lines, nothing changed, as MLflow knows it; lines 1 to 1 are from before" in said
+
+
+def test_a_model_made_anew_in_mlflow_takes_over_no_old_decision(root: Path) -> None:
+    release.reject(root, NAME, registered(root, 0.8), "Ada", "rude answers")
+    tracking.client(root).delete_registered_model(NAME)
+    with pytest.raises(ConfigError, match="no version 1: register one"):
+        release.compare(root, NAME, "1")
+    with pytest.raises(ArtifactError, match="lines 1 to 2 are not known to MLflow"):
+        release.verify_audit(root, NAME)
+    assert registered(root, 0.9) == "1"
+    assert aliases(root) == {"candidate": "1"}
+    release.approve(root, NAME, "1", "Ada", "another one")
+    assert "4 lines, nothing changed" in release.verify_audit(root, NAME)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mlflow import MlflowClient
+from flows import release
+setattr(MlflowClient, sys.argv[2], lambda *given: os.kill(os.getpid(), signal.SIGKILL))
+release.approve(Path(sys.argv[1]), "home-commands", "2", "Ada", "better")
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "verified"),
+    [
+        ("set_model_version_tag", "line 4 is not known to MLflow"),
+        ("set_registered_model_tag", "line 4 is not known to MLflow"),
+        ("set_registered_model_alias", None),
+    ],
+)
+def test_a_killed_approval_is_on_record_and_can_be_made_again(root: Path, where: str, verified: str | None) -> None:
+    release.approve(root, NAME, registered(root, 0.8), "Ada", "good")
+    registered(root, 0.9)
+    command = [sys.executable, "-c", KILLED, str(root), where]
+    assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+    assert aliases(root) == {"champion": "1", "candidate": "2"}
+    if verified:
+        with pytest.raises(ArtifactError, match=verified):
+            release.verify_audit(root, NAME)
+    release.approve(root, NAME, "2", "Ada", "better, once more")
+    assert aliases(root) == {"champion": "2", "previous": "1"}
+    assert [line.split()[1] for line in release.history(root, NAME).splitlines()][3:] == ["approve", "approve"]
+    assert "5 lines, nothing changed" in release.verify_audit(root, NAME)
+
+
+RIVAL = """
+import sys
+from pathlib import Path
+from flows import release
+print(release.approve(Path(sys.argv[1]), "home-commands", sys.argv[2], "Ada", "mine", expected_champion="1"))
+"""
+
+
+def test_of_two_who_decide_at_once_one_is_refused(root: Path) -> None:
+    release.approve(root, NAME, registered(root, 0.8), "Ada", "good")
+    command = [sys.executable, "-c", RIVAL, str(root)]
+    versions = [registered(root, accuracy) for accuracy in (0.9, 0.95)]
+    rivals = [
+        subprocess.Popen([*command, version], cwd=ROOT, stderr=subprocess.PIPE, text=True) for version in versions
+    ]
+    told = [rival.communicate()[1] for rival in rivals]
+    assert sorted(rival.returncode for rival in rivals) == [0, 1]
+    assert "compare again" in "".join(told)
+    assert "5 lines, nothing changed" in release.verify_audit(root, NAME)
+
+
+def test_the_command_line_decides_and_verifies(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "dvc.yaml").touch()
+    shutil.copy(ROOT / "params.yaml", root)
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("flows.quiet.apply", lambda: None)  # it would stay set for other tests
+
+    def slmops(*words: str) -> tuple[int, str]:
+        capsys.readouterr()
+        code = cli.main(words)
+        said = capsys.readouterr()
+        return code, said.err if code else said.out
+
+    signed = ["--by", "Ada", "--reason", "good"]
+    registered(root, 0.9)
+    starter = str(release.started_by(root, NAME, "1"))
+    code, said = slmops("approve", "1", "--by", starter, "--reason", "x", "--set", "release.separate_duties=true")
+    assert (code, "may not approve it" in said) == (1, True)
+    assert slmops("reject", "1", *signed) == (0, f"{NAME} version 1 is rejected\n")
+    assert "--even-if-rejected approves it all the same" in slmops("approve", "1", *signed)[1]
+    assert slmops("approve", "1", *signed, "--even-if-rejected")[0] == 0
+    registered(root, 0.8)
+    assert "--even-if-worse releases it all the same" in slmops("approve", "2", *signed)[1]
+    assert slmops("approve", "2", *signed, "--even-if-worse")[0] == 0
+
+    code, said = slmops("audit", "verify")
+    assert (code, "5 lines, nothing changed" in said) == (0, True)
+    audit.place(root).write_bytes(audit.place(root).read_bytes().replace(b"Ada", b"Eve"))
+    code, said = slmops("audit", "verify")
+    assert (code, said[:7], "line 2 was edited" in said) == (1, "error: ", True)
 
 
 def test_a_server_that_is_down_is_told_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
