@@ -1,6 +1,6 @@
 """Write the home-commands data set: `python data/generate.py [FOLDER]` (default: data/home).
 
-Phrasings come from phrases.txt and slot values from values.txt. Each phrasing and each value belongs to one of
+Phrasings come from phrases.txt, slot values from values.txt, words for made-up values from words.txt. Each phrasing and each value belongs to one of
 train, validation and test, so the held-out splits ask for understanding, not recall. The seed fixes every byte.
 """
 
@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,9 +26,11 @@ VALUE_SHARES = {"validation": 0.08, "test": 0.17, "extra": 0.13}  # `extra` valu
 NEAR_DUPLICATE = 0.9
 TYPO_RATE = 0.1
 SPOKEN_RATE = 0.25
-# Of the train side's word values this share is coined from syllables: a word that no one can know must be copied,
-# so a model learns to copy instead of learning the list of values.
-COINED_RATE = 0.2
+# Of the train side's word values this share is coined, from syllables or from any words at all: what could be
+# anything must be copied, so a model learns to copy instead of learning the list of values. Copying a known word is
+# the harder half: it is one token in the request and, without the space before it, others in the answer.
+COINED_RATE = 0.4
+WORD_RATE = 0.7  # of the coined words these come from words.txt
 COINED = {
     "room": ("{} room", "{}", "{} {}", "{} wing", "{} corner", "{}'s room"),
     "door": ("{} door", "{} gate", "{}", "{} {} door", "{} box"),
@@ -254,8 +257,19 @@ def say_time(clock: tuple[int, int], rng: random.Random) -> tuple[str, str]:
     return (words.removesuffix(" o'clock") + f" {part}", value)
 
 
+@cache
+def words() -> tuple[str, ...]:
+    """words.txt without what occurs in a held-out value."""
+    held_out = {word for split in ("validation", "test") for values in slots()[split].values() for value in values
+                if isinstance(value, str) for word in value.split()}  # fmt: skip
+    lines = (HERE / "words.txt").read_text(encoding="utf-8").splitlines()[1:]
+    return tuple(word for line in lines for word in line.split() if word not in held_out)
+
+
 def coin(rng: random.Random) -> str:
-    """A word that is in no list: two or three syllables."""
+    """An English word that has nothing to do with the slot, or two or three syllables that are no word."""
+    if rng.random() < WORD_RATE:
+        return rng.choice(words())
     syllables = ("".join(map(rng.choice, (ONSETS, "aeiou", CODAS))) for _ in range(rng.choice((2, 2, 3))))
     return "".join(syllables)
 

@@ -146,7 +146,10 @@ class Finetune(Training):
 class Distill(Training):
     max_parameters: Share = Field(0.85, description="largest student, as a share of the teacher's parameters")
     candidates: Positive = Field(8, description="blocks of least influence tried at each removal")
-    calibration_rows: Positive = 64
+    calibration_rows: Positive = Field(64, description="validation rows that decide which blocks are removed")
+    fitted_rows: Annotated[int, Field(ge=0)] = Field(
+        256, description="rows on which the loss of each block is made good before training; 0: it is not"
+    )
     temperature: Annotated[float, Field(gt=0)] = 1.0
     soft_weight: Annotated[float, Field(ge=0, le=1)] = Field(
         0.7, description="share of the KD term; the rest is cross-entropy"

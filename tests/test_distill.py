@@ -10,8 +10,8 @@ import torch
 from conftest import ROOMS, tiny_rows, write_jsonl
 from transformers import AutoTokenizer
 
-from tasks import chat, generation, models, params, training
-from tasks.distill import distill
+from tasks import chat, generation, models, packing, params, training
+from tasks.distill import distill, pruning
 from tasks.distill.pruning import _remove, prune
 from tasks.distill.targets import cache_targets, forward_kl
 from tasks.errors import ArtifactError, ConfigError
@@ -91,7 +91,7 @@ def test_the_least_important_block_goes_first_and_every_removal_is_scored_again(
     reference = copy.deepcopy(mine)
     block = sum(p.numel() for p in mine.get_decoder().layers[0].parameters()) / models.count(mine)
     settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=1 - 2 * block, candidates=4)
-    history = prune(mine, rows[:6], settings, tmp_path / "record.json")
+    history = prune(mine, rows[:6], [], settings, tmp_path / "record.json")
     assert history[0]["block"] == 2
     assert history[0]["influence"] < 1e-4
     assert len(history) == 2
@@ -101,10 +101,47 @@ def test_the_least_important_block_goes_first_and_every_removal_is_scored_again(
         assert training.validation_loss(reference, rows[:6]) == pytest.approx(entry["loss"], rel=2e-2)
 
 
+def test_what_a_removed_block_added_is_made_good(learned: Any, tmp_path: Path) -> None:
+    """A block whose work is linear in the MLP before it can go without any loss; a rerun makes the same student."""
+    import copy
+
+    model, _, rows = learned
+    mine = copy.deepcopy(model)
+    blocks = mine.get_decoder().layers
+    with torch.no_grad():  # block 2 adds nothing of its own; block 1 holds what both did
+        blocks[2].self_attn.o_proj.weight.zero_()
+        blocks[2].mlp.down_proj.weight.zero_()
+        whole = blocks[1].mlp.down_proj.weight.clone()
+        want = training.validation_loss(mine, rows)
+    hooked = copy.deepcopy(mine)
+    with torch.no_grad():  # now block 2 does half of block 1's work, read from block 1's inner layer
+        hooked.get_decoder().layers[1].mlp.down_proj.weight.copy_(whole / 2)
+    held: list[Any] = []
+    hooked.get_decoder().layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: held.append(args[0]))
+    hooked.get_decoder().layers[2].register_forward_hook(lambda _, args, out: out + held.pop() @ (whole / 2).T)
+    assert training.validation_loss(hooked, rows) == pytest.approx(want, rel=1e-4)
+    change = pruning._stand_in(hooked, 2, [packing.pack(rows, "cpu")])
+    held.clear()
+    blocks[1].mlp.down_proj.weight.data = whole / 2 + change
+    _remove(mine, 2)
+    assert training.validation_loss(mine, rows) == pytest.approx(want, rel=0.2)
+
+    block = sum(p.numel() for p in model.get_decoder().layers[0].parameters()) / models.count(model)
+    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=1 - 2 * block, candidates=2)
+    first, again = copy.deepcopy(model), copy.deepcopy(model)
+    history = prune(first, rows[:6], rows, settings, tmp_path / "record.json")
+    assert all(entry["loss_made_good"] <= entry["loss"] for entry in history)
+    assert any(entry["loss_made_good"] < entry["loss"] for entry in history)
+    assert training.validation_loss(first, rows[:6]) == pytest.approx(history[-1]["loss_made_good"], rel=2e-2)
+    assert prune(again, rows[:6], rows, settings, tmp_path / "record.json") == history
+    for ours, theirs in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_target_below_the_embeddings_is_refused(learned: Any, tmp_path: Path) -> None:
     settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=0.1)
     with pytest.raises(ConfigError, match="embeddings and head alone"):
-        prune(learned[0], learned[2][:2], settings, tmp_path / "r.json")
+        prune(learned[0], learned[2][:2], [], settings, tmp_path / "r.json")
 
 
 def test_drafted_answers_are_those_of_plain_greedy_decoding(learned: Any, source: Path) -> None:

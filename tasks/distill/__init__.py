@@ -35,8 +35,9 @@ def distill(params: Params, *, source: Path, teacher: Path, out: Path, scratch: 
     judge.add("teacher", model)
     rows = encoded["train"] + _answered(model, tokenizer, source, judge.stops, params, scratch)
     lookup = cache_targets(model, rows, settings, scratch / "targets.safetensors")
-    calibration = encoded["train"][:: max(1, len(encoded["train"]) // settings.calibration_rows)]
-    removed = prune(model, calibration[: settings.calibration_rows], settings, scratch / "pruning.json")
+    # Which blocks to do without is a choice, so it is made on rows that the teacher did not learn.
+    calibration = _spread(encoded["validation"], settings.calibration_rows)
+    removed = prune(model, calibration, _spread(rows, settings.fitted_rows), settings, scratch / "pruning.json")
     (out / "pruning.json").write_text(json.dumps(removed, indent=1) + "\n")
     judge.add("pruned", model)
     if settings.control:
@@ -64,6 +65,11 @@ def distill(params: Params, *, source: Path, teacher: Path, out: Path, scratch: 
         "parameters_ratio": student["parameters"] / teacher_facts["parameters"],
         "validation_loss": min(entry["validation_loss"] for entry in history),
     }
+
+
+def _spread(rows: list[Encoded], count: int) -> list[Encoded]:
+    """At most `count` rows, evenly spread."""
+    return rows[:: max(1, len(rows) // count)][:count] if count else []
 
 
 class _Judge:
