@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -24,6 +25,25 @@ from tasks.errors import ConfigError, PipelineError
 
 DEADLINE_S = 300
 AUTH = {"PREFECT_SERVER_API_AUTH_STRING": "slmops:planted-prefect", "MLFLOW_AUTH_ADMIN_PASSWORD": "planted-mlflow-pw"}
+
+
+SLEEPER = """
+import os, time
+from pathlib import Path
+from prefect import flow
+from prefect.deployments import run_deployment
+
+@flow
+def sleeper():
+    Path("asleep.part").write_text(str(os.getpid()))
+    Path("asleep.part").rename("asleep")
+    time.sleep(600)
+
+if __name__ == "__main__":
+    here = str(Path(__file__).parent)
+    flow.from_source(here, "sleeper.py:sleeper").deploy("test", work_pool_name="slmops", job_variables={"working_dir": here})
+    run_deployment("sleeper/test", timeout=0)
+"""
 
 
 @dataclass(frozen=True)
@@ -201,6 +221,33 @@ def test_a_server_that_dies_is_told_and_comes_back(plain: Up) -> None:
         time.sleep(0.1)
     assert "worker ended (killed by SIGKILL); the last lines of " in plain.text()
     assert "worker is started again (1 of 3 times an hour)" in plain.text()
+
+
+def test_leases_and_runs_are_kept_on_the_disk(plain: Up) -> None:
+    limits = f"{servers.running(plain.root).prefect}/api/v2/concurrency_limits/"
+    assert ask(limits, body={"name": "disk", "limit": 1}) == 201
+    assert ask(f"{limits}increment-with-lease", body={"names": ["disk"], "slots": 1, "lease_duration": 60}) == 200
+    assert len(list((plain.root / "prefect" / "concurrency_leases").glob("*-*.json"))) == 1
+    assert (plain.root / "prefect" / "prefect.db-wal").exists()
+
+
+@pytest.mark.slow
+def test_a_deployed_flow_ends_with_its_servers(tmp_path: Path) -> None:
+    root = make_toy(tmp_path)
+    up = start(root)
+    try:
+        (root / "sleeper.py").write_text(SLEEPER)
+        env = {**own(root), **servers.settings(root)}
+        subprocess.run([sys.executable, "sleeper.py"], cwd=root, env=env, check=True, capture_output=True)
+        deadline = time.monotonic() + DEADLINE_S
+        while not (root / "asleep").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert int((root / "asleep").read_text()) in left(root)
+    finally:
+        stop(up)
+    assert left(root) == []
+    assert up.process.returncode == 0, up.text()
 
 
 @pytest.mark.slow
@@ -419,6 +466,32 @@ def test_a_command_without_passwords_is_told_which(guarded: Up, monkeypatch: pyt
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "a:b")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert servers.settings(guarded.root)["PREFECT_API_URL"].endswith("/api")
+
+
+@pytest.mark.slow
+def test_a_run_with_passwords(guarded: Up) -> None:
+    prefect, mlflow = AUTH.values()
+    known = {
+        "PREFECT_API_AUTH_STRING": prefect,
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": mlflow,
+    }
+    done = slmops(guarded.root, "run", **own(guarded.root, **known))
+    assert done.returncode == 0, done.stderr
+    assert "version 1 registered" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_password_that_is_not_mlflows_is_told(guarded: Up, tmp_path: Path) -> None:
+    root = make_toy(tmp_path)
+    users = root / ".runs" / "servers" / "mlflow-auth.db"
+    users.parent.mkdir(parents=True)
+    shutil.copy(guarded.root / ".runs" / "servers" / users.name, users)
+    error = refused(root, "--host", "0.0.0.0", **{**AUTH, "MLFLOW_AUTH_ADMIN_PASSWORD": "planted-another"})
+    assert "MLFLOW_AUTH_ADMIN_PASSWORD is not MLflow's password" in error
+    assert str(users) in error
+    assert "planted" not in error
+    assert left(root) == []
 
 
 # --- PostgreSQL --------------------------------------------------------------------------------------
