@@ -161,12 +161,18 @@ def hide_password(database: str) -> str:
     Raises:
         ConfigError: it is no such URL.
     """
-    parts = urlsplit(database)
-    if parts.scheme not in ("postgresql", "postgres") or not parts.hostname or len(parts.path) < 2 or parts.query:
-        shown = database.replace(f":{parts.password}@", ":...@") if parts.password else database
+    try:
+        parts = urlsplit(database)
+        right = (
+            parts.scheme in ("postgresql", "postgres") and parts.hostname and len(parts.path) > 1 and not parts.query
+        )
+        right = right and parts.port != 0 and not parts.fragment
+    except ValueError:  # its port is no number
+        right = False
+    if not right:  # the URL is not repeated: where in it a password lies is not known
         raise ConfigError(
-            f"--database {shown}: write postgresql://user@host/name, the password in PGPASSWORD and other settings "
-            "in PostgreSQL's own variables (PGSSLMODE, ...)"
+            "--database is not of the form postgresql://user@host/name: write it so, the password in PGPASSWORD (or, "
+            "with %XX for special characters, as user:password) and other settings in PGSSLMODE and the like"
         )
     if parts.password is not None:
         os.environ["PGPASSWORD"] = unquote(parts.password)
