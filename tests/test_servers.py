@@ -94,7 +94,7 @@ def start(root: Path, *more: str, **extra: str) -> Up:
 def stop(up: Up) -> None:
     if up.process.poll() is None:
         up.process.send_signal(signal.SIGTERM)
-        up.process.wait(60)
+        up.process.wait(DEADLINE_S)
 
 
 def left(root: Path) -> list[int]:
@@ -102,7 +102,9 @@ def left(root: Path) -> list[int]:
 
 
 def refused(root: Path, *more: str, **extra: str) -> str:
-    done = subprocess.run(options(*more), cwd=root, env=own(root, **extra), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        options(*more), cwd=root, env=own(root, **extra), capture_output=True, text=True, timeout=DEADLINE_S
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.startswith("error: ")
     return done.stderr
