@@ -14,10 +14,13 @@ export OLIVE_DISABLE_TELEMETRY = 1
 export ORT_TELEMETRY_DISABLED = 1
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: run setup test test-all lint format constraints clean
+.PHONY: run up setup test test-all lint format constraints clean
 
 run: setup  ## the whole pipeline with params.yaml
 	$(BIN)/slmops run
+
+up: setup  ## Prefect's server, MLflow's and a worker, until Ctrl-C
+	$(BIN)/slmops up
 
 setup: .venv/.ready  ## the environment, once; about 10 minutes on 2 cores
 

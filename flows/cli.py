@@ -79,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("audit", audit, "check that no line of that history was changed, removed or cut off")
     sub.add_argument("what", choices=["verify"])
     add("runs", runs, "list the runs in worktrees")
+    sub = add("up", up, "run the servers: Prefect, MLflow and a worker, until Ctrl-C")
+    sub.add_argument("--host", default="127.0.0.1", help="address to bind to (default: this machine alone)")
+    sub.add_argument("--prefect-port", type=int, default=4200, metavar="PORT")
+    sub.add_argument("--mlflow-port", type=int, default=5000, metavar="PORT")
+    sub.add_argument("--database", metavar="URL", help="postgresql://user@host/name instead of SQLite")
     sub = add("prune", prune, "remove the worktrees of finished runs; their branches stay")
     sub.add_argument("name", nargs="*", help="of these runs, finished or not")
     return parser
@@ -97,10 +102,11 @@ def run(args: argparse.Namespace) -> int:
         signal.signal(number, _terminated)
     from flows import quiet, workspace
 
-    quiet.apply(quiet.PREFECT)
     workspace.mark()
     here = workspace.find(Path())
     main = workspace.main_root(here)
+    _use_servers(main)
+    quiet.apply(quiet.PREFECT)
     name = args.name or workspace.new_name()
     if not args.worktree:
         with workspace.in_place(here, name, args.params, args.overrides) as lock:
@@ -116,6 +122,13 @@ def run(args: argparse.Namespace) -> int:
         commit = workspace.finish(root, name, f"Run {name}\n\n{registered}")
     print(f"commit {commit[:12]} on branch runs/{name}; its files are in {root} until `slmops prune`")
     return 0
+
+
+def _use_servers(main: Path) -> None:
+    """Work with the servers of a running `slmops up`, but for those that the person has named."""
+    from flows import quiet, servers
+
+    quiet.apply(servers.settings(main))
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -198,7 +211,9 @@ def register(args: argparse.Namespace) -> int:
     from flows import release, workspace
 
     root = workspace.find(Path())
-    print(release.register(root, workspace.main_root(root)).text())
+    main = workspace.main_root(root)
+    _use_servers(main)
+    print(release.register(root, main).text())
     return 0
 
 
@@ -253,7 +268,9 @@ def _model(args: argparse.Namespace) -> tuple[Path, str]:
     """The main checkout, where the registry lies, and the name of the registered model."""
     from flows import workspace
 
-    return workspace.main_root(workspace.find(Path())), _checked(args).package.name
+    main = workspace.main_root(workspace.find(Path()))
+    _use_servers(main)
+    return main, _checked(args).package.name
 
 
 def _checked(args: argparse.Namespace) -> "params.Params":
@@ -278,6 +295,16 @@ def prune(args: argparse.Namespace) -> int:
 
     for name in workspace.prune(workspace.main_root(workspace.find(Path())), args.name):
         print(f"removed the worktree of {name}")
+    return 0
+
+
+def up(args: argparse.Namespace) -> int:
+    """`slmops up`."""
+    from flows import server_env, servers, workspace
+
+    database = server_env.hide_password(args.database) if args.database else None
+    main = workspace.main_root(workspace.find(Path()))
+    servers.up(main, server_env.Options(args.host, args.prefect_port, args.mlflow_port, database))
     return 0
 
 

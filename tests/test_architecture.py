@@ -96,7 +96,8 @@ def test_no_file_hides_an_importable_package(path: Path) -> None:
 def test_importing_is_light_and_leaves_no_trace(tmp_path: Path) -> None:
     light = [module(path) for path in TASKS if path.stem != "__main__"] + [
         "flows.cli", "flows.quiet", "flows.versioning", "flows.workspace", "flows.tracking", "flows.release",
-        "flows.results", "flows.display", "flows.plan", "flows.shape", "flows.doctor", "flows.report",
+        "flows.results", "flows.display", "flows.plan", "flows.shape", "flows.doctor", "flows.report", "flows.servers",
+        "flows.server_env", "flows.supervise",
     ]  # fmt: skip
     code = f"""
 import importlib, logging, os, sys

@@ -1,0 +1,564 @@
+"""`slmops up` with real servers: they start, are found and used, and nothing of them is left, whatever ends them."""
+
+import base64
+import importlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from checkout import ROOT, SLMOPS, environment, make_toy, slmops
+
+from flows import server_env, servers, supervise
+from tasks.errors import ConfigError, PipelineError
+
+DEADLINE_S = 300
+AUTH = {"PREFECT_SERVER_API_AUTH_STRING": "slmops:planted-prefect", "MLFLOW_AUTH_ADMIN_PASSWORD": "planted-mlflow-pw"}
+
+
+SLEEPER = """
+import os, time
+from pathlib import Path
+from prefect import flow
+from prefect.deployments import run_deployment
+
+@flow
+def sleeper():
+    Path("asleep.part").write_text(str(os.getpid()))
+    Path("asleep.part").rename("asleep")
+    time.sleep(600)
+
+if __name__ == "__main__":
+    here = str(Path(__file__).parent)
+    flow.from_source(here, "sleeper.py:sleeper").deploy("test", work_pool_name="slmops", job_variables={"working_dir": here})
+    run_deployment("sleeper/test", timeout=0)
+"""
+
+
+@dataclass(frozen=True)
+class Up:
+    """A running `slmops up`."""
+
+    root: Path
+    process: subprocess.Popen[str]
+    output: Path
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+
+def own(root: Path, **extra: str) -> dict[str, str]:
+    """An environment with this checkout's code and a Prefect home that no other server uses."""
+    path = os.pathsep.join((str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")))
+    return environment(root, **{"PREFECT_HOME": str(root / "prefect"), "PYTHONPATH": path, **extra})
+
+
+def free_ports() -> tuple[int, int]:
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], two.getsockname()[1]
+
+
+def options(*more: str) -> list[str]:
+    prefect, mlflow = free_ports()
+    return [str(SLMOPS), "up", "--prefect-port", str(prefect), "--mlflow-port", str(mlflow), *more]
+
+
+def start(root: Path, *more: str, **extra: str) -> Up:
+    """Start `up` and wait until all is healthy."""
+    output = root / "up.txt"
+    with output.open("w") as out:
+        process = subprocess.Popen(
+            options(*more), cwd=root, env=own(root, **extra), stdout=out, stderr=subprocess.STDOUT, text=True
+        )
+    up, deadline = Up(root, process, output), time.monotonic() + DEADLINE_S
+    while "all healthy" not in up.text():
+        assert process.poll() is None, up.text()
+        assert time.monotonic() < deadline, up.text()
+        time.sleep(0.1)
+    return up
+
+
+def stop(up: Up) -> None:
+    if up.process.poll() is None:
+        up.process.send_signal(signal.SIGTERM)
+        up.process.wait(DEADLINE_S)
+
+
+def left(root: Path) -> list[int]:
+    return supervise.marked(f"{servers.MARK}={root}")
+
+
+def refused(root: Path, *more: str, **extra: str) -> str:
+    done = subprocess.run(
+        options(*more), cwd=root, env=own(root, **extra), capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    return done.stderr
+
+
+def ask(url: str, credentials: str | None = None, body: dict | None = None) -> int:
+    request = urllib.request.Request(
+        url, json.dumps(body).encode() if body is not None else None, {"Content-Type": "application/json"}
+    )
+    if credentials:
+        request.add_header("Authorization", f"Basic {base64.b64encode(credentials.encode()).decode()}")
+    try:
+        return urllib.request.urlopen(request, timeout=20).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def asked(up: Up) -> dict[str, str]:
+    state = servers.running(up.root)
+    assert state
+    return {
+        "prefect": f"{state.prefect}/api/flows/filter",
+        "mlflow": f"{state.mlflow}/api/2.0/mlflow/experiments/search?max_results=5",
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """Servers on loopback, without passwords."""
+    up = start(make_toy(tmp_path_factory.mktemp("plain")))
+    yield up
+    stop(up)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """Servers on all addresses, with passwords."""
+    up = start(make_toy(tmp_path_factory.mktemp("guarded")), "--host", "0.0.0.0", **AUTH)
+    yield up
+    stop(up)
+
+
+# --- one `up` ----------------------------------------------------------------------------------------
+
+
+def test_all_three_are_up_and_told(plain: Up) -> None:
+    state = servers.running(plain.root)
+    assert state
+    assert state.pid == plain.process.pid
+    assert f"Prefect  {state.prefect}" in plain.text()
+    assert f"MLflow   {state.mlflow}" in plain.text()
+    urls = asked(plain)
+    assert ask(urls["prefect"], body={}) == ask(urls["mlflow"]) == 200
+    assert ask(f"{state.prefect}/api/work_pools/{servers.POOL}") == 200
+    assert (plain.root / ".runs" / "servers.json").stat().st_mode & 0o777 == 0o600
+    logs = plain.root / ".runs" / "logs" / "servers"
+    assert {path.name for path in logs.iterdir()} == {"prefect.log", "mlflow.log", "worker.log"}
+
+
+def test_a_second_up_says_what_runs(plain: Up) -> None:
+    before = left(plain.root)
+    done = slmops(plain.root, "up", **own(plain.root))
+    assert done.returncode == 0, done.stderr
+    assert f"as process {plain.process.pid}" in done.stdout
+    assert servers.running(plain.root).text() in done.stdout
+    assert left(plain.root) == before
+
+
+def test_servers_listen_on_loopback_alone(plain: Up) -> None:
+    ours = {int(part) for part in plain.process.args if part.isdigit()}
+    listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines() if " 0A " in line]
+    hosts = {row[1].split(":")[0] for row in listening if int(row[1].split(":")[1], 16) in ours}
+    assert hosts == {"0100007F"}
+    assert not Path("/proc/net/tcp6").exists() or not [
+        row
+        for row in Path("/proc/net/tcp6").read_text().splitlines()[1:]
+        if int(row.split()[1].split(":")[1], 16) in ours
+    ]
+
+
+def test_mlflow_answers_to_its_own_names_alone(plain: Up) -> None:
+    request = urllib.request.Request(asked(plain)["mlflow"], headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request, timeout=20)
+
+
+def test_another_page_cannot_use_prefect(plain: Up) -> None:
+    state = servers.running(plain.root)
+    headers = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    request = urllib.request.Request(f"{state.prefect}/api/flows/filter", headers=headers, method="OPTIONS")
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request, timeout=20)
+
+
+def test_commands_find_the_servers(plain: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = servers.running(plain.root)
+    found = servers.settings(plain.root)
+    assert (found["PREFECT_API_URL"], found["MLFLOW_TRACKING_URI"]) == (f"{state.prefect}/api", state.mlflow)
+    assert found["PREFECT_SERVER_EPHEMERAL_ENABLED"] == "false"
+
+
+def test_another_checkout_must_not_share_prefects_database(plain: Up, tmp_path: Path) -> None:
+    other = make_toy(tmp_path)
+    error = refused(other, PREFECT_HOME=str(plain.root / "prefect"))
+    assert "another checkout uses Prefect's database" in error
+    assert "set PREFECT_HOME" in error
+
+
+def test_a_server_that_dies_is_told_and_comes_back(plain: Up) -> None:
+    [victim] = [pid for pid in left(plain.root) if "worker\0start" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(victim, signal.SIGKILL)
+    deadline = time.monotonic() + DEADLINE_S
+    while "worker is healthy again" not in plain.text():
+        assert plain.process.poll() is None, plain.text()
+        assert time.monotonic() < deadline, plain.text()
+        time.sleep(0.1)
+    assert "worker ended (killed by SIGKILL); the last lines of " in plain.text()
+    assert "worker is started again (1 of 3 times an hour)" in plain.text()
+
+
+def test_leases_and_runs_are_kept_on_the_disk(plain: Up) -> None:
+    limits = f"{servers.running(plain.root).prefect}/api/v2/concurrency_limits/"
+    assert ask(limits, body={"name": "disk", "limit": 1}) == 201
+    assert ask(f"{limits}increment-with-lease", body={"names": ["disk"], "slots": 1, "lease_duration": 60}) == 200
+    assert len(list((plain.root / "prefect" / "concurrency_leases").glob("*-*.json"))) == 1
+    assert (plain.root / "prefect" / "prefect.db-wal").exists()
+
+
+@pytest.mark.slow
+def test_a_deployed_flow_ends_with_its_servers(tmp_path: Path) -> None:
+    root = make_toy(tmp_path)
+    up = start(root)
+    try:
+        (root / "sleeper.py").write_text(SLEEPER)
+        env = {**own(root), **servers.settings(root)}
+        subprocess.run([sys.executable, "sleeper.py"], cwd=root, env=env, check=True, capture_output=True)
+        deadline = time.monotonic() + DEADLINE_S
+        while not (root / "asleep").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert int((root / "asleep").read_text()) in left(root)
+    finally:
+        stop(up)
+    assert left(root) == []
+    assert up.process.returncode == 0, up.text()
+
+
+@pytest.mark.slow
+def test_a_run_uses_them_and_its_record_stays_when_they_are_gone(plain: Up) -> None:
+    from flows import tracking
+
+    done = slmops(plain.root, "run", "--name", "under-up", **own(plain.root))
+    assert done.returncode == 0, done.stderr
+    state = servers.running(plain.root)
+    request = urllib.request.Request(
+        f"{state.prefect}/api/flow_runs/filter", b"{}", {"Content-Type": "application/json"}
+    )
+    assert [run["name"] for run in json.load(urllib.request.urlopen(request, timeout=20))] == ["under-up"]
+    stop(plain)  # last in this module's order for these servers
+    store = tracking.client(plain.root)
+    place = store.get_experiment_by_name(tracking.EXPERIMENT)
+    [parent] = store.search_runs([place.experiment_id], "tags.`slmops.stage` = 'run'")
+    assert parent.info.status == "FINISHED"
+    assert [file.path for file in store.list_artifacts(parent.info.run_id)] == ["bundle.json", "report.html"]
+
+
+# --- how it ends -------------------------------------------------------------------------------------
+
+
+def test_sigterm_leaves_no_process_and_no_state(plain: Up) -> None:
+    stop(plain)
+    assert plain.process.returncode == 0, plain.text()
+    assert left(plain.root) == []
+    assert not (plain.root / ".runs" / "servers.json").exists()
+    assert servers.settings(plain.root) == {}
+
+
+@pytest.mark.slow
+def test_after_kill_9_the_next_up_ends_what_was_left(tmp_path: Path) -> None:
+    root = make_toy(tmp_path)
+    first = start(root)
+    orphans = set(left(root))
+    first.process.kill()
+    first.process.wait()
+    assert (root / ".runs" / "servers.json").exists()
+    assert servers.settings(root) == {}  # a stale file is not believed
+    assert left(root)
+
+    second = start(root)
+    try:
+        assert f"ended {len(orphans)} processes that a killed `slmops up` had left" in second.text()
+        assert not orphans & set(left(root))
+        assert servers.running(root).pid == second.process.pid
+    finally:
+        stop(second)
+    assert left(root) == []
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.mark.parametrize("option", ["--prefect-port", "--mlflow-port"])
+def test_a_taken_port_names_the_way_out(toy: Path, option: str) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        error = refused(toy, option, str(port))
+    assert f"port {port} of 127.0.0.1 cannot be used (Address already in use): choose another with {option}" in error
+    assert left(toy) == []
+
+
+def test_servers_are_not_opened_to_the_network_without_passwords(toy: Path) -> None:
+    error = refused(toy, "--host", "0.0.0.0")
+    assert "with --host 0.0.0.0 others reach the servers" in error
+    assert "set PREFECT_SERVER_API_AUTH_STRING and MLFLOW_AUTH_ADMIN_PASSWORD" in error
+    error = refused(toy, MLFLOW_AUTH_ADMIN_PASSWORD="only-one-of-two")
+    assert "one password was set and the other not: set PREFECT_SERVER_API_AUTH_STRING" in error
+    assert "only-one-of-two" not in error
+
+
+def test_both_servers_cannot_have_one_port(toy: Path) -> None:
+    port = str(free_ports()[0])
+    assert f"are both {port}" in refused(toy, "--prefect-port", port, "--mlflow-port", port)
+
+
+def test_a_server_that_dies_as_it_starts_ends_all(toy: Path) -> None:
+    error = refused(toy, PREFECT_SERVER_DATABASE_TIMEOUT="soon")
+    assert "prefect ended while it started (exit code 1); the last lines of " in error
+    assert "unable to parse string as a number" in error
+    assert left(toy) == []
+    assert not (toy / ".runs" / "servers.json").exists()
+
+
+def test_a_host_that_is_none_of_this_machine(toy: Path) -> None:
+    assert "cannot be used" in refused(toy, "--host", "192.0.2.1", **AUTH)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["mysql://me:planted@b/c", "postgresql:///planted", "postgresql://planted", "postgresql://h/n?password=planted",
+     "postgresql://me:planted#1@host/name", "postgresql://me:plan/ted@host/name", "postgresql://host:planted/name"],
+)  # fmt: skip
+def test_what_is_no_postgresql_url_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ConfigError, match="not of the form postgresql://user@host/name") as caught:
+        server_env.hide_password(url)
+    assert "plan" not in str(caught.value)
+
+
+# --- the deployments of another file -----------------------------------------------------------------
+
+
+def test_deployments_are_applied_where_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import flows
+
+    # What `up` finds, and what the process that applies them finds: a package `flows` with such a file.
+    package = tmp_path / "flows"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.setattr(flows, "__path__", [str(package)])
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "WHERE": "http://127.0.0.1:1/api"}
+
+    servers.apply_deployments(tmp_path, env)
+    assert capsys.readouterr().out.startswith("no deployments: ")
+
+    code = "import os\ndef apply(root):\n    return [root.name, os.environ['WHERE']]\n"
+    (package / "deployments.py").write_text(code)
+    importlib.invalidate_caches()
+    servers.apply_deployments(tmp_path, env)
+    assert capsys.readouterr().out == f"deployments: {tmp_path.name}, http://127.0.0.1:1/api\n"
+
+    (package / "deployments.py").write_text("def apply(root):\n    raise OSError('no such pool')\n")
+    with pytest.raises(PipelineError, match=r"(?s)were not applied:.*no such pool.*run `slmops up` again"):
+        servers.apply_deployments(tmp_path, env)
+
+
+# --- the supervisor ----------------------------------------------------------------------------------
+
+
+def shell(tmp_path: Path, name: str, script: str) -> supervise.Server:
+    ready = tmp_path / f"{name}.ready"
+    command = ("/bin/sh", "-c", script)
+    return supervise.Server(
+        name, command, {"READY": str(ready)}, tmp_path / f"{name}.log", lambda since: ready.exists()
+    )
+
+
+def test_what_ignores_sigterm_or_left_its_group_is_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "GRACE_S", 1.0)
+    supervisor = supervise.Supervisor(f"SLMOPS_TEST={tmp_path}", tmp_path, print)
+    stubborn = (
+        "trap '' TERM; setsid /bin/sh -c \"trap '' TERM; /bin/sleep 60 & wait\" & : >$READY; /bin/sleep 60 & wait; wait"
+    )
+    supervisor.start(shell(tmp_path, "stubborn", stubborn))
+    supervisor.wait("stubborn")
+    assert len(supervise.marked(f"SLMOPS_TEST={tmp_path}")) >= 3
+    supervisor.stop()
+    assert supervise.marked(f"SLMOPS_TEST={tmp_path}") == []
+
+
+def test_what_dies_too_often_ends_all(tmp_path: Path) -> None:
+    told: list[str] = []
+    supervisor = supervise.Supervisor(f"SLMOPS_TEST={tmp_path}", tmp_path, told.append)
+    supervisor.start(shell(tmp_path, "frail", "echo too little memory; : >$READY; sleep 0.1; exit 3"))
+    supervisor.wait("frail")
+    with pytest.raises(supervise.Died, match=r"(?s)exit code 3.*too little memory.*4 times within an hour"):
+        supervisor.watch()
+    supervisor.stop()
+    assert [text.splitlines()[-1] for text in told if "again (" in text] == [
+        f"frail is started again ({count} of 3 times an hour)" for count in (1, 2, 3)
+    ]
+
+
+def test_what_does_not_become_healthy_in_time_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "DEADLINE_S", 0.5)
+    supervisor = supervise.Supervisor(f"SLMOPS_TEST={tmp_path}", tmp_path, print)
+    supervisor.start(shell(tmp_path, "slow", "echo waiting for the disk; exec sleep 60"))
+    with pytest.raises(supervise.Died, match=r"(?s)slow did not become healthy in .* waiting for the disk"):
+        supervisor.wait("slow")
+    supervisor.stop()
+
+
+# --- with passwords ----------------------------------------------------------------------------------
+
+
+def test_who_has_no_password_gets_401(guarded: Up) -> None:
+    urls = asked(guarded)
+    assert ask(urls["prefect"], body={}) == ask(urls["mlflow"]) == 401
+    assert ask(urls["prefect"], "slmops:wrong", body={}) == ask(urls["mlflow"], "admin:wrong") == 401
+    prefect, mlflow = AUTH.values()
+    assert ask(urls["prefect"], prefect, body={}) == ask(urls["mlflow"], f"admin:{mlflow}") == 200
+
+
+def test_no_secret_lies_in_a_log_a_file_or_an_argument(guarded: Up) -> None:
+    files = [path for path in (guarded.root / ".runs").rglob("*") if path.is_file()]
+    assert {"servers.json", "prefect.log", "mlflow.log", "worker.log", "mlflow-auth.ini"} <= {p.name for p in files}
+    everything = [path.read_bytes() for path in [*files, guarded.output]]
+    everything += [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in [*left(guarded.root), guarded.process.pid]]
+    assert not [text for text in everything if b"planted" in text]
+
+
+def test_a_flow_does_not_get_the_servers_own_secrets(guarded: Up) -> None:
+    [worker] = [pid for pid in left(guarded.root) if "worker\0start" in Path(f"/proc/{pid}/cmdline").read_text()]
+    names = {line.split("=")[0] for line in Path(f"/proc/{worker}/environ").read_text().split("\0")}
+    assert {"PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_PASSWORD"} <= names
+    assert not names & set(AUTH)
+
+
+def test_a_command_without_passwords_is_told_which(guarded: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = slmops(guarded.root, "register", **own(guarded.root))
+    assert done.returncode == 1
+    assert "set PREFECT_API_AUTH_STRING, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD" in done.stderr
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "a:b")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert servers.settings(guarded.root)["PREFECT_API_URL"].endswith("/api")
+
+
+@pytest.mark.slow
+def test_a_run_with_passwords(guarded: Up) -> None:
+    prefect, mlflow = AUTH.values()
+    known = {
+        "PREFECT_API_AUTH_STRING": prefect,
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": mlflow,
+    }
+    done = slmops(guarded.root, "run", **own(guarded.root, **known))
+    assert done.returncode == 0, done.stderr
+    assert "version 1 registered" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_password_that_is_not_mlflows_is_told(guarded: Up, tmp_path: Path) -> None:
+    root = make_toy(tmp_path)
+    users = root / ".runs" / "servers" / "mlflow-auth.db"
+    users.parent.mkdir(parents=True)
+    shutil.copy(guarded.root / ".runs" / "servers" / users.name, users)
+    error = refused(root, "--host", "0.0.0.0", **{**AUTH, "MLFLOW_AUTH_ADMIN_PASSWORD": "planted-another"})
+    assert "MLFLOW_AUTH_ADMIN_PASSWORD is not MLflow's password" in error
+    assert str(users) in error
+    assert "planted" not in error
+    assert left(root) == []
+
+
+# --- PostgreSQL --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """A PostgreSQL of its own on loopback with the database `slmops`; yields its URL, the password in it."""
+    places = [shutil.which("initdb"), *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
+    initdb = next((Path(place).resolve() for place in places if place), None)
+    if initdb is None:
+        pytest.skip("PostgreSQL is not installed (no initdb): apt-get install postgresql")
+    pytest.importorskip("psycopg2", reason="PostgreSQL's driver is not installed: pip install 'slmops[postgres]'")
+    user = "nobody" if os.geteuid() == 0 else None  # PostgreSQL does not run as root
+    with tempfile.TemporaryDirectory(prefix="slmops-postgres-") as name:
+        folder, port = Path(name), free_ports()[0]
+        (folder / "password").write_text("planted/in:url")
+        if user:
+            for path in (folder, folder / "password"):
+                shutil.chown(path, user)
+
+        def pg(tool: str, *arguments: str) -> None:
+            command = [str(initdb.with_name(tool)), *arguments]
+            subprocess.run(command, cwd=folder, user=user, check=True, stdout=subprocess.DEVNULL)
+
+        data = str(folder / "data")
+        pg("initdb", "-D", data, "-U", "slm ops", "-A", "scram-sha-256", "--pwfile", str(folder / "password"), "-N")
+        listen = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder}"
+        pg("pg_ctl", "-D", data, "-w", "-l", str(folder / "log"), "-o", listen, "start")
+        try:
+            import psycopg2
+
+            connection = psycopg2.connect(
+                host="127.0.0.1", port=port, user="slm ops", password="planted/in:url", dbname="postgres"
+            )
+            connection.autocommit = True
+            connection.cursor().execute("CREATE DATABASE slmops")
+            connection.close()
+            yield f"postgresql://slm%20ops:planted%2Fin%3Aurl@127.0.0.1:{port}/slmops"
+        finally:
+            pg("pg_ctl", "-D", data, "-m", "immediate", "stop")
+
+
+@pytest.mark.slow
+def test_both_servers_on_postgresql(postgres: str, tmp_path: Path) -> None:
+    import psycopg2
+
+    root = make_toy(tmp_path)
+    assert "cannot be used" in refused(root, "--database", postgres.replace("/slmops", "/nowhere"))
+    up = start(root, "--database", postgres)
+    try:
+        urls = asked(up)
+        assert ask(urls["prefect"], body={}) == ask(urls["mlflow"]) == 200
+        state = servers.running(root)
+        assert ask(f"{state.mlflow}/api/2.0/mlflow/experiments/create", body={"name": "kept"}) == 200
+        with psycopg2.connect(postgres) as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT table_schema FROM information_schema.tables WHERE table_name = 'alembic_version'")
+            assert {row[0] for row in cursor.fetchall()} == {"prefect", "mlflow"}
+            cursor.execute("SELECT name FROM mlflow.experiments WHERE name = 'kept'")
+            assert cursor.fetchall() == [("kept",)]
+            cursor.execute("SELECT name FROM prefect.work_pool")
+            assert cursor.fetchall() == [(servers.POOL,)]
+        connection.close()
+        texts = [path.read_bytes() for path in (root / ".runs").rglob("*") if path.is_file()] + [up.output.read_bytes()]
+        texts += [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in [*left(root), up.process.pid]]
+        assert not [text for text in texts if b"planted" in text]
+    finally:
+        stop(up)
+    assert left(root) == []
