@@ -213,6 +213,15 @@ def test_secrets_come_from_the_environment_and_are_asked_for(compose: dict) -> N
     assert not re.search(r"://[^/\s$]+:[^/\s@]+@", text), "a password in an address"
 
 
+def test_addresses_of_databases_name_a_driver_that_is_in_the_image() -> None:
+    """Without one, SQLAlchemy takes its default, which is not installed."""
+    pinned = (ROOT / "constraints.txt").read_text()
+    texts = [(INFRA / name).read_text() for name in ("compose.yaml", "kubernetes/kustomization.yaml")]
+    drivers = [re.findall(r"\bpostgresql(\+\w+)?://", text) for text in texts]
+    assert drivers == [["+psycopg2", "+asyncpg"], ["+asyncpg", "+psycopg2"]]
+    assert all(f"\n{name}==" in pinned for name in ("asyncpg", "psycopg2-binary"))
+
+
 def test_volumes_are_named_and_declared(compose: dict) -> None:
     used = {volume.split(":")[0] for service in compose["services"].values() for volume in service.get("volumes", [])}
     assert {name for name in used if not name.startswith("./")} == set(compose["volumes"])
