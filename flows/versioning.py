@@ -238,7 +238,7 @@ def _dvc(root: Path, *arguments: str) -> str:
         [sys.executable, "-m", "dvc", *arguments], cwd=root, env=environment(), capture_output=True, text=True
     )
     if done.returncode != 0:
-        raise StageError(f"dvc {' '.join(arguments)} failed in {root}: {_last_line(done.stderr or done.stdout)}")
+        raise StageError(f"dvc {' '.join(arguments)} failed in {root}: {_dvc_error(done.stderr or done.stdout)}")
     return done.stdout
 
 

@@ -71,7 +71,7 @@ def round_trip(root: Path) -> None:
 
 
 def refused(root: Path, word: str) -> None:
-    """A push that fails says what and next, and loses nothing."""
+    """A push that fails says what (`word`, from the server) and next, and loses nothing."""
     before = digests(root)
     with pytest.raises(StageError) as caught:
         versioning.push(root)
@@ -79,6 +79,7 @@ def refused(root: Path, word: str) -> None:
     assert word in text
     assert "nothing is lost" in text
     assert "then `dvc push`" in text
+    assert "dvc.org/support" not in text
     assert SECRET not in text
     shutil.rmtree(root / "build")
     dvc(root, "checkout")
@@ -183,7 +184,7 @@ def test_s3_with_a_wrong_secret_says_what_and_next(work: Path, s3: tuple, keys: 
     url, credentials = s3
     add_remote(work, "s3://models/refused", endpointurl=url)
     keys({**credentials, "AWS_SECRET_ACCESS_KEY": SECRET})
-    refused(work, "store")
+    refused(work, "403")
     keys(credentials)
     round_trip(work)  # mended, it goes on
 
@@ -192,7 +193,7 @@ def test_s3_with_a_wrong_secret_says_what_and_next(work: Path, s3: tuple, keys: 
 def test_s3_that_does_not_answer_says_what_and_next(work: Path, s3: tuple, keys: Callable) -> None:
     add_remote(work, "s3://models/down", endpointurl=f"http://127.0.0.1:{free_port()}")
     keys(s3[1])
-    refused(work, "store")
+    refused(work, "Could not connect")
 
 
 def test_a_secret_in_the_local_config_is_used_and_never_committed(work: Path, s3: tuple, keys: Callable) -> None:
@@ -260,7 +261,7 @@ def test_ssh_with_a_wrong_key_says_what_and_next(work: Path, ssh: tuple[str, Pat
     key.unlink()
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / "other")], check=True)
     shutil.copy(home / "other", key)
-    refused(work, "store")
+    refused(work, "key mismatch")
     key.write_bytes(right)
     round_trip(work)
 
@@ -274,5 +275,5 @@ def test_ssh_refuses_a_host_that_is_not_the_known_one(work: Path, ssh: tuple[str
     where, kind, _ = known.read_text().split()
     other = (home / ".ssh" / "id_ed25519.pub").read_text().split()[1]
     known.write_text(f"{where} {kind} {other}\n")
-    refused(work, "store")
+    refused(work, "not trusted")
     assert list((work.parent / "remote").rglob("*")) == []
