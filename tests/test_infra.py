@@ -1,7 +1,6 @@
 """Container build, compose file, Kubernetes manifests and work pools, against the schemas and classes that read them.
 
-No image was built and nothing was started in a cluster here: what is checked is that the files say what they should
-to the tools that will read them.
+Building the images and starting them takes an engine, a cluster and a GPU: that is not done here.
 """
 
 import asyncio
