@@ -147,6 +147,26 @@ def checkout(root: Path, target: Path) -> None:
     _dvc(root, "checkout", str(target))
 
 
+def push(root: Path) -> str:
+    """Send what dvc.lock and the .dvc files name to the default remote; returns what came of it. A workspace
+    without a default remote is in order.
+
+    Raises:
+        StageError: the remote cannot be reached or refuses; the cache here keeps everything.
+    """
+    remote = _dvc(root, "config", "core.remote").strip()
+    if not remote:
+        return "not pushed: no default DVC remote is set (`dvc remote add -d NAME URL` sets one)"
+    try:
+        said = _dvc(root, "push", "--remote", remote)
+    except StageError as error:
+        raise StageError(
+            f"{error}: nothing is lost, the cache keeps it all: mend the address or the credentials of the remote "
+            f"{remote} (environment or .dvc/config.local, never .dvc/config), then `dvc push`"
+        ) from None
+    return f"pushed to the DVC remote {remote}: {_last_line(said)}"
+
+
 def check_state(root: Path) -> None:
     """Hold DVC's own files against their form before work starts. Call it when no dvc runs here.
 
@@ -218,7 +238,7 @@ def _dvc(root: Path, *arguments: str) -> str:
         [sys.executable, "-m", "dvc", *arguments], cwd=root, env=environment(), capture_output=True, text=True
     )
     if done.returncode != 0:
-        raise StageError(f"dvc {' '.join(arguments)} failed in {root}: {_last_line(done.stderr or done.stdout)}")
+        raise StageError(f"dvc {' '.join(arguments)} failed in {root}: {_dvc_error(done.stderr or done.stdout)}")
     return done.stdout
 
 

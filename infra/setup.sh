@@ -66,7 +66,7 @@ fi
 
 step='installing the packages'
 say 'packages, 2.7 GB in all'
-pip install --quiet -c constraints.txt -e '.[all,dev]' "torch==$(pin torch)"
+pip install --quiet -c constraints.txt -e ".[${SLMOPS_EXTRAS:-all,dev}]" "torch==$(pin torch)"
 "$venv/bin/slmops" doctor >"$cache/doctor.txt" || { cat "$cache/doctor.txt"; die 'slmops doctor found something missing, see above'; }
 
 touch "$venv/.ready"
