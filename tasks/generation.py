@@ -11,8 +11,8 @@ from typing import Any
 
 from tasks import events
 from tasks.chat import Encoded
-from tasks.scoring import Metric
 from tasks.packing import pack
+from tasks.scoring import Metric
 from tasks.training import batches, target_states
 
 BATCH = 64

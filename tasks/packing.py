@@ -59,7 +59,7 @@ def pack(rows: Sequence[Encoded], device: Any) -> Packed:
     if shared:
         spans.insert(0, (rows[0], 0, shared))
     lengths = [end - start for _, start, end in spans]
-    longest, total = max(lengths), sum(lengths)
+    longest = max(lengths)
 
     ids = torch.tensor([token for row, start, end in spans for token in row.ids[start:end]])
     positions = torch.tensor([i for _, start, end in spans for i in range(start, end)])
@@ -75,9 +75,10 @@ def pack(rows: Sequence[Encoded], device: Any) -> Packed:
     if shared:  # the prefix stands before itself: it sees itself there, and nothing twice
         before[0], own[0] = causal[:, :shared], False
     sees = torch.cat([before, own], -1)
-    assert len(place) == total
-    moved = (part.to(device) for part in (ids[None], positions[None], predicting, following[predicting], place, sees))
-    return Packed(*moved, shared)
+    return Packed(
+        ids[None].to(device), positions[None].to(device), predicting.to(device), following[predicting].to(device),
+        place.to(device), sees.to(device), shared,
+    )  # fmt: skip
 
 
 def common_prefix(rows: Sequence[Encoded]) -> int:

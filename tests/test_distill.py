@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from tasks import chat, generation, models, packing, params, training
 from tasks.distill import distill, pruning
 from tasks.distill.pruning import _remove, prune
-from tasks.distill.targets import cache_targets, forward_kl
+from tasks.distill.targets import cache_targets, distillation, forward_kl
 from tasks.errors import ArtifactError, ConfigError
 from tasks.finetune import finetune
 from tasks.params import Distill, Training
@@ -75,9 +75,24 @@ def test_cached_targets_are_the_teachers_distribution(learned: Any, tmp_path: Pa
     ids, predicts = torch.tensor([rows[3].ids]), torch.tensor(rows[3].target[1:])
     with torch.no_grad():
         want = model(input_ids=ids).logits[0, :-1][predicts].float().log_softmax(-1).topk(4)
-    tokens, logs = lookup([3])
+        states = model.get_decoder()(input_ids=ids).last_hidden_state[0, :-1][predicts]
+    tokens, logs, hidden = lookup([3])
+    torch.testing.assert_close(hidden.float(), states, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(logs, want.values, atol=1e-3, rtol=1e-3)
     assert (tokens[:, 0] == want.indices[:, 0]).all()
+
+
+def test_a_student_that_is_its_teacher_has_nothing_left_to_learn(learned: Any, tmp_path: Path) -> None:
+    model, _, rows = learned
+    settings = Distill(epochs=1.0, learning_rate=1e-3, soft_weight=1.0, temperature=2.0)
+    lookup = cache_targets(model, rows, settings, tmp_path / "t.safetensors")
+    objective = distillation(model, lookup, settings)
+    packed = packing.pack(rows[:3], model.device)
+    with torch.no_grad():
+        states = training.target_states(model, packed)
+        assert objective(states, packed.labels, [0, 1, 2]) < 1e-3
+        assert objective(states + torch.randn_like(states), packed.labels, [0, 1, 2]) > 0.1
+        assert objective(states, packed.labels, [2, 1, 0]) > 1e-2  # as many targets, of other rows
 
 
 def test_the_least_important_block_goes_first_and_every_removal_is_scored_again(learned: Any, tmp_path: Path) -> None:

@@ -62,15 +62,16 @@ def separate(model: Any, rows: list[Encoded]) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", sorted(DENSE))
 @pytest.mark.parametrize("keys", [packing.SHORT, 0], ids=["products", "flash"])
-def test_states_and_gradients_are_those_of_separate_rows(
-    kind: str, keys: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_and_gradients_are_those_of_separate_rows(kind: str, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "SHORT", keys)
     model = made(kind)
     assert common_prefix(ROWS) == len(HEAD)
     weights = torch.randn(sum(sum(each.target) for each in ROWS), 32)
     results = []
-    for way in (lambda m: (packed := pack(ROWS, "cpu"), states(m, packed)[packed.predicting])[1], lambda m: separate(m, ROWS)):
+    for way in (
+        lambda m: (packed := pack(ROWS, "cpu"), states(m, packed)[packed.predicting])[1],
+        lambda m: separate(m, ROWS),
+    ):
         mine = copy.deepcopy(model)
         found = way(mine)
         (found * weights).sum().backward()
@@ -85,7 +86,9 @@ def test_an_architecture_that_is_not_known_to_be_dense_gets_ordinary_rows(monkey
     monkeypatch.setattr(packing, "DENSE", frozenset())
     for rows in (ROWS, ROWS[:1]):
         packed = pack(rows, "cpu")
-        torch.testing.assert_close(states(model, packed)[packed.predicting], separate(model, rows), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            states(model, packed)[packed.predicting], separate(model, rows), atol=1e-5, rtol=1e-4
+        )
 
 
 def test_the_attention_of_the_model_is_left_as_it_was() -> None:
@@ -99,7 +102,9 @@ tokens = st.lists(st.integers(3, 59), min_size=1, max_size=6)
 
 
 @settings(max_examples=40, deadline=None)
-@given(head=st.lists(st.integers(3, 59), max_size=14), rests=st.lists(st.tuples(tokens, tokens), min_size=1, max_size=5))
+@given(
+    head=st.lists(st.integers(3, 59), max_size=14), rests=st.lists(st.tuples(tokens, tokens), min_size=1, max_size=5)
+)
 def test_every_target_is_predicted_once_whatever_the_rows_share(
     head: list[int], rests: list[tuple[list[int], list[int]]]
 ) -> None:

@@ -3,6 +3,8 @@
 For each target position the cache holds the teacher's `top_k` most likely tokens with their
 log-probabilities; what is left of the distribution is one further outcome, the tail, so that the divergence is
 a true KL between distributions over k + 1 outcomes and the student is not pushed to put all mass on the top.
+Beside it lies the teacher's last hidden state: a teacher that knows its task is nearly certain of every token, and how
+it came to be says more than which one it is (hidden-state matching: Sanh et al., DistilBERT, 2019).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,18 +14,19 @@ from typing import Any
 
 from tasks import events
 from tasks.chat import Encoded
+from tasks.packing import pack
 from tasks.params import Distill
 from tasks.stage import need_space
-from tasks.packing import pack
 from tasks.training import Objective, batches, log_probs, target_states
 
-Lookup = Callable[[list[int]], tuple[Any, Any]]
+Lookup = Callable[[list[int]], tuple[Any, Any, Any]]
 
 
 def cache_targets(model: Any, rows: Sequence[Encoded], settings: Distill, path: Path) -> Lookup:
     """Write the teacher's targets of every row that training will read to `path` unless they are there; return a reader.
 
-    The reader maps row indices to token ids (n, k) and log-probabilities (n, k) of their n targets in order.
+    The reader maps row indices to token ids (n, k), log-probabilities (n, k) and hidden states (n, d) of their n
+    targets in order.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -33,9 +36,11 @@ def cache_targets(model: Any, rows: Sequence[Encoded], settings: Distill, path: 
     for count in counts:
         starts.append(starts[-1] + count)
     if not path.is_file():
-        need_space(path.parent, starts[-1] * settings.top_k * 8)
+        width = model.config.hidden_size
+        need_space(path.parent, starts[-1] * (settings.top_k * 8 + width * 2))
         tokens = torch.zeros(starts[-1], settings.top_k, dtype=torch.int32)
         logs = torch.zeros(starts[-1], settings.top_k, dtype=torch.float32)
+        hidden = torch.zeros(starts[-1], width, dtype=torch.bfloat16)
         head = model.get_output_embeddings()
         lengths = [len(row.ids) for row in rows]
         read = sorted(set(chain.from_iterable(batches(lengths, settings.batch_tokens, settings.seed, settings.epochs))))
@@ -43,32 +48,43 @@ def cache_targets(model: Any, rows: Sequence[Encoded], settings: Distill, path: 
             for part in batches([lengths[i] for i in read], 4096, 0, 1.0):
                 chosen = [read[n] for n in part]
                 packed = pack([rows[i] for i in chosen], model.device)
-                logits = head(target_states(model, packed)).float() / settings.temperature
-                top = logits.log_softmax(-1).topk(settings.top_k)
+                found = target_states(model, packed)
+                logits = head(found).float() / settings.temperature
+                top = logits.topk(settings.top_k)
                 where = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen])
-                tokens[where], logs[where] = top.indices.int().cpu(), top.values.cpu()
+                tokens[where] = top.indices.int().cpu()
+                logs[where] = (top.values - logits.logsumexp(-1, keepdim=True)).cpu()
+                hidden[where] = found.bfloat16().cpu()
                 advance(len(chosen))
-        save_file({"tokens": tokens, "logs": logs}, path.with_suffix(".new"))
+        save_file({"tokens": tokens, "logs": logs, "hidden": hidden}, path.with_suffix(".new"))
         path.with_suffix(".new").rename(path)
     cached = load_file(path)
 
-    def lookup(chosen: list[int]) -> tuple[Any, Any]:
+    def lookup(chosen: list[int]) -> tuple[Any, Any, Any]:
         where = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen])
-        return cached["tokens"][where].long().to(model.device), cached["logs"][where].to(model.device)
+        tokens, logs, hidden = (cached[name][where].to(model.device) for name in ("tokens", "logs", "hidden"))
+        return tokens.long(), logs, hidden
 
     return lookup
 
 
 def distillation(model: Any, lookup: Lookup, settings: Distill) -> Objective:
-    """Forward KL to the cached targets, scaled by T squared, mixed with cross-entropy (Hinton et al., 2015)."""
+    """Forward KL to the cached targets, scaled by T squared, mixed with cross-entropy (Hinton et al., 2015), and one
+    minus the cosine of student's and teacher's hidden states."""
+    import torch.nn.functional as F
+
     head = model.get_output_embeddings()
     soft, temperature = settings.soft_weight, settings.temperature
 
     def objective(hidden: Any, labels: Any, rows: list[int]) -> Any:
-        tokens, logs = lookup(rows)
-        divergence = forward_kl(log_probs(hidden / temperature, head, tokens), logs).mean()
-        likelihood = log_probs(hidden, head, labels[:, None]).mean() if soft < 1 else 0.0
-        return soft * temperature**2 * divergence - (1 - soft) * likelihood
+        tokens, logs, taught = lookup(rows)
+        loss = soft * temperature**2 * forward_kl(log_probs(hidden / temperature, head, tokens), logs).mean()
+        if soft < 1:
+            loss = loss - (1 - soft) * log_probs(hidden, head, labels[:, None]).mean()
+        if settings.hidden_weight:
+            near = F.cosine_similarity(hidden.float(), taught.float(), dim=-1).mean()
+            loss = loss + settings.hidden_weight * (1 - near)
+        return loss
 
     return objective
 
