@@ -154,8 +154,6 @@ def make_toy(root: Path) -> Path:
     (root / "data" / "rows" / "train.jsonl").write_text("{}\n")
     make(root, raw)
     for stage, body in BODIES.items():
-        shutil.rmtree(root / "tasks" / stage)
-        (root / "tasks" / stage).mkdir()
         (root / "tasks" / stage / "__init__.py").write_text(TOY.format(stage=stage, body=body))
     commit(root)
     return root
