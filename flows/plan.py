@@ -141,7 +141,9 @@ def _work(
     tried = (base.layers - student.layers) * (1 + checked.distill.candidates / 2)
     calibration = 2 * base.parameters * checked.distill.calibration_rows * rows.tokens * tried / forward
     # What a removed block added is fitted on the blocks up to it, again half the model on average.
-    calibration += base.parameters * checked.distill.fitted_rows * rows.tokens * (base.layers - student.layers) / forward
+    calibration += (
+        base.parameters * checked.distill.fitted_rows * rows.tokens * (base.layers - student.layers) / forward
+    )
     # The teacher reads and answers; four models take the test.
     answering = 2 * base.parameters * (2 * taught * rows.tokens + 4 * 2 * test) / forward
     found.append(Work("distill", steps, tokens, seconds + calibration + answering))
