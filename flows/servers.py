@@ -8,7 +8,6 @@ can be read by others. One `up` a checkout: it holds a lock, and only while that
 
 import base64
 import fcntl
-import importlib.util
 import json
 import os
 import signal
@@ -205,9 +204,6 @@ def apply_deployments(main: Path, env: dict[str, str]) -> None:
     Raises:
         PipelineError: it failed; with its last lines.
     """
-    if importlib.util.find_spec("flows.deployments") is None:
-        _tell("no deployments: flows/deployments.py is not part of this version")
-        return
     done = subprocess.run([sys.executable, "-c", APPLY, str(main)], cwd=main, env=env, capture_output=True, text=True)
     if done.returncode != 0:
         last = "\n".join(f"  {line}" for line in done.stderr.splitlines()[-supervise.TAIL :])

@@ -501,7 +501,7 @@ def test_the_command_line_decides_and_verifies(
     (root / "dvc.yaml").touch()
     shutil.copy(ROOT / "params.yaml", root)
     monkeypatch.chdir(root)
-    monkeypatch.setattr("flows.quiet.apply", lambda: None)  # it would stay set for other tests
+    monkeypatch.setattr("flows.quiet.apply", lambda *settings: None)  # it would stay set for other tests
 
     def slmops(*words: str) -> tuple[int, str]:
         capsys.readouterr()
