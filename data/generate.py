@@ -1,7 +1,8 @@
 """Write the home-commands data set: `python data/generate.py [FOLDER]` (default: data/home).
 
-Phrasings come from phrases.txt, slot values from values.txt, words for made-up values from words.txt. Each phrasing and each value belongs to one of
-train, validation and test, so the held-out splits ask for understanding, not recall. The seed fixes every byte.
+Phrasings come from phrases.txt, slot values from values.txt, words for made-up values from words.txt. Each phrasing and
+each value belongs to one of train, validation and test, so the held-out splits ask for understanding, not recall. The
+seed fixes every byte.
 """
 
 import json

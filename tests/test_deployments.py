@@ -81,7 +81,7 @@ def test_the_form_asks_for_typed_parameters(servers: Servers) -> None:
     assert named <= {each["name"] for each in ask(f"{servers.prefect}/deployments/filter", {})}
 
 
-def test_a_run_is_started_approved_and_rolled_back_over_http(servers: Servers) -> None:
+def test_a_run_is_started_and_approved_over_http(servers: Servers) -> None:
     run = servers.run("train-and-release", {"variants": ["q4_0", "q8_0"], "settings": {"distill.epochs": 2.0}})
     waiting = servers.wait(run, "Suspended")
     assert len(started(servers.root)) == sum(2 if stage.per_variant else 1 for stage in STAGES.values())
