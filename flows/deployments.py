@@ -111,10 +111,9 @@ def rollback(
 def _released(main: Path, root: Path) -> str:
     """Register what a finished run made, and release it as the policy says; one line for a person."""
     policy = params.load(root / "params.yaml").release
-    said = release.register_if_passed(root, main)
-    if said.startswith("not registered"):
+    registered, said = release.register_if_passed(root, main)
+    if registered is None:
         return said
-    registered = release.register(root, main)
     if policy.approval == "auto":
         return release.auto_approve(main, registered.name, registered.version, policy.margin)
     asked = root / ASKED

@@ -92,7 +92,7 @@ def slmops(root: str, name: str, lock: int) -> Result:
             display.table(rows)
         report = here / "report.html"
         write_report(folder(here, "package"), folder(here, "distill"), report, params=checked)
-        registered = release.register_if_passed(here, main)
+        _, registered = release.register_if_passed(here, main)
         create_markdown_artifact(
             f"{results.markdown(rows)}\n\n{registered}\n\n[report.html]({report.as_uri()})",
             key="result",

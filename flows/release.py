@@ -85,12 +85,13 @@ def register(root: Path, main: Path) -> Registered:
         return Registered(bundle.name, version, digest, fresh, rejected)
 
 
-def register_if_passed(root: Path, main: Path) -> str:
-    """`register` for a run, where a model that did not pass is a result and no error; one line for a person."""
+def register_if_passed(root: Path, main: Path) -> tuple[Registered | None, str]:
+    """`register` for a run, where a model that did not pass is a result and no error; with one line for a person."""
     bundle = verify(folder(root, "package"))
     if bundle.chosen is None:
-        return f"not registered: {bundle.reason}"
-    return register(root, main).text()
+        return None, f"not registered: {bundle.reason}"
+    registered = register(root, main)
+    return registered, registered.text()
 
 
 def compare(main: Path, name: str, version: str) -> Comparison:
