@@ -7,20 +7,19 @@ gates.
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from tasks import chat, models, scoring
-from tasks.cores import available, busy, quiet, threads
-from tasks.errors import ArtifactError, StageError
+from tasks.cores import busy, quiet, threads
+from tasks.errors import ArtifactError
 from tasks.events import progress
 from tasks.params import Params, Variant
 from tasks.stage import require_file
 from tasks.validate import gates, likelihood, llama_runtime, onnx_runtime
+from tasks.validate.measure import measure
 
 
 class Evaluator(NamedTuple):
@@ -77,7 +76,7 @@ def validate(
     }
     prompt = chat.prompt_ids(tokenizer, sorted(rows, key=lambda row: len(str(row)))[len(rows) // 2][:-1])
     with quiet(artifact.parent):
-        measured = _measure(file, yardstick, prompt, params.validate_.repeats)
+        measured = measure(file, yardstick, prompt, params.validate_.repeats)
     timed = {name: value for name, value in measured.items() if isinstance(value, float | int)}
     verdict = gates.judge(params.validate_, metrics | timed | {"ttft_p95_s": measured["ttft_s"]["p95"]}, spread)
 
@@ -158,36 +157,6 @@ def _likelihood(
 def _whole(tokenizer: Any, row: chat.Messages) -> list[int]:
     ids: list[int] = tokenizer.apply_chat_template(row, tokenize=True, return_dict=False)
     return ids
-
-
-def _measure(file: Path, yardstick: Path, prompt: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Speed and memory of the file, and of the teacher's F16 file in the same way at the same time."""
-    ours, theirs = (_measure_one(each, prompt, repeats) for each in (file, yardstick))
-    return {
-        **ours,
-        "decode_speedup": ours["decode_tokens_per_s"] / theirs["decode_tokens_per_s"],
-        "peak_rss_ratio": ours["peak_rss_bytes"] / theirs["peak_rss_bytes"],
-        "prompt_tokens": len(prompt),
-        "threads": available(),
-        "reference": theirs,
-    }
-
-
-def _measure_one(file: Path, prompt: Sequence[int], repeats: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tasks.validate.measure", str(file.resolve()), "--repeats", str(repeats)]
-    done = subprocess.run(
-        [*command, "--threads", str(available())], input=json.dumps(list(prompt)), cwd=_ROOT,
-        capture_output=True, text=True, errors="replace", check=False,
-    )  # fmt: skip
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = lines[-1] if lines else f"exit code {done.returncode}"
-        raise StageError(f"{file}: measuring it failed: {reason}: free memory and run the stage again")
-    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return measured
-
-
-_ROOT = Path(__file__).resolve().parents[2]  # where `tasks` is importable from
 
 
 def _size(file: Path) -> int:

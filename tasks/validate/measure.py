@@ -1,99 +1,100 @@
-"""`python -m tasks.validate.measure FILE`: time one file in a process of its own; one JSON line.
+"""Speed and memory of a file and of a yardstick, each in a process of its own, by turns.
 
-A process of its own makes the peak memory that of this file alone, and its first load a real one. The
-prompt comes as token ids on standard input, so that no tokenizer is loaded. Times are wall clock, medians
-where one number stands for several runs.
+A process of its own makes the peak memory that of this file alone, and its first load a real one. Whatever else the
+machine does changes within seconds, so the two take turns, and a ratio is that of neighbours in time. Times are wall
+clock, medians where one number stands for several runs.
 """
 
-import argparse
 import json
-import re
 import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Self
 
-CONTEXT, DECODED = 512, 64  # tokens of the prefill and of the generation: llama-bench's pp512 and tg64
-WARM_UP = 3
+from tasks.cores import available
+from tasks.errors import StageError
+from tasks.validate.timed import CONTEXT, DECODED
 
-# step(tokens, position) -> the most likely next token; positions before `position` are kept
-Step = Callable[[Sequence[int], int], int]
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tasks.validate.measure", description=__doc__)
-    parser.add_argument("file", type=Path, help="a .gguf file or an ONNX Runtime GenAI folder")
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--repeats", type=int, default=20, help="latency samples after warm-up")
-    args = parser.parse_args(argv)
-    prompt = json.load(sys.stdin)
-
-    began = time.perf_counter()
-    step = (_onnx if args.file.is_dir() else _gguf)(args.file, args.threads)
-    step(prompt[:1], 0)
-    load_s = time.perf_counter() - began
-    print(json.dumps({"load_s": load_s, **_speed(step, prompt, args.repeats), "peak_rss_bytes": peak_rss()}))
-    return 0
+ROUNDS = 5  # of prefill and generation
+_ROOT = Path(__file__).resolve().parents[2]  # where `tasks` is importable from
 
 
-def _gguf(file: Path, threads: int) -> Step:
-    from tasks.validate.llama_runtime import Session
+def measure(file: Path, yardstick: Path, prompt: Sequence[int], repeats: int) -> dict[str, Any]:
+    """Load time, time to first token of `prompt`, prefill and decode speed, peak memory; the yardstick's as `reference`.
 
-    session = Session(file, threads=threads, cells=CONTEXT)
-
-    def step(tokens: Sequence[int], position: int) -> int:
-        if position == 0:
-            session.clear()
-        wanted = [False] * (len(tokens) - 1) + [True]
-        logits = session.decode(tokens, range(position, position + len(tokens)), [0] * len(tokens), wanted)
-        return int(logits[0].argmax())
-
-    return step
-
-
-def _onnx(folder: Path, threads: int) -> Step:
-    from tasks.validate.onnx_runtime import Decoded, load
-
-    sequence = Decoded(load(folder, threads), CONTEXT)
-
-    def step(tokens: Sequence[int], position: int) -> int:
-        sequence.cut(position)
-        sequence.append(tokens)
-        return sequence.next_token()
-
-    return step
-
-
-def _speed(step: Step, prompt: Sequence[int], repeats: int) -> dict[str, object]:
-    prompt = list(prompt)[: CONTEXT - DECODED]
-    for _ in range(WARM_UP):
-        step(prompt, 0)
-    first_token = [_timed(lambda: step(prompt, 0)) for _ in range(repeats)]
-    fill = (prompt * (CONTEXT // len(prompt) + 1))[:CONTEXT]
-    prefill = [_timed(lambda: step(fill, 0)) for _ in range(3)]
-
-    decode = []
-    for _ in range(3):
-        token = step(prompt, 0)
-        decode.append(_timed(partial(_generate, step, token, len(prompt))))
+    Raises:
+        StageError: a process dies.
+    """
+    with _Timed(file, prompt) as ours, _Timed(yardstick, prompt) as theirs:
+        for name, rounds in (("ttft", repeats), ("prefill", ROUNDS), ("decode", ROUNDS)):
+            for _ in range(rounds):
+                ours.run(name)
+                theirs.run(name)
+        speedup = statistics.median(
+            b / a for a, b in zip(ours.seconds["decode"], theirs.seconds["decode"], strict=True)
+        )
+        measured, reference = ours.summary(), theirs.summary()
     return {
-        "ttft_s": {f"p{percent}": _percentile(first_token, percent) for percent in (50, 95, 99)},
-        "prefill_tokens_per_s": CONTEXT / statistics.median(prefill),
-        "decode_tokens_per_s": DECODED / statistics.median(decode),
+        **measured,
+        "decode_speedup": speedup,
+        "peak_rss_ratio": measured["peak_rss_bytes"] / reference["peak_rss_bytes"],
+        "prompt_tokens": len(prompt),
+        "threads": available(),
+        "reference": reference,
     }
 
 
-def _generate(step: Step, token: int, position: int) -> None:
-    for at in range(position, position + DECODED):
-        token = step([token], at)
+class _Timed:
+    """A loaded file that does, and times, what it is told."""
 
+    def __init__(self, file: Path, prompt: Sequence[int]) -> None:
+        self.file = file
+        self.seconds: dict[str, list[float]] = {"ttft": [], "prefill": [], "decode": []}
+        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed on exit
+        command = [sys.executable, "-m", "tasks.validate.timed", str(file.resolve()), "--threads", str(available())]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=_ROOT
+        )
+        self.load_s = self.ask(json.dumps(list(prompt)))
 
-def _timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+    def ask(self, line: str) -> float:
+        """Send a line, return the number that comes back."""
+        assert self.process.stdin
+        assert self.process.stdout
+        try:
+            print(line, file=self.process.stdin, flush=True)
+            return float(self.process.stdout.readline())
+        except (OSError, ValueError):
+            code = self.process.wait()
+        self.errors.seek(0)
+        lines = [line for line in self.errors.read().splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit code {code}"
+        raise StageError(f"{self.file}: measuring it failed: {reason}: free memory and run the stage again")
+
+    def run(self, name: str) -> None:
+        """Time one more `ttft`, `prefill` or `decode`."""
+        self.seconds[name].append(self.ask(name))
+
+    def summary(self) -> dict[str, Any]:
+        """What all that was timed comes to."""
+        return {
+            "load_s": self.load_s,
+            "ttft_s": {f"p{percent}": _percentile(self.seconds["ttft"], percent) for percent in (50, 95, 99)},
+            "prefill_tokens_per_s": CONTEXT / statistics.median(self.seconds["prefill"]),
+            "decode_tokens_per_s": DECODED / statistics.median(self.seconds["decode"]),
+            "peak_rss_bytes": int(self.ask("peak_rss")),
+        }
 
 
 def _percentile(values: Sequence[float], percent: int) -> float:
@@ -103,16 +104,3 @@ def _percentile(values: Sequence[float], percent: int) -> float:
     low = int(rank)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
-
-
-def peak_rss() -> int:
-    """Bytes of memory this process held at most (VmHWM of proc(5), in kibibytes there)."""
-    status = Path("/proc/self/status").read_text()
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    if not found:
-        raise SystemExit("/proc/self/status has no VmHWM: peak memory can only be measured on Linux")
-    return int(found[1]) * 1024
-
-
-if __name__ == "__main__":
-    sys.exit(main())
