@@ -27,7 +27,8 @@ Objective = Callable[[Any, Any, list[int]], Any]
 """`objective(hidden, labels, rows)`: hidden (n, d) of the n target positions of the rows in order, their labels
 (n,), the rows' indices -> scalar mean loss."""
 
-CHECKPOINT_SECONDS = 60.0
+CHECKPOINT_SECONDS = 60.0  # between two checkpoints, at least
+CHECKPOINT_SHARE = 0.02  # of the time that they may take
 CHUNK = 128  # target positions projected on the vocabulary at a time: few enough for a processor's caches
 KEPT = 1024  # target positions whose probabilities are kept for the backward pass
 
@@ -66,7 +67,15 @@ def log_probs(hidden: Any, head: Any, tokens: Any) -> Any:
     Any loss on a few tokens needs only these, so the (n, v) logits never enter the graph. They are made CHUNK rows
     at a time; the probabilities of up to KEPT rows stay for the backward pass, of more they are made again there.
     """
-    return _log_probs_function().apply(hidden, head.weight, tokens)
+    import torch
+
+    if torch.is_grad_enabled():
+        return _log_probs_function().apply(hidden, head.weight, tokens)
+    made = []
+    for part, wanted in zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True):
+        logits = (part @ head.weight.T).float()
+        made.append(logits.gather(-1, wanted) - logits.logsumexp(-1, keepdim=True))
+    return torch.cat(made)
 
 
 @cache
@@ -168,7 +177,7 @@ def train(
     steps = batches([len(row.ids) for row in rows], settings.batch_tokens, settings.seed, settings.epochs)
     evaluate_at = {round(len(steps) * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     state = _State(scratch / f"{label}.safetensors", optimizer, masters)
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), CHECKPOINT_SECONDS
     with events.progress(label, len(steps)) as advance:
         advance(state.step)
         state.push(weights)
@@ -199,9 +208,11 @@ def train(
                 state.record(validation_loss(model, validation))
                 model.train()
                 events.metric(f"{label}/validation_loss", state.history[-1]["validation_loss"], state.step)
-            if state.step in evaluate_at or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if state.step in evaluate_at or time.monotonic() - saved > pause:
+                began = time.monotonic()
                 state.save()
                 saved = time.monotonic()
+                pause = max(CHECKPOINT_SECONDS, (saved - began) / CHECKPOINT_SHARE)
     state.push(weights, best=True)
     model.eval()
     return state.history

@@ -135,7 +135,7 @@ def test_what_a_removed_block_added_is_made_good(learned: Any, tmp_path: Path) -
     hooked.get_decoder().layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: held.append(args[0]))
     hooked.get_decoder().layers[2].register_forward_hook(lambda _, args, out: out + held.pop() @ (whole / 2).T)
     assert training.validation_loss(hooked, rows) == pytest.approx(want, rel=1e-4)
-    change = pruning._stand_in(hooked, 2, [packing.pack(rows, "cpu")])
+    change = pruning._stand_in(pruning._Ready(hooked, rows), 2)
     held.clear()
     blocks[1].mlp.down_proj.weight.data = whole / 2 + change
     _remove(mine, 2)

@@ -21,6 +21,7 @@ from tasks.chat import Encoded
 from tasks.errors import ConfigError
 from tasks.packing import Packed, pack, tokens
 from tasks.params import Distill
+from tasks.training import log_probs
 
 RIDGE = 0.05  # of the mean square of the inner layer: 0.01 fits the rows better, and all others worse
 ROWS = 32  # of a packed sequence
@@ -54,7 +55,7 @@ def prune(
     original = list(range(len(layers)))
     history: list[dict[str, Any]] = []
     weights: dict[str, Any] = {}
-    packs = [pack(fitted[i : i + ROWS], model.device) for i in range(0, len(fitted), ROWS)]
+    ready = _Ready(model, fitted)
     with torch.no_grad(), events.progress("prune", len(layers) - kept, "blocks") as advance:
         while len(model.get_decoder().layers) > kept:
             trace = _Trace(model, calibration)
@@ -63,9 +64,9 @@ def prune(
             position = min(losses, key=lambda i: (losses[i], i))
             loss = losses[position]
             weight = _before(model, position)
-            if packs and weight is not None:
+            if fitted and weight is not None:
                 old = weight.clone()
-                weight += _stand_in(model, position, packs).to(weight.dtype)
+                weight += _stand_in(ready, position).to(weight.dtype)
                 better = trace.loss_without(position, start=position - 1)
                 if better < loss:
                     loss, weights[str(len(history))] = better, weight.clone()
@@ -82,6 +83,7 @@ def prune(
                 }
             )
             _remove(model, position)
+            ready.forget(position)
             advance(note=f"loss {loss:.3f}")
     _keep(record, history, weights)
     return history
@@ -122,7 +124,7 @@ def _before(model: Any, position: int) -> Any | None:
     return layer.mlp.down_proj.weight
 
 
-def _stand_in(model: Any, position: int, packs: Sequence[Packed]) -> Any:
+def _stand_in(ready: "_Ready", position: int) -> Any:
     """The change (d, inner) of the weights before a block that adds what the block adds, as nearly as it can.
 
     Ridge regression over all tokens, each weighted by one over the length of its residual: norms make only
@@ -130,32 +132,70 @@ def _stand_in(model: Any, position: int, packs: Sequence[Packed]) -> Any:
     """
     import torch
 
-    layers = model.get_decoder().layers
     squares: Any = 0.0
     products: Any = 0.0
-    held: list[Any] = []
-    hooks = [
-        layers[position - 1].mlp.down_proj.register_forward_pre_hook(lambda _, args: held.append(args[0])),
-        layers[position].register_forward_hook(
-            lambda _, args, keywords, out: held.extend(
-                (args[0] if args else keywords["hidden_states"], out[0] if isinstance(out, tuple) else out)
-            ),
-            with_kwargs=True,
-        ),
-    ]
-    with _first_blocks(model, position + 1):
-        for packed in packs:
-            held.clear()
-            packing.states(model, packed)
-            inner, before, after = (tokens(each, packed).float() for each in held)
-            scale = 1.0 / before.norm(dim=-1, keepdim=True)
-            inner, added = inner * scale, (after - before) * scale
-            squares = squares + inner.T @ inner
-            products = products + inner.T @ added
-    for hook in hooks:
-        hook.remove()
+    for inner, before, after in ready.around(position):
+        scale = 1.0 / before.norm(dim=-1, keepdim=True)
+        inner, added = inner * scale, (after - before) * scale
+        squares = squares + inner.T @ inner
+        products = products + inner.T @ added
     ridge = RIDGE * squares.diagonal().mean() * torch.eye(len(squares), device=squares.device)
     return torch.linalg.solve(squares + ridge, products).T
+
+
+Call = tuple[Any, dict[str, Any]]  # what a block is called with: hidden states, keywords
+
+
+class _Ready:
+    """Rows on their way through the first blocks, as far as they were wanted, for as long as those stay as they are."""
+
+    def __init__(self, model: Any, rows: Sequence[Encoded]) -> None:
+        self.model = model
+        self.packs = [pack(rows[i : i + ROWS], model.device) for i in range(0, len(rows), ROWS)]
+        self.calls: list[list[Call]] = [[] for _ in self.packs]
+
+    def around(self, position: int) -> Iterator[tuple[Any, Any, Any]]:
+        """Of each pack: the inner layer (t, inner) of the MLP before a block, the block's input and output (t, d)."""
+        layers = self.model.get_decoder().layers
+        held: list[Any] = []
+        hook = layers[position - 1].mlp.down_proj.register_forward_pre_hook(lambda _, args: held.append(args[0]))
+        for n, packed in enumerate(self.packs):
+            if len(self.calls[n]) <= position:
+                with _first_blocks(self.model, position + 1):
+                    self.calls[n] = _calls(self.model, packed)[0]
+            held.clear()
+            with packing.attention(self.model):
+                hidden, keywords = self.calls[n][position - 1]
+                before = _output(layers[position - 1](hidden, **keywords))
+                after = _output(layers[position](before, **self.calls[n][position][1]))
+            yield tuple(tokens(each, packed).float() for each in (held[-1], before, after))
+        hook.remove()
+
+    def forget(self, position: int) -> None:
+        """A block was removed: from its place on all is different."""
+        self.calls = [calls[:position] for calls in self.calls]
+
+
+def _calls(model: Any, packed: Packed) -> tuple[list[Call], Any]:
+    """What each block is called with, and what the last norm is given."""
+    calls: list[Call] = []
+    last: list[Any] = []
+
+    def keep(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        keywords = dict(keywords)
+        calls.append((args[0] if args else keywords.pop("hidden_states"), keywords))
+
+    decoder = model.get_decoder()
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in decoder.layers]
+    hooks.append(decoder.norm.register_forward_pre_hook(lambda _, args: last.append(args[0])))
+    packing.states(model, packed)
+    for hook in hooks:
+        hook.remove()
+    return calls, last[0]
+
+
+def _output(made: Any) -> Any:
+    return made[0] if isinstance(made, tuple) else made
 
 
 @contextmanager
@@ -194,24 +234,12 @@ class _Trace:
 
         self.model, self.decoder = model, model.get_decoder()
         self.packed = pack(rows, model.device)
-        self.inputs: list[Any] = []
-        self.keywords: list[dict[str, Any]] = []
-
-        def keep(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            self.inputs.append(args[0] if args else keywords.pop("hidden_states"))
-            self.keywords.append(dict(keywords))
-
-        hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.decoder.layers]
-        last: list[Any] = []
-        hooks.append(self.decoder.norm.register_forward_pre_hook(lambda _, args: last.append(args[0])))
-        packing.states(model, self.packed)
-        for hook in hooks:
-            hook.remove()
-        after = [*self.inputs[1:], last[0]]
+        self.calls, last = _calls(model, self.packed)
+        after = [*(hidden for hidden, _ in self.calls[1:]), last]
         self.influence = [
             1.0
             - F.cosine_similarity(tokens(a, self.packed).float(), tokens(b, self.packed).float(), dim=-1).mean().item()
-            for a, b in zip(self.inputs, after, strict=True)
+            for (a, _), b in zip(self.calls, after, strict=True)
         ]
 
     def loss_without(self, position: int, start: int | None = None) -> float:
@@ -219,15 +247,12 @@ class _Trace:
 
         `start`: the first block whose weights may differ from those that were traced.
         """
-        import torch.nn.functional as F
-
         start = position if start is None else start
-        hidden = self.inputs[start]
+        hidden = self.calls[start][0]
         with packing.attention(self.model):
-            for i in range(start, len(self.inputs)):
+            for i in range(start, len(self.calls)):
                 if i != position:
-                    out = self.decoder.layers[i](hidden, **self.keywords[i])
-                    hidden = out[0] if isinstance(out, tuple) else out
+                    hidden = _output(self.decoder.layers[i](hidden, **self.calls[i][1]))
         states = tokens(self.decoder.norm(hidden), self.packed)[self.packed.predicting]
-        logits = self.model.get_output_embeddings()(states)
-        return float(F.cross_entropy(logits.float(), self.packed.labels).item())
+        found = log_probs(states, self.model.get_output_embeddings(), self.packed.labels[:, None])
+        return float(-found.mean().item())
