@@ -27,6 +27,7 @@ from tasks.errors import PipelineError, StageError
 from tasks.stage import Stage, folder
 from tasks.stages import STAGES
 
+MLFLOW_S = 120.0  # registering needs MLflow, and waits so long for one that is away
 ARTIFACT_S = 2.0  # between two updates of a progress artifact
 
 Key = tuple[str, str | None]  # stage, variant
@@ -82,9 +83,15 @@ def slmops(root: str, name: str, lock: int) -> Result:
         "slmops.git_commit": workspace.git(here, "rev-parse", "HEAD"),
         "slmops.workspace": str(here),
     }
-    tracker = tracking.Tracker(main, name, checked, tags)
+    display, logger = Display(), get_run_logger()
+
+    def say(text: str) -> None:
+        display.say(text)
+        logger.warning("%s", text)
+
+    tracker = tracking.Tracker(main, name, checked, tags, say)
     try:
-        with Display() as display:
+        with display:
             changed = frozenset(versioning.status(here))
             context = Context(here, name, checked, tracker, display, lock, changed, {}, [])
             _stages(context)
@@ -92,6 +99,7 @@ def slmops(root: str, name: str, lock: int) -> Result:
             display.table(rows)
         report = here / "report.html"
         write_report(folder(here, "package"), folder(here, "distill"), report, params=checked)
+        tracker.settle(MLFLOW_S)
         _, registered = release.register_if_passed(here, main)
         create_markdown_artifact(
             f"{results.markdown(rows)}\n\n{registered}\n\n[report.html]({report.as_uri()})",

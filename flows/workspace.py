@@ -27,7 +27,7 @@ from tasks.errors import ConfigError, PipelineError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 MARK = "SLMOPS_RUN_PID"
-RESERVED = ("lock", "logs", "servers", "servers.json")  # what else lies in .runs/
+RESERVED = ("lock", "logs", "servers", "servers.json", "spool")  # what else lies in .runs/
 FINISHED = ".runs/finished.json"  # in a worktree: the run came to its end
 
 
