@@ -23,7 +23,7 @@ from flows import release, results, tracking, versioning, workspace
 from flows.display import Display
 from flows.report import write_report
 from tasks import params
-from tasks.errors import PipelineError, StageError
+from tasks.errors import DiskFullError, PipelineError, StageError
 from tasks.stage import Stage, folder
 from tasks.stages import STAGES
 
@@ -169,7 +169,8 @@ def _task(context: Context, stage: Stage, variant: str | None) -> Task[[], versi
         name=name,
         task_run_name=name,
         retries=context.params.machine.retries,
-        retry_delay_seconds=exponential_backoff(2),
+        retry_delay_seconds=exponential_backoff(2),  # 2, 4, 8 ... seconds, and up to half more:
+        retry_jitter_factor=0.5,  # variants that failed together at one server do not return together
         retry_condition_fn=_worth_a_retry,
         cache_policy=NO_CACHE,
         persist_result=False,
@@ -239,8 +240,11 @@ def _teller(context: Context, stage: Stage, variant: str | None, name: str) -> C
 
 
 def _worth_a_retry(task: Any, run: Any, state: Any) -> bool:
-    """Only work that failed may go better next time; a wrong parameter or a damaged file will not."""
-    return isinstance(state.result(raise_on_failure=False), StageError)
+    """Only work that failed (network, memory, a library) may go better next time; a wrong parameter, a damaged file or
+    a full disk will not.
+    """
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, StageError) and not isinstance(error, DiskFullError)
 
 
 def _threads(checked: params.Params) -> dict[str, str]:

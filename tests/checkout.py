@@ -205,6 +205,11 @@ def started(root: Path) -> list[str]:
     return log.read_text().splitlines() if log.exists() else []
 
 
+def holding(folder: Path, text: bytes) -> list[Path]:
+    """Files under a folder that hold this text; databases too. What git packs is read with git."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and text in path.read_bytes()]
+
+
 def dvc_python() -> list[str]:
     """The command that calls dvc with this interpreter."""
     return [sys.executable, "-m", "dvc"]
