@@ -63,7 +63,7 @@ def base() -> dict[str, str]:
 
 def worker(prefect: str, mlflow: str, auth: dict[str, str]) -> dict[str, str]:
     """For the worker, and so for every flow that runs under it: the clients' side."""
-    env = {**base(), "PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow}
+    env = {**quiet.MLFLOW, **base(), "PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow}
     if auth:
         env["PREFECT_API_AUTH_STRING"] = auth[PREFECT_SECRET]
         env["MLFLOW_TRACKING_USERNAME"] = auth[MLFLOW_USER]

@@ -151,20 +151,22 @@ class Tracker:
         """End the parent run as FINISHED, FAILED or KILLED. Where MLflow is away for longer, `deliver_left` delivers it.
 
         Raises:
-            StageError: MLflow refused something that this run told it.
+            StageError: MLflow refused something that this run told it, or the disk is full.
         """
-        self._write("run", metrics=metrics, tags=tags)
-        self._files("run", files)
-        self._spool.add(do="end", run="run", status=status, at=_now())
-        deadline = time.monotonic() + DEADLINE_S
-        while self._spool.behind() and not self._deliverer.done() and time.monotonic() < deadline:
-            if self._away:
-                deadline = min(deadline, time.monotonic() + PATIENCE_S)
-            time.sleep(0.02)
-        self._closing.set()
-        self._thread.shutdown(wait=True)
-        left = self._spool.behind()
-        self._spool.close()
+        try:
+            self._write("run", metrics=metrics, tags=tags)
+            self._files("run", files)
+            self._spool.add(do="end", run="run", status=status, at=_now())
+            deadline = time.monotonic() + DEADLINE_S
+            while self._spool.behind() and not self._deliverer.done() and time.monotonic() < deadline:
+                if self._away:
+                    deadline = min(deadline, time.monotonic() + PATIENCE_S)
+                time.sleep(0.02)
+        finally:
+            self._closing.set()
+            self._thread.shutdown(wait=True)
+            left = self._spool.behind()
+            self._spool.close()
         self._deliverer.result()  # raises what is no error of MLflow's
         if left:
             self._say(f"warning: {_down(uri(self._main), self._away)}; {WAITS.format(folder=self._spool.folder)}")
