@@ -17,7 +17,7 @@ from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
-from flows import pipeline, release, versioning, workspace
+from flows import automations, pipeline, release, versioning, workspace
 from tasks import params
 from tasks.errors import ConfigError
 
@@ -35,7 +35,8 @@ class Decision(RunInput):
 
 
 def apply(root: Path) -> list[str]:
-    """Bring the server's deployments in step with infra/prefect.yaml; returns their names. None where it is missing.
+    """Bring the server's deployments in step with infra/prefect.yaml, and its automations; returns the names of the
+    deployments. None where the file is missing.
 
     Raises:
         ConfigError: Prefect refuses the file.
@@ -48,6 +49,7 @@ def apply(root: Path) -> list[str]:
     if done.returncode != 0:
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise ConfigError(f"{root / FILE} was refused: {' '.join(lines[-3:])}")
+    automations.apply(root)
     import yaml
 
     return [each["name"] for each in yaml.safe_load((root / FILE).read_bytes())["deployments"]]

@@ -23,10 +23,11 @@ from flows import release, results, tracking, versioning, workspace
 from flows.display import Display
 from flows.report import write_report
 from tasks import params
-from tasks.errors import PipelineError, StageError
+from tasks.errors import DiskFullError, PipelineError, StageError
 from tasks.stage import Stage, folder
 from tasks.stages import STAGES
 
+MLFLOW_S = 120.0  # registering needs MLflow, and waits so long for one that is away
 ARTIFACT_S = 2.0  # between two updates of a progress artifact
 
 Key = tuple[str, str | None]  # stage, variant
@@ -82,9 +83,15 @@ def slmops(root: str, name: str, lock: int) -> Result:
         "slmops.git_commit": workspace.git(here, "rev-parse", "HEAD"),
         "slmops.workspace": str(here),
     }
-    tracker = tracking.Tracker(main, name, checked, tags)
+    display, logger = Display(), get_run_logger()
+
+    def say(text: str) -> None:
+        display.say(text)
+        logger.warning("%s", text)
+
+    tracker = tracking.Tracker(main, name, checked, tags, say)
     try:
-        with Display() as display:
+        with display:
             changed = frozenset(versioning.status(here))
             context = Context(here, name, checked, tracker, display, lock, changed, {}, [])
             _stages(context)
@@ -92,6 +99,7 @@ def slmops(root: str, name: str, lock: int) -> Result:
             display.table(rows)
         report = here / "report.html"
         write_report(folder(here, "package"), folder(here, "distill"), report, params=checked)
+        tracker.settle(MLFLOW_S)
         _, registered = release.register_if_passed(here, main)
         create_markdown_artifact(
             f"{results.markdown(rows)}\n\n{registered}\n\n[report.html]({report.as_uri()})",
@@ -161,7 +169,8 @@ def _task(context: Context, stage: Stage, variant: str | None) -> Task[[], versi
         name=name,
         task_run_name=name,
         retries=context.params.machine.retries,
-        retry_delay_seconds=exponential_backoff(2),
+        retry_delay_seconds=exponential_backoff(2),  # 2, 4, 8 ... seconds, and up to half more:
+        retry_jitter_factor=0.5,  # variants that failed together at one server do not return together
         retry_condition_fn=_worth_a_retry,
         cache_policy=NO_CACHE,
         persist_result=False,
@@ -231,8 +240,11 @@ def _teller(context: Context, stage: Stage, variant: str | None, name: str) -> C
 
 
 def _worth_a_retry(task: Any, run: Any, state: Any) -> bool:
-    """Only work that failed may go better next time; a wrong parameter or a damaged file will not."""
-    return isinstance(state.result(raise_on_failure=False), StageError)
+    """Only work that failed (network, memory, a library) may go better next time; a wrong parameter, a damaged file or
+    a full disk will not.
+    """
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, StageError) and not isinstance(error, DiskFullError)
 
 
 def _threads(checked: params.Params) -> dict[str, str]:

@@ -28,6 +28,9 @@ PREFECT = {
     "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
     # By default leases are kept in memory, and a restart would forget who holds a concurrency limit.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    # infra/automations.yaml marks runs as crashed whose heart stopped, also those that died with the server.
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+    "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P7D",
 }
 MLFLOW = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # judges and scorers: processes that we have no use for
@@ -60,7 +63,7 @@ def base() -> dict[str, str]:
 
 def worker(prefect: str, mlflow: str, auth: dict[str, str]) -> dict[str, str]:
     """For the worker, and so for every flow that runs under it: the clients' side."""
-    env = {**base(), "PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow}
+    env = {**quiet.MLFLOW, **base(), "PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow}
     if auth:
         env["PREFECT_API_AUTH_STRING"] = auth[PREFECT_SECRET]
         env["MLFLOW_TRACKING_USERNAME"] = auth[MLFLOW_USER]

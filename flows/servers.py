@@ -23,13 +23,18 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from flows import server_env, supervise
+from flows import server_env, spool, supervise
 from flows.server_env import MLFLOW_SECRET, MLFLOW_USER, PREFECT, PREFECT_SECRET, Options
 from tasks.errors import ConfigError, PipelineError
 
 POOL = "slmops"
 MARK = "SLMOPS_UP"
+# In processes of their own: Prefect reads its settings when it is imported, and each is 100 MB to keep.
 APPLY = "import sys; from pathlib import Path; from flows import deployments; print(*deployments.apply(Path(sys.argv[1])), sep='\\n')"
+DELIVER = (
+    "import sys; from pathlib import Path; from flows import tracking; tracking.deliver_left(Path(sys.argv[1]), print)"
+)
+DELIVER_S = 15.0  # from one attempt to the next
 
 
 @dataclass(frozen=True)
@@ -127,8 +132,8 @@ def up(main: Path, options: Options) -> None:
         for number in signals:
             signal.signal(number, signal.default_int_handler)
         try:
-            _bring_up(supervisor, main, options, auth, began)
-            supervisor.watch()
+            env = _bring_up(supervisor, main, options, auth, began)
+            supervisor.watch(_deliverer(main, {**env, MARK: str(main)}))
         except KeyboardInterrupt:
             _tell("stopping")
         finally:
@@ -140,7 +145,8 @@ def up(main: Path, options: Options) -> None:
 
 def _bring_up(
     supervisor: supervise.Supervisor, main: Path, options: Options, auth: dict[str, str], began: float
-) -> None:
+) -> dict[str, str]:
+    """Start all; returns the environment of a client."""
     client = "127.0.0.1" if options.host == "0.0.0.0" else options.host  # 0.0.0.0 is no address to ask
     prefect, mlflow = f"http://{client}:{options.prefect_port}", f"http://{client}:{options.mlflow_port}"
     logs = main / ".runs" / "logs" / "servers"
@@ -178,14 +184,14 @@ def _bring_up(
         "worker": ("prefect", "worker", "start", *pool),
     }
 
-    def start(name: str, env: dict[str, str], healthy: Callable[[float], bool]) -> None:
+    def start(name: str, env: dict[str, str], healthy: Callable[[float], bool], needs: str | None = None) -> None:
         command = (sys.executable, "-m", *commands[name])
-        supervisor.start(supervise.Server(name, command, env, logs / f"{name}.log", healthy))
+        supervisor.start(supervise.Server(name, command, env, logs / f"{name}.log", healthy, needs))
 
     start("prefect", server_env.prefect(options, prefect, auth), prefect_healthy)
     start("mlflow", server_env.mlflow(_folder(main), main, options, auth), mlflow_healthy)
     supervisor.wait("prefect")
-    start("worker", worker_env, worker_healthy)
+    start("worker", worker_env, worker_healthy, needs="prefect")
     supervisor.wait("mlflow")
     supervisor.wait("worker")
     apply_deployments(main, worker_env)
@@ -194,12 +200,31 @@ def _bring_up(
     if not server_env.is_loopback(options.host):
         _tell("note: passwords go over the network in the clear: put a proxy with TLS in front, or use a tunnel")
     _tell(f"{state.text()}\nlogs     {logs}\nall healthy after {time.monotonic() - began:.1f} s; Ctrl-C stops them")
+    return worker_env
+
+
+def _deliverer(main: Path, env: dict[str, str]) -> Callable[[], None]:
+    """To be called again and again: has MLflow told what killed or cut-off runs left, and their runs closed."""
+    process: subprocess.Popen[str] | None = None
+    tried = 0.0
+
+    def look() -> None:
+        nonlocal process, tried
+        if process and process.poll() is not None:
+            _tell(process.communicate()[0].strip())
+            process = None
+        if process is None and time.monotonic() - tried > DELIVER_S and spool.left(main):
+            tried = time.monotonic()
+            command = [sys.executable, "-c", DELIVER, str(main)]
+            process = subprocess.Popen(
+                command, cwd=main, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+
+    return look
 
 
 def apply_deployments(main: Path, env: dict[str, str]) -> None:
     """Have `flows.deployments` bring the server's deployments in step, and tell what it applied.
-
-    In a process of its own: Prefect reads its settings when it is imported, and is 100 MB to keep.
 
     Raises:
         PipelineError: it failed; with its last lines.

@@ -19,6 +19,9 @@ from tasks.errors import PipelineError
 DEADLINE_S = 180.0  # for the first start on a slow disk, where a database is migrated too
 GRACE_S = 10.0  # between asking a process to end and making it
 RESTARTS, WINDOW_S = 3, 3600.0
+# A server is asked so often, and may leave so many questions unanswered in a row. It is a count and a large one, since
+# on a machine that trains a model all are slow, and whoever asks too.
+PROBE_S, SILENT = 10.0, 12
 TAIL = 15  # lines of a log that are told
 
 
@@ -28,13 +31,16 @@ class Died(PipelineError):
 
 @dataclass(frozen=True)
 class Server:
-    """One process. `healthy` is asked with the moment (epoch) of its start until it says yes; it may raise."""
+    """One process. `healthy` is asked with a moment (epoch) since which there must be a sign of life; it may raise.
+    While the server that it `needs` is silent, its own silence tells nothing.
+    """
 
     name: str
     command: tuple[str, ...]
     env: Mapping[str, str]
     log: Path
     healthy: Callable[[float], bool]
+    needs: str | None = None
 
 
 class Supervisor:
@@ -46,6 +52,8 @@ class Supervisor:
         self._servers: dict[str, Server] = {}
         self._began: dict[str, float] = {}
         self._deaths: dict[str, list[float]] = {}
+        self._asked: dict[str, float] = {}
+        self._silent: dict[str, int] = {}  # questions in a row without an answer
 
     def start(self, server: Server) -> None:
         """Start a server and do not wait for it."""
@@ -86,9 +94,10 @@ class Supervisor:
                     f"{tail(server.log)}\nrun `slmops up` again when the machine is less busy"
                 )
             time.sleep(0.2)
+        self._asked[name], self._silent[name] = time.monotonic(), 0
 
-    def watch(self) -> NoReturn:
-        """Restart what dies, until a server does so too often.
+    def watch(self, between: Callable[[], None] = lambda: None) -> NoReturn:
+        """Restart what dies or hangs, until a server dies too often; call `between` again and again.
 
         What dies at work was most likely killed, by a person or for want of memory while a model was quantized,
         and comes back: stopping everything would lose the runs that go on. What dies as it starts has a cause
@@ -98,21 +107,42 @@ class Supervisor:
             Died: a server cannot be brought back.
         """
         while True:
-            for name, process in self._processes.items():
+            for name, process in list(self._processes.items()):
                 if process.poll() is not None:
-                    self._revive(name, process)
-                    break  # the dictionary was changed
+                    self._revive(name, process, f"ended ({_cause(process.returncode)})")
+                elif self._hangs(name):
+                    self._revive(name, process, f"gave no answer {SILENT} times in a row and was killed")
+            between()
             time.sleep(0.5)
 
-    def _revive(self, name: str, process: "subprocess.Popen[bytes]") -> None:
-        server, now = self._servers[name], time.monotonic()
-        deaths = [*(at for at in self._deaths.get(name, []) if now - at < WINDOW_S), now]
-        self._deaths[name] = deaths
-        told = f"{name} ended ({_cause(process.returncode)}); the last lines of {server.log}:\n{tail(server.log)}"
+    def _hangs(self, name: str) -> bool:
+        """Ask a server when it is time to; True when it was silent for too long, and may be restarted once more."""
+        if time.monotonic() - self._asked[name] < PROBE_S:
+            return False
+        server = self._servers[name]
+        unsure = server.needs is not None and self._silent[server.needs] > 0
+        answers = unsure or server.healthy(time.time() - SILENT * PROBE_S)
+        self._silent[name] = 0 if answers else self._silent[name] + 1
+        self._asked[name] = time.monotonic()
+        if self._silent[name] == SILENT and len(self._recent(name)) >= RESTARTS:
+            self._tell(
+                f"{name} gives no answer, but was started again {RESTARTS} times within an hour: it is left alone"
+            )
+            return False
+        return self._silent[name] == SILENT
+
+    def _recent(self, name: str) -> list[float]:
+        return [at for at in self._deaths.get(name, []) if time.monotonic() - at < WINDOW_S]
+
+    def _revive(self, name: str, process: "subprocess.Popen[bytes]", why: str) -> None:
+        server = self._servers[name]
+        self._deaths[name] = deaths = [*self._recent(name), time.monotonic()]
+        told = f"{name} {why}; the last lines of {server.log}:\n{tail(server.log)}"
         if len(deaths) > RESTARTS:
             raise Died(f"{told}\nthat was {len(deaths)} times within an hour: mend it, then run `slmops up` again")
         self._tell(f"{told}\n{name} is started again ({len(deaths)} of {RESTARTS} times an hour)")
         _signal_group(process.pid, signal.SIGKILL)  # a child of it may still hold the port
+        process.wait()
         self.start(server)
         self.wait(name)
         self._tell(f"{name} is healthy again")

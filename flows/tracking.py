@@ -1,21 +1,22 @@
 """A run as MLflow shows it: one parent per pipeline run, a nested child per stage. The one place that logs to it.
 
-Importing MLflow and opening its store take seconds, so everything is done in one thread of its own while the
-first stage already works; what goes wrong there is raised where a stage begins or ends.
+Importing MLflow and opening its store take seconds, and a server may be away for minutes, so a run writes what is to
+be told into a spool on the disk, and a thread of its own delivers it while stages work.
 """
 
 import json
 import os
-import socket
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from flows import spool
 from flows.versioning import Outcome, address
 from tasks import manifest
 from tasks.errors import StageError
@@ -27,7 +28,10 @@ FLUSH_S = 2.0
 SECTIONS = ("acquire", "task", "finetune", "distill", "quantize", "validate", "package")
 ARTIFACTS = ("history.json", "models.json", "pruning.json", "metrics.json", "measurements.json", "verdict.json",
              "lineage.json", "bundle.json", "report.json", "MODEL_CARD.md")  # fmt: skip
-T = TypeVar("T")
+RETRY_S = 2.0  # between two attempts to reach an MLflow that is away
+PATIENCE_S = 10.0  # for one that is away at the end of a run
+WAITS = "what it is to be told waits in {folder} for the next `slmops run` or `slmops up`"
+DEADLINE_S = 120.0  # for one that answers, but slowly
 
 
 def uri(main: Path) -> str:
@@ -64,146 +68,139 @@ def client(main: Path) -> Any:
     return MlflowClient(tracking_uri=uri(main), registry_uri=uri(main))
 
 
+class Down(Exception):
+    """MLflow does not answer, or cannot do its work now."""
+
+
 class Tracker:
-    """The MLflow side of one pipeline run. Methods may be called from any thread and return at once, but for
-    `end` and `close`, which wait until all is written and raise what went wrong before.
+    """The MLflow side of one pipeline run. Methods may be called from any thread and return at once: what they tell goes
+    into a spool (see spool.py), and from there to MLflow in the background, now or when it is back.
     """
 
-    def __init__(self, main: Path, name: str, params: Params, tags: Mapping[str, str]) -> None:
-        """Open the store, close what a killed run left open and start the parent run, in the background.
+    def __init__(
+        self, main: Path, name: str, params: Params, tags: Mapping[str, str], say: Callable[[str], None] = print
+    ) -> None:
+        """Start the parent run, and deliver what killed runs left behind.
 
-        `tags` must hold `slmops.flow_run`: with it a retry finds its runs again.
+        `tags` must hold `slmops.flow_run`: with it a retry finds its runs again. `say` tells a person that MLflow went
+        away or came back.
+
+        Raises:
+            StageError: the disk is full.
         """
-        self._main, self._name, self._params, self._tags = main, name, params, dict(tags)
-        self._opened: tuple[Any, str, str] | None = None  # client, experiment id, parent run id
-        self._runs: dict[str, str] = {}  # stage's address -> run id
-        self._points: dict[str, list[tuple[str, float, int]]] = {}
+        self._main, self._params, self._tags, self._say = main, params, dict(tags), say
+        self._points: dict[str, list[tuple[str, float, int, int]]] = {}
         self._flushed: dict[str, float] = {}
-        self._pending: dict[str, list[Future[None]]] = {}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
-        self._worker.submit(self._open)  # tried again, and its error raised, by whoever needs it
+        self._away = ""  # why MLflow does not answer now
+        self._closing = threading.Event()
+        self._spool = spool.Spool(main, self._tags["slmops.flow_run"], patience_s=PATIENCE_S)
+        self._start("run", name, {})
+        self._write("run", params=self._section_params(SECTIONS))
+        self._store = _Store(main, self._spool)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._deliverer = self._thread.submit(self._deliver)
 
     def begin(self, stage: Stage, variant: str | None) -> None:
         """Open the child run of a stage, or open it again on a retry."""
         name = address(stage.name, variant)
-
-        def work() -> None:
-            store, place, parent = self._open()
-            nested = {"mlflow.parentRunId": parent, "slmops.variant": variant or ""}
-            self._runs[name] = self._find_or_start(store, place, name, name, nested)
-            self._points[name], self._flushed[name] = [], time.monotonic()
-            self._write(self._runs[name], params=self._section_params(stage.sections))
-
-        self._pending[name] = [self._worker.submit(self._guard, work)]
+        self._points[name], self._flushed[name] = [], time.monotonic()
+        self._start(name, name, {"slmops.variant": variant or ""})
+        self._write(name, params=self._section_params(stage.sections))
 
     def point(self, stage: Stage, variant: str | None, metric: str, value: float, step: int) -> None:
         """One point of a curve; sent in batches."""
         name = address(stage.name, variant)
-
-        def work() -> None:
-            self._points[name].append((metric, value, step))
-            if time.monotonic() - self._flushed[name] > FLUSH_S:
-                self._flush(name)
-
-        self._pending[name].append(self._worker.submit(self._guard, work))
+        self._points[name].append((metric, value, step, _now()))
+        if time.monotonic() - self._flushed[name] > FLUSH_S:
+            self._flush(name)
 
     def end(self, stage: Stage, variant: str | None, folder: Path, outcome: Outcome) -> None:
         """Close the child run of a finished stage with its metrics and small files.
 
         Raises:
-            StageError: the server stopped answering.
+            StageError: MLflow refused something that this run told it.
         """
         name = address(stage.name, variant)
-
-        def work() -> None:
-            store, run_id = self._open()[0], self._runs[name]
-            self._flush(name)
-            made = manifest.load(folder)
-            self._write(
-                run_id,
-                metrics={**made.metrics, **_numbers(folder), "seconds": outcome.stage_s},
-                tags={"slmops.cached": str(outcome.how != "ran").lower(), "slmops.manifest": manifest.digest(folder)},
-            )
-            for file in ARTIFACTS:
-                if (folder / file).is_file():
-                    store.log_artifact(run_id, str(folder / file))
-            if stage.name == "acquire":
-                store.log_inputs(run_id, _datasets(folder))
-            store.set_terminated(run_id, "FINISHED")
-
-        for future in self._pending.pop(name):
-            future.result()
-        self._worker.submit(self._guard, work).result()
+        self._flush(name)
+        made = manifest.load(folder)
+        self._write(
+            name,
+            metrics={**made.metrics, **_numbers(folder), "seconds": outcome.stage_s},
+            tags={"slmops.cached": str(outcome.how != "ran").lower(), "slmops.manifest": manifest.digest(folder)},
+        )
+        self._files(name, (folder / file for file in ARTIFACTS))
+        if stage.name == "acquire":
+            self._spool.add(do="data", run=name, sets=_datasets(folder))
+        self._spool.add(do="end", run=name, status="FINISHED", at=_now())
+        self._raise_refusal()
 
     def fail(self, stage: Stage, variant: str | None, error: BaseException, status: str) -> None:
-        """Close the child run of a stage that failed (FAILED) or was stopped (KILLED).
-
-        Does not wait and does not raise: the stage's own error is the one to tell.
-        """
+        """Close the child run of a stage that failed (FAILED) or was stopped (KILLED)."""
         name = address(stage.name, variant)
+        self._flush(name)
+        self._write(name, tags={"slmops.error": str(error)[:5000]})
+        self._spool.add(do="end", run=name, status=status, at=_now())
 
-        def work() -> None:
-            store, run_id = self._open()[0], self._runs[name]
-            self._flush(name)
-            self._write(run_id, tags={"slmops.error": str(error)[:5000]})
-            store.set_terminated(run_id, status)
+    def settle(self, seconds: float) -> None:
+        """Give MLflow that long to take all that was told so far: what comes next needs it."""
+        deadline = time.monotonic() + seconds
+        while self._spool.behind() and not self._deliverer.done() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
-        self._worker.submit(self._guard, work)
-
-    def close(self, status: str, tags: Mapping[str, str], metrics: Mapping[str, float], files: Sequence[Path]) -> str:
-        """End the parent run as FINISHED, FAILED or KILLED and return its id.
+    def close(self, status: str, tags: Mapping[str, str], metrics: Mapping[str, float], files: Sequence[Path]) -> None:
+        """End the parent run as FINISHED, FAILED or KILLED. Where MLflow is away for longer, `deliver_left` delivers it.
 
         Raises:
-            StageError: the server stopped answering.
+            StageError: MLflow refused something that this run told it, or the disk is full.
         """
-
-        def work() -> str:
-            store, _, parent = self._open()
-            self._write(parent, metrics=metrics, tags=tags)
-            for file in files:
-                store.log_artifact(parent, str(file))
-            store.set_terminated(parent, status)
-            return parent
-
         try:
-            return self._worker.submit(self._guard, work).result()
+            self._write("run", metrics=metrics, tags=tags)
+            self._files("run", files)
+            self._spool.add(do="end", run="run", status=status, at=_now())
+            deadline = time.monotonic() + DEADLINE_S
+            while self._spool.behind() and not self._deliverer.done() and time.monotonic() < deadline:
+                if self._away:
+                    deadline = min(deadline, time.monotonic() + PATIENCE_S)
+                time.sleep(0.02)
         finally:
-            self._worker.shutdown(wait=True)
+            self._closing.set()
+            self._thread.shutdown(wait=True)
+            left = self._spool.behind()
+            self._spool.close()
+        self._deliverer.result()  # raises what is no error of MLflow's
+        if left:
+            self._say(f"warning: {_down(uri(self._main), self._away)}; {WAITS.format(folder=self._spool.folder)}")
+        self._raise_refusal()
 
-    def _open(self) -> tuple[Any, str, str]:
-        if self._opened is None:
-            store = client(self._main)
-            place = experiment(store, self._main)
-            _close_dead(store, place)
-            parent = self._find_or_start(store, place, "run", self._name, {})
-            self._opened = store, place, parent
-            self._write(parent, params=self._section_params(SECTIONS))
-        return self._opened
-
-    def _guard(self, work: Callable[[], T]) -> T:
-        from mlflow.exceptions import MlflowException
-        from requests import RequestException  # type: ignore[import-untyped]
-
+    def _deliver(self) -> None:
+        """The background thread: deliver until `close`, try again while MLflow is away."""
         try:
-            return work()
-        except (MlflowException, RequestException) as error:
-            raise _down(uri(self._main), str(error).splitlines()[0]) from error
+            deliver_left(self._main, self._say)
+        except StageError as error:
+            self._say(f"warning: {error}")
+        while not self._closing.wait(RETRY_S if self._away else 0.05):
+            try:
+                count = self._spool.deliver(self._store)
+            except Down as error:
+                if not self._away:
+                    self._say(f"warning: {_down(uri(self._main), error)}; the run goes on and tells it when it is back")
+                self._away = str(error)
+            else:
+                if self._away:
+                    self._say(f"MLflow answers again: delivered what had waited ({count} records)")
+                self._away = ""
 
-    def _find_or_start(self, store: Any, place: str, key: str, name: str, extra: Mapping[str, str]) -> str:
-        flow_run = self._tags["slmops.flow_run"]
-        query = f"tags.`slmops.flow_run` = '{flow_run}' and tags.`slmops.stage` = '{key}'"
-        known = store.search_runs([place], query, max_results=1)
-        if known:
-            store.update_run(known[0].info.run_id, status="RUNNING")
-            return str(known[0].info.run_id)
-        tags = {
-            **self._tags,
-            **extra,
-            "slmops.stage": key,
-            "slmops.pid": str(os.getpid()),
-            "slmops.host": socket.gethostname(),
-        }
-        return str(store.create_run(place, run_name=name, tags=tags).info.run_id)
+    def _raise_refusal(self) -> None:
+        if self._store.refused:
+            raise StageError(f"MLflow at {uri(self._main)} refused a record of this run: {self._store.refused}")
+
+    def _start(self, run: str, name: str, extra: Mapping[str, str]) -> None:
+        self._spool.add(do="start", run=run, name=name, tags={**self._tags, **extra, "slmops.stage": run}, at=_now())
+
+    def _files(self, run: str, files: Iterable[Path]) -> None:
+        for file in files:
+            if file.is_file():
+                self._spool.add(do="file", run=run, file=self._spool.keep(file))
 
     def _section_params(self, sections: Iterable[str]) -> dict[str, str]:
         values = self._params.model_dump(mode="json", by_alias=True)
@@ -216,31 +213,133 @@ class Tracker:
     def _flush(self, name: str) -> None:
         points, self._points[name] = self._points[name], []
         self._flushed[name] = time.monotonic()
-        for start in range(0, len(points), 1000):  # the store takes no more at once
-            self._write(self._runs[name], points=points[start : start + 1000])
+        for start in range(0, len(points), 1000):  # MLflow takes no more at once
+            self._spool.add(do="write", run=name, metrics=points[start : start + 1000], params={}, tags={})
 
     def _write(
         self,
-        run_id: str,
+        run: str,
         *,
         metrics: Mapping[str, float] | None = None,
-        points: Iterable[tuple[str, float, int]] = (),
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
+        points = [(name, value, 0, _now()) for name, value in (metrics or {}).items()]
+        self._spool.add(do="write", run=run, metrics=points, params=dict(params or {}), tags=dict(tags or {}))
+
+
+class _Store:
+    """Tells MLflow the records of one spool. Told twice, each has the effect of once: a point is its name, step, time
+    and value to MLflow, and a run is found again by its flow run and stage.
+    """
+
+    def __init__(self, main: Path, spool: spool.Spool) -> None:
+        self._main, self._spool = main, spool
+        self._client: Any = None
+        self.refused = ""  # the first record that MLflow will never take
+
+    def __call__(self, record: spool.Record) -> None:
+        """Raises:
+        Down: try again later.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client = self._client or client(self._main)
+            self._tell(record)
+        except MlflowException as error:
+            said = str(error).splitlines()[0]
+            if error.get_http_status_code() in range(400, 500) and error.get_http_status_code() != 429:
+                self.refused = self.refused or said
+            else:
+                raise Down(said) from error
+        except OSError as error:  # requests' errors among them
+            raise Down(str(error)) from error
+
+    def _tell(self, record: spool.Record) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        now = int(time.time() * 1000)
-        assert self._opened is not None
-        self._opened[0].log_batch(
-            run_id,
-            metrics=[
-                *(Metric(name, value, now, 0) for name, value in (metrics or {}).items()),
-                *(Metric(name, value, now, step) for name, value, step in points),
-            ],
-            params=[Param(name, value) for name, value in (params or {}).items()],
-            tags=[RunTag(name, value) for name, value in (tags or {}).items()],
-        )
+        if record["do"] == "start":
+            self._spool.memory[record["run"]] = self._start(record)
+            return
+        run_id = self._spool.memory.get(record["run"])
+        if run_id is None:
+            return  # MLflow refused to start it, which is told
+        if record["do"] == "write":
+            self._client.log_batch(
+                run_id,
+                metrics=[Metric(name, value, at, step) for name, value, step, at in record["metrics"]],
+                params=[Param(name, value) for name, value in record["params"].items()],
+                tags=[RunTag(name, value) for name, value in record["tags"].items()],
+            )
+        elif record["do"] == "file":
+            self._client.log_artifact(run_id, str(self._spool.folder / record["file"]))
+        elif record["do"] == "data":
+            self._client.log_inputs(run_id, [_dataset(each) for each in record["sets"]])
+        else:
+            self._client.set_terminated(run_id, record["status"], record["at"])
+
+    def knows(self) -> bool:
+        """Does this MLflow hold the run of the spool, as far as it was told of it? Else it is another MLflow's."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return "run" not in self._spool.memory or bool(client(self._main).get_run(self._spool.memory["run"]))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise Down(str(error).splitlines()[0]) from error
+
+    def _start(self, record: spool.Record) -> str:
+        place, tags = experiment(self._client, self._main), record["tags"]
+        query = f"tags.`slmops.flow_run` = '{tags['slmops.flow_run']}' and tags.`slmops.stage` = '{record['run']}'"
+        known = self._client.search_runs([place], query, max_results=1)
+        if known:
+            self._client.update_run(known[0].info.run_id, status="RUNNING")
+            return str(known[0].info.run_id)
+        if record["run"] != "run":
+            tags = {**tags, "mlflow.parentRunId": self._spool.memory["run"]}
+        made = self._client.create_run(place, record["at"], tags, record["name"])
+        return str(made.info.run_id)
+
+
+def deliver_left(main: Path, say: Callable[[str], None]) -> None:
+    """Deliver what runs left that were killed or could not reach MLflow; those still open are closed as killed.
+
+    Raises:
+        StageError: MLflow does not answer; what is left waits on.
+    """
+    for name in spool.left(main):
+        try:
+            found = spool.Spool(main, name)
+        except spool.Held:
+            continue  # its run was taken up again
+        ends: dict[str, bool] = {}
+        names: dict[str, str] = {}
+        for record in found.records():
+            if record["do"] == "start":
+                ends[record["run"]], names[record["run"]] = False, record["name"]
+            elif record["do"] == "end":
+                ends[record["run"]] = True
+        for run in [run for run, ended in reversed(ends.items()) if not ended]:
+            found.add(do="end", run=run, status="KILLED", at=_now())
+        store = _Store(main, found)
+        try:
+            if not store.knows():
+                say(f"note: {found.folder} is for another MLflow than {uri(main)}: use that, or delete the folder")
+                continue
+            count = found.deliver(store)
+        except Down as error:
+            raise StageError(f"{_down(uri(main), error)}; {WAITS.format(folder=found.folder)}") from None
+        finally:
+            found.close()
+        say(f"MLflow was told what run {names['run']} left when it ended ({count} records)")
+        if store.refused:
+            say(f"warning: MLflow refused some of it: {store.refused}")
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def experiment(client: Any, main: Path) -> str:
@@ -253,24 +352,6 @@ def experiment(client: Any, main: Path) -> str:
     return str(client.create_experiment(EXPERIMENT, artifact_location=place))
 
 
-def _close_dead(store: Any, place: str) -> None:
-    """Mark as killed the runs of processes of this machine that are no more."""
-    query = f"attributes.status = 'RUNNING' and tags.`slmops.host` = '{socket.gethostname()}'"
-    for run in store.search_runs([place], query):
-        if not _alive(int(run.data.tags["slmops.pid"])):
-            store.set_terminated(run.info.run_id, "KILLED")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _flat(prefix: str, value: Any) -> dict[str, str]:
     """Nested parameters as dotted names; a list stays one value."""
     if isinstance(value, dict):
@@ -278,27 +359,25 @@ def _flat(prefix: str, value: Any) -> dict[str, str]:
     return {prefix: json.dumps(value) if isinstance(value, list) else str(value)}
 
 
-def _datasets(folder: Path) -> list[Any]:
-    """The data that `acquire` took, one MLflow data set input a file."""
+def _datasets(folder: Path) -> list[dict[str, str]]:
+    """The data that `acquire` took, one MLflow data set a file."""
+    data = json.loads((folder / "lineage.json").read_bytes()).get("data", {})
+    return [
+        {
+            "name": Path(file).stem,
+            "digest": digest[:32],
+            "source_type": "local",
+            "source": json.dumps({"uri": str(data.get("source"))}),
+            "profile": json.dumps({"rows": data.get("rows", {}).get(Path(file).stem)}),
+        }
+        for file, digest in data.get("sha256", {}).items()
+    ]
+
+
+def _dataset(fields: dict[str, str]) -> Any:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    data = json.loads((folder / "lineage.json").read_bytes()).get("data", {})
-    found = []
-    for file, digest in data.get("sha256", {}).items():
-        name = Path(file).stem
-        found.append(
-            DatasetInput(
-                Dataset(
-                    name=name,
-                    digest=digest[:32],
-                    source_type="local",
-                    source=json.dumps({"uri": str(data.get("source"))}),
-                    profile=json.dumps({"rows": data.get("rows", {}).get(name)}),
-                ),
-                tags=[InputTag("mlflow.data.context", name)],
-            )
-        )
-    return found
+    return DatasetInput(Dataset(**fields), tags=[InputTag("mlflow.data.context", fields["name"])])
 
 
 def _numbers(folder: Path) -> dict[str, float]:

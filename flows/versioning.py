@@ -23,6 +23,11 @@ from tasks.manifest import sha256
 Event = dict[str, Any]
 POLL_S = 0.1
 GRACE_S = 10  # from SIGINT to SIGKILL
+# Runs a command beside a watcher in its process group. The watcher reads a pipe that this process alone holds open: when
+# it ends without a word, we were killed, and the group goes too. (In a shell's background SIGINT is ignored.)
+WATCHED = f"""exec 3<&0 </dev/null
+{{ read word <&3 || {{ kill -INT 0; sleep {GRACE_S}; kill -KILL 0; }}; }} &
+exec "$@" 3<&-"""
 
 _children: dict[int, subprocess.Popen[bytes]] = {}  # of this process, so that `interrupt` can reach them
 _interrupted = threading.Event()
@@ -64,8 +69,8 @@ def repro(
     """Bring one stage up to date in the workspace `root`; its inputs must be so already.
 
     The output of dvc and of the stage goes to `log`. `on_event` gets each event of `tasks/events.py` within
-    a fraction of a second, in the calling thread. The descriptors `keep_open` stay open in dvc, so that a
-    lock outlives a killed parent for as long as work goes on.
+    a fraction of a second, in the calling thread. Should this process be killed, dvc and the stage are ended too;
+    the descriptors `keep_open` stay open in dvc, so that a lock outlives us for as long as that takes.
 
     Raises:
         PipelineError: of the stage's own family, with its own message.
@@ -79,12 +84,13 @@ def repro(
     told: list[Event] = []
     started = time.monotonic()
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
+    watched = ["/bin/sh", "-c", WATCHED, "sh", *command]
     with log.open("wb") as out, events.open(encoding="utf-8") as stream:
         process = subprocess.Popen(
-            command,
+            watched,
             cwd=root,
             env={**environment(), **(env or {}), "SLMOPS_EVENTS": str(events.absolute())},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=out,
             stderr=subprocess.STDOUT,
             pass_fds=keep_open,
@@ -214,11 +220,14 @@ def _signal_all(number: int) -> None:
 
 @contextmanager
 def _child(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Keep a process where `interrupt` finds it, and send its watcher home when it has ended."""
     _children[process.pid] = process
     try:
         yield
     finally:
         del _children[process.pid]
+        if process.poll() is not None:  # else an exception carries us off, and the pipe's end is the watcher's sign
+            process.communicate(b"done\n")
 
 
 def _lines(stream: IO[str]) -> Callable[[], Iterator[Event]]:

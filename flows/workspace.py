@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from tasks.errors import ConfigError, PipelineError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 MARK = "SLMOPS_RUN_PID"
-RESERVED = ("lock", "logs", "servers", "servers.json")  # what else lies in .runs/
+ORPHAN_S = versioning.GRACE_S + 5.0  # in which the stage of a killed run ends
+RESERVED = ("lock", "logs", "servers", "servers.json", "spool")  # what else lies in .runs/
 FINISHED = ".runs/finished.json"  # in a worktree: the run came to its end
 
 
@@ -110,11 +112,16 @@ def locked(root: Path, name: str) -> Iterator[int]:
     """
     path = root / ".runs" / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + ORPHAN_S
     with path.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(_busy(path, root)) from None
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if _holder_lives(path) or time.monotonic() > deadline:
+                    raise Busy(_busy(path, root)) from None
+            time.sleep(0.1)
         handle.seek(0)
         left = handle.read()
         if left:  # its run was killed, or it would have emptied the file
@@ -135,8 +142,8 @@ def mark() -> None:
 
 
 def _end_orphans(left: str) -> None:
-    """End what a killed run left behind: Prefect's server, which would go on for ever. Stages are none of these:
-    while one works, its dvc holds the lock.
+    """End what a killed run left behind: Prefect's server, which would go on for ever. Its stage has ended: dvc, which
+    holds the lock too, is ended with it (see versioning.py).
     """
     try:
         wanted = f"{MARK}={json.loads(left)['pid']}".encode()
@@ -150,14 +157,20 @@ def _end_orphans(left: str) -> None:
             continue  # someone else's, or it ended meanwhile
 
 
+def _holder_lives(path: Path) -> bool:
+    try:
+        return Path(f"/proc/{json.loads(path.read_text())['pid']}").exists() or not Path("/proc").exists()
+    except ValueError:
+        return True  # it is just writing that line
+
+
 def _busy(path: Path, root: Path) -> str:
     advice = "wait for it, or use `slmops run --worktree`"
     try:
         holder = json.loads(path.read_text())
     except ValueError:
         return f"another run works in {root}: {advice}"
-    alive = Path(f"/proc/{holder['pid']}").exists() or not Path("/proc").exists()
-    who = f"process {holder['pid']}" if alive else f"process {holder['pid']} was killed, but its stage still works"
+    who = f"process {holder['pid']}" + ("" if _holder_lives(path) else " was killed, but its stage still works")
     return f"run {holder['name']} works in {root} since {holder['started']} ({who}): {advice}"
 
 

@@ -19,3 +19,7 @@ class ArtifactError(PipelineError):
 
 class StageError(PipelineError):
     """The work itself failed (disk, memory, network, a native library). May be retried."""
+
+
+class DiskFullError(StageError):
+    """No room. Not retried: waiting makes none, and each attempt costs the work that led there."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tasks import manifest
-from tasks.errors import ArtifactError, ConfigError, StageError
+from tasks.errors import ArtifactError, ConfigError, DiskFullError, StageError
 from tasks.params import Params
 
 
@@ -97,11 +97,11 @@ def run(
     return manifest.load(out)
 
 
-def disk_full(path: Path, needed: int | None = None) -> StageError:
+def disk_full(path: Path, needed: int | None = None) -> DiskFullError:
     """The one wording of a full disk."""
     free = shutil.disk_usage(_existing(path)).free
     want = f", {needed / 1e6:.0f} MB are needed" if needed else ""
-    return StageError(
+    return DiskFullError(
         f"the disk that holds {path} is full ({free / 1e6:.0f} MB free{want}): make room and run the stage again"
     )
 
@@ -110,7 +110,7 @@ def need_space(path: Path, needed: int) -> None:
     """Refuse to start work whose output of `needed` bytes cannot fit beside `path`.
 
     Raises:
-        StageError: too little is free.
+        DiskFullError: too little is free.
     """
     if shutil.disk_usage(_existing(path)).free < needed:
         raise disk_full(path, needed)

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SLMOPS = Path(sys.executable).with_name("slmops")
 FILES = ("dvc.yaml", ".dvcignore", ".gitignore", "constraints.txt")
 
-# A toy stage writes the smallest valid output. It waits as TOY_WAIT tells ({"stage": seconds}) and fails as
-# TOY_FAIL tells ({"stage": ["error's family", how many times]}). Each start is a line of the file TOY_LOG.
+# A toy stage writes the smallest valid output. It waits as TOY_WAIT or the file TOY_WAIT_FILE tells
+# ({"stage": seconds}) and fails as TOY_FAIL tells ({"stage": ["error's family", how many times]}). Each start is a line of the file TOY_LOG.
 TOY = """
 import json, os, time
 from pathlib import Path
@@ -32,7 +32,8 @@ def {stage}(params, *, out, variant=None, **rest):
     name = "{stage}" + ("-" + variant if variant else "")
     with open(os.environ["TOY_LOG"], "a") as log:
         log.write(name + "\\n")
-    wait = json.loads(os.environ.get("TOY_WAIT", "{{}}")).get(name, 0)
+    told = os.environ.get("TOY_WAIT_FILE")
+    wait = json.loads(Path(told).read_text() if told else os.environ.get("TOY_WAIT", "{{}}")).get(name, 0)
     with events.progress(name, 4) as advance:
         for step in range(4):
             events.metric("loss", 1.0 / (step + 1), step)
@@ -202,6 +203,11 @@ def started(root: Path) -> list[str]:
     """Which toy stages were started, in order."""
     log = root / "toy.log"
     return log.read_text().splitlines() if log.exists() else []
+
+
+def holding(folder: Path, text: bytes) -> list[Path]:
+    """Files under a folder that hold this text; databases too. What git packs is read with git."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and text in path.read_bytes()]
 
 
 def dvc_python() -> list[str]:

@@ -12,12 +12,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from checkout import ROOT, SLMOPS, environment, make_toy, slmops
+from checkout import ROOT, SLMOPS, environment, git, holding, make_toy, slmops
 
 from flows import server_env, servers, supervise
 from tasks.errors import ConfigError, PipelineError
@@ -414,6 +414,49 @@ def test_what_dies_too_often_ends_all(tmp_path: Path) -> None:
     ]
 
 
+def test_what_hangs_is_restarted_and_told_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "PROBE_S", 0.0)
+    monkeypatch.setattr(supervise, "SILENT", 2)
+    told: list[str] = []
+    supervisor = supervise.Supervisor(f"SLMOPS_TEST={tmp_path}", tmp_path, told.append)
+    port = free_ports()[0]
+
+    def answers(since: float) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=0.5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    command = (sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1")
+    supervisor.start(supervise.Server("mute", command, dict(os.environ), tmp_path / "mute.log", answers))
+    sleeps = ("/bin/sleep", "600")  # silent whenever the other is
+    needy = supervise.Server("needy", sleeps, {}, tmp_path / "needy.log", answers, needs="mute")
+    supervisor.start(needy)
+    supervisor._asked["needy"], supervisor._silent["needy"] = 0.0, 0
+    supervisor.wait("mute")
+    stopped: set[int] = set()
+
+    def stop_it() -> None:
+        pid = supervisor._processes["mute"].pid
+        if pid not in stopped and len(stopped) <= supervise.RESTARTS:
+            os.kill(pid, signal.SIGSTOP)
+            stopped.add(pid)
+        if told and told[-1].endswith("it is left alone"):
+            raise KeyboardInterrupt
+
+    needy_pid = supervisor._processes["needy"].pid
+    with pytest.raises(KeyboardInterrupt):
+        supervisor.watch(stop_it)
+    assert len(stopped) == supervise.RESTARTS + 1
+    assert [text.split(";")[0] for text in told if ";" in text] == [
+        "mute gave no answer 2 times in a row and was killed"
+    ] * 3
+    assert supervisor._processes["needy"].pid == needy_pid
+    supervisor.stop()
+    assert supervise.marked(f"SLMOPS_TEST={tmp_path}") == []
+
+
 def test_what_does_not_become_healthy_in_time_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervise, "DEADLINE_S", 0.5)
     supervisor = supervise.Supervisor(f"SLMOPS_TEST={tmp_path}", tmp_path, print)
@@ -466,9 +509,12 @@ def test_a_run_with_passwords(guarded: Up) -> None:
         "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": mlflow,
     }
-    done = slmops(guarded.root, "run", **own(guarded.root, **known))
+    done = slmops(guarded.root, "run", "--worktree", **own(guarded.root, HF_TOKEN="hf_planted", **known))
     assert done.returncode == 0, done.stderr
     assert "version 1 registered" in done.stdout
+    # Nothing that the run left holds a password or a token: files, both databases, commits.
+    assert holding(guarded.root, b"planted") == []
+    assert "planted" not in done.stdout + done.stderr + git(guarded.root, "log", "-p", "--all")
 
 
 @pytest.mark.slow
@@ -488,8 +534,16 @@ def test_a_password_that_is_not_mlflows_is_told(guarded: Up, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def postgres() -> Iterator[str]:
-    """A PostgreSQL of its own on loopback with the database `slmops`; yields its URL, the password in it."""
+def postgres(database: tuple[str, Callable[[], None]]) -> str:
+    """The URL of a PostgreSQL of one's own."""
+    return database[0]
+
+
+@pytest.fixture
+def database() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A PostgreSQL of its own on loopback with the database `slmops`; yields its URL, the password in it, and what
+    restarts it as a crash would.
+    """
     places = [shutil.which("initdb"), *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
     initdb = next((Path(place).resolve() for place in places if place), None)
     if initdb is None:
@@ -510,7 +564,8 @@ def postgres() -> Iterator[str]:
         data = str(folder / "data")
         pg("initdb", "-D", data, "-U", "slm ops", "-A", "scram-sha-256", "--pwfile", str(folder / "password"), "-N")
         listen = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder}"
-        pg("pg_ctl", "-D", data, "-w", "-l", str(folder / "log"), "-o", listen, "start")
+        serve = ("-D", data, "-w", "-l", str(folder / "log"), "-o", listen)
+        pg("pg_ctl", *serve, "start")
         try:
             import psycopg2
 
@@ -520,7 +575,8 @@ def postgres() -> Iterator[str]:
             connection.autocommit = True
             connection.cursor().execute("CREATE DATABASE slmops")
             connection.close()
-            yield f"postgresql://slm%20ops:planted%2Fin%3Aurl@127.0.0.1:{port}/slmops"
+            url = f"postgresql://slm%20ops:planted%2Fin%3Aurl@127.0.0.1:{port}/slmops"
+            yield url, lambda: pg("pg_ctl", *serve, "-m", "immediate", "restart")
         finally:
             pg("pg_ctl", "-D", data, "-m", "immediate", "stop")
 

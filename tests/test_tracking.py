@@ -1,7 +1,6 @@
 """What MLflow is told of a run, on a real store and, for the server, a port where none answers."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from checkout import empty_store
 
-from flows import tracking
+from flows import spool, tracking
 from flows.versioning import Outcome
 from tasks import manifest, params
 from tasks.errors import StageError
@@ -83,19 +82,80 @@ def test_a_retry_opens_its_run_again(main: Path) -> None:
     assert child.data.tags["slmops.error"] == "the disk is full"
 
 
-def test_runs_that_a_killed_process_left_open_are_closed_by_the_next(main: Path) -> None:
-    store = tracking.client(main)
-    place = tracking.experiment(store, main)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    tags = {"slmops.host": socket.gethostname(), "slmops.stage": "distill"}
-    store.create_run(place, run_name="dead", tags={**tags, "slmops.pid": str(dead.pid)})
-    store.create_run(place, run_name="alive", tags={**tags, "slmops.pid": str(os.getpid())})
-    store.create_run(place, run_name="elsewhere", tags={**tags, "slmops.pid": str(dead.pid), "slmops.host": "other"})
-    tracking.Tracker(main, "next", PARAMS, {"slmops.flow_run": "f2"}).close("FINISHED", {}, {}, ())
-    assert {name: run.info.status for name, run in found(main).items()} == {
-        "dead": "KILLED", "alive": "RUNNING", "elsewhere": "RUNNING", "next": "FINISHED",
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from flows import spool, tracking
+from tasks import params
+from tasks.stages import STAGES
+tracker = tracking.Tracker(Path(sys.argv[1]), "dead", params.load(Path(sys.argv[2])), {"slmops.flow_run": "f1"})
+tracker.begin(STAGES["distill"], None)
+if sys.argv[3] == "told":
+    tracker.settle(300)
+tracker.point(STAGES["distill"], None, "loss", 0.5, 1)
+tracker._flush("distill")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_a_run(main: Path, told: str) -> None:
+    arguments = [str(main), str(Path(__file__).parent.parent / "params.yaml"), told]
+    assert subprocess.run([sys.executable, "-c", KILLED, *arguments]).returncode == -9
+
+
+@pytest.mark.parametrize("told", ["told", "never told"])
+def test_what_a_killed_run_left_is_told_and_closed_by_the_next(main: Path, told: str) -> None:
+    kill_a_run(main, told)
+    assert spool.left(main) == ["f1"]
+    said: list[str] = []
+    tracking.Tracker(main, "next", PARAMS, {"slmops.flow_run": "f2"}, said.append).close("FINISHED", {}, {}, ())
+    runs = found(main)
+    assert {name: run.info.status for name, run in runs.items()} == {
+        "dead": "KILLED", "distill": "KILLED", "next": "FINISHED",
     }  # fmt: skip
+    assert runs["distill"].data.metrics == {"loss": 0.5}
+    assert ["MLflow was told what run dead left" in text for text in said] == [True]
+    assert spool.left(main) == []
+    assert list((main / spool.FOLDER).iterdir()) == []
+
+
+def test_a_killed_run_that_is_taken_up_again_is_not_closed(main: Path) -> None:
+    kill_a_run(main, "told")
+    tracker = tracking.Tracker(main, "dead", PARAMS, {"slmops.flow_run": "f1"})
+    tracker.begin(STAGES["distill"], None)
+    tracker.end(STAGES["distill"], None, output(main, answer=1.0), RAN)
+    tracker.close("FINISHED", {}, {}, ())
+    runs = found(main)
+    assert {name: run.info.status for name, run in runs.items()} == {"dead": "FINISHED", "distill": "FINISHED"}
+    assert runs["distill"].data.metrics["loss"] == 0.5
+
+
+def test_what_another_mlflow_was_told_is_not_told_to_this_one(main: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kill_a_run(main, "told")
+    (main / "mlflow.db").unlink()
+    shutil.copy(empty_store(), main / "mlflow.db")
+    said: list[str] = []
+    tracking.deliver_left(main, said.append)
+    assert "is for another MLflow than" in said[0]
+    assert spool.left(main) == ["f1"]
+
+
+def test_told_twice_counts_once(main: Path) -> None:
+    journal = spool.Spool(main, "f1")
+    tags = {"slmops.flow_run": "f1", "slmops.stage": "run"}
+    journal.add(do="start", run="run", name="r", tags=tags, at=1)
+    journal.add(do="write", run="run", metrics=[["loss", 0.5, 1, 5], ["loss", float("nan"), 2, 5]], params={"a": "b"}, tags={})  # fmt: skip
+    sets = [{"name": "train", "digest": "d", "source_type": "local", "source": "{}", "profile": "{}"}]
+    journal.add(do="data", run="run", sets=sets)
+    journal.add(do="end", run="run", status="FINISHED", at=9)
+    tell = tracking._Store(main, journal)
+    for record in [*journal.records(), *journal.records()]:
+        tell(record)
+    (run,) = found(main).values()
+    store = tracking.client(main)
+    assert [point.step for point in store.get_metric_history(run.info.run_id, "loss")] == [1, 2]
+    assert len(run.inputs.dataset_inputs) == 1
+    assert (run.info.status, run.info.start_time, run.info.end_time) == ("FINISHED", 1, 9)
 
 
 def test_a_server_that_does_not_answer_is_told_before_any_work() -> None:
@@ -107,14 +167,64 @@ def test_a_server_that_does_not_answer_is_told_before_any_work() -> None:
     tracking.check_server("sqlite:///no/server/to/ask.db")
 
 
-def test_a_server_that_dies_during_a_run_fails_the_stage_with_its_own_error(
-    main: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_without_mlflow_and_tells_it_later(main: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(tracking, "PATIENCE_S", 0.1)
+    said: list[str] = []
+    tracker = tracking.Tracker(main, "r", PARAMS, {"slmops.flow_run": "f1"}, said.append)
+    tracker.begin(STAGES["convert"], None)
+    tracker.point(STAGES["convert"], None, "loss", 0.5, 1)
+    tracker.end(STAGES["convert"], None, output(main), RAN)
+    (main / "out" / "verdict.json").unlink()  # what was told is kept as it was
+    tracker.close("FINISHED", {}, {}, ())
+    assert [text.split(":")[0] for text in said] == ["warning", "warning"]
+    assert "does not answer" in said[0]
+    assert f"waits in {main / spool.FOLDER / 'f1'} for the next `slmops run` or `slmops up`" in said[1]
+    with pytest.raises(StageError, match=r"does not answer .*waits in"):
+        tracking.deliver_left(main, said.append)
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    tracking.deliver_left(main, said.append)
+    assert said[-1].startswith("MLflow was told what run r left when it ended (")
+    runs = found(main)
+    assert {name: run.info.status for name, run in runs.items()} == {"r": "FINISHED", "convert": "FINISHED"}
+    assert runs["convert"].data.metrics["loss"] == 0.5
+    files = tracking.client(main).list_artifacts(runs["convert"].info.run_id)
+    assert {file.path for file in files} == {"measurements.json", "verdict.json"}
+
+
+def test_what_mlflow_refuses_fails_the_run(main: Path) -> None:
     tracker = tracking.Tracker(main, "r", PARAMS, {"slmops.flow_run": "f1"})
     tracker.begin(STAGES["convert"], None)
-    with pytest.raises(StageError, match=r"does not answer .* finished stages are kept"):
-        tracker.end(STAGES["convert"], None, output(main), RAN)
-    with pytest.raises(StageError, match="does not answer"):
-        tracker.close("FAILED", {}, {}, ())
+    tracker.point(STAGES["convert"], None, "no/such//name", 0.5, 1)
+    tracker.end(STAGES["convert"], None, output(main), RAN)
+    with pytest.raises(StageError, match=r"MLflow at .* refused a record of this run: .*no/such//name"):
+        tracker.close("FINISHED", {}, {}, ())
+    assert found(main)["convert"].info.status == "FINISHED"
+
+
+def test_a_journal_that_was_cut_off_is_taken_up(tmp_path: Path) -> None:
+    first = spool.Spool(tmp_path, "s")
+    first.add(number=1)
+    first.add(number=2)
+    with pytest.raises(spool.Held, match="another process delivers"):
+        spool.Spool(tmp_path, "s")
+    told: list[int] = []
+
+    def tell(record: dict[str, int]) -> None:
+        if record["number"] == 2:
+            raise tracking.Down("away")
+        told.append(record["number"])
+
+    with pytest.raises(tracking.Down):
+        first.deliver(tell)
+    first._journal.write(b'{"numb')  # and killed
+    first.close()
+
+    second = spool.Spool(tmp_path, "s")
+    second.add(number=3)
+    assert second.deliver(lambda record: told.append(record["number"])) == 2
+    assert told == [1, 2, 3]
+    second.close()
+    assert not second.folder.exists()
