@@ -24,6 +24,7 @@ from tasks.stage import Stage
 
 EXPERIMENT = "slmops"
 FLUSH_S = 2.0
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's page opens on traces, which are not ours
 SECTIONS = ("acquire", "task", "finetune", "distill", "quantize", "validate", "package")
 ARTIFACTS = ("history.json", "models.json", "pruning.json", "metrics.json", "measurements.json", "verdict.json",
              "lineage.json", "bundle.json", "report.json", "MODEL_CARD.md")  # fmt: skip
@@ -243,14 +244,43 @@ class Tracker:
         )
 
 
+def page(main: Path, root: Path) -> str:
+    """Address of the page that MLflow has for the newest run in the workspace `root`; "" where no server shows one."""
+    where, run = uri(main).rstrip("/"), None
+    if where.startswith(("http://", "https://")):
+        run = _newest(client(main), main, root)
+    return f"{where}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}" if run else ""
+
+
+def tell_model(main: Path, root: Path, name: str, version: str, folder: Path) -> None:
+    """Tie the newest run in the workspace `root` to the version that it registered; both get the numbers in `folder`."""
+    from mlflow.entities import LoggedModelOutput, Metric
+
+    store = client(main)
+    run, made = _newest(store, main, root), store.get_model_version(name, version)
+    now = int(time.time() * 1000)
+    metrics = [Metric(key, value, now, 0, model_id=made.model_id) for key, value in _numbers(folder).items()]
+    store.log_batch(run.info.run_id, metrics=metrics)
+    store.log_outputs(run.info.run_id, [LoggedModelOutput(made.model_id, 0)])
+
+
+def _newest(store: Any, main: Path, root: Path) -> Any:
+    """The newest pipeline run in a workspace."""
+    query = f"tags.`slmops.workspace` = '{root}' and tags.`slmops.stage` = 'run'"
+    found = store.search_runs([experiment(store, main)], query, max_results=1, order_by=["attributes.start_time DESC"])
+    return found[0] if found else None
+
+
 def experiment(client: Any, main: Path) -> str:
     """Id of the one experiment; made when it is missing."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found:
+        if KIND.keys() - found.tags.keys():
+            client.set_experiment_tag(found.experiment_id, *next(iter(KIND.items())))
         return str(found.experiment_id)
     # A server keeps artifacts where it was told to; the embedded store keeps them beside its database.
     place = (main / "mlruns").as_uri() if uri(main).startswith("sqlite:") else None
-    return str(client.create_experiment(EXPERIMENT, artifact_location=place))
+    return str(client.create_experiment(EXPERIMENT, artifact_location=place, tags=KIND))
 
 
 def _close_dead(store: Any, place: str) -> None:

@@ -38,7 +38,7 @@ def variant(name: str) -> dict:
         "metrics": {
             "accuracy": 0.87 * retention, "accuracy_retention": retention, "perplexity": 18 + at, "mean_kld": 0.004 * 3**at,
             "perplexity_ratio": 1 + at / 30, "same_top_token": 0.96 - at / 18, "size_bytes": SIZES[name] * 271e6,
-            "size_ratio": SIZES[name], "per_group": classes, "accuracy_interval": [0.8, 0.9], "scored_tokens": 6144,
+            "size_ratio": SIZES[name], "per_group": classes, "accuracy_interval": [0.8, 0.9], "scored_tokens": 6144, "unheard_of": 7,
         },
         "measurements": speed | {
             "load_s": 0.12, "prefill_tokens_per_s": 919.0, "peak_rss_bytes": 2.1e8 + 1e7 * at, "decode_speedup": 1.26,
@@ -148,7 +148,8 @@ def test_every_variant_metric_and_model_is_told(tmp_path: Path):
         "light_on",
         "113.0 M",
         "21.5 %",
-        "scored_tokens",
+        "Tokens scored",
+        "unheard_of",
         "343.0 MB",
     ):
         assert wanted in text, wanted
