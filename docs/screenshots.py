@@ -22,15 +22,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE_S = 120.0  # for a page to show what is waited for
+DEADLINE_S = 300.0  # for a page to show what is waited for
 RUN_S = 7200.0  # for a run, should nothing of it be in the cache
 COLOURS = 64
-COMPARED = ("accuracy", "accuracy_retention", "mean_kld", "size_bytes", "decode_tokens_per_s")
 
 
 # --- the browser ----------------------------------------------------------------------------------
@@ -163,8 +163,8 @@ def start_run(prefect: str, parameters: dict[str, Any]) -> tuple[str, str]:
     return deployment, _ask(f"{prefect}/api/deployments/{deployment}/create_flow_run", asked)["id"]
 
 
-def wait_for_run(prefect: str, run: str, state: str) -> None:
-    """Wait until a run is in a state; end if it comes to a bad end."""
+def wait_for_run(prefect: str, run: str, state: str) -> str:
+    """Wait until a run is in a state, and return its name; end if it comes to a bad end."""
 
     def there() -> bool:
         found = _ask(f"{prefect}/api/flow_runs/{run}")
@@ -173,21 +173,55 @@ def wait_for_run(prefect: str, run: str, state: str) -> None:
         return bool(found["state_name"] == state)
 
     _wait(there, f"the run to be {state}", RUN_S)
+    return str(_ask(f"{prefect}/api/flow_runs/{run}")["name"])
 
 
 # --- the pictures ---------------------------------------------------------------------------------
 
 
 def take(page: Page, root: Path, state: dict[str, str], out: Path) -> None:
-    """All pictures, of one run."""
+    """All pictures, of one run from its form to its report."""
     prefect, mlflow = state["prefect"], state["mlflow"]
     deployment, run = start_run(prefect, {})
-    del mlflow
-    page.open(f"{prefect}/deployments/deployment/{deployment}/run", "Parameters", "settings")
-    page.picture(out / "form.png", 1400)
-    wait_for_run(prefect, run, "Suspended")
-    page.open(f"{prefect}/runs/flow-run/{run}", "Suspended", "Artifacts")
-    page.picture(out / "run.png", 1100)
+    page.open(f"{prefect}/deployments/deployment/{deployment}/run", "Run Name", "Any other parameter")
+    page.picture(out / "form.png", 1480)
+
+    name = wait_for_run(prefect, run, "Suspended")
+    page.open(f"{prefect}/runs/flow-run/{run}", "Suspended", "Job Variables")
+    page.click("Resume")
+    page.wait("Your name")
+    page.picture(out / "approval.png", 1000)
+
+    answer = {"decision": "approve", "name": "Ada", "reason": "passed all gates"}
+    _ask(f"{prefect}/api/flow_runs/{run}/resume", {"run_input": answer})
+    wait_for_run(prefect, run, "Completed")
+    page.open(f"{prefect}/runs/flow-run/{run}", "Completed", "Job Variables")
+    page.click("Artifacts")
+    page.wait("Result of run")
+    page.picture(out / "run.png", 1500)
+    (result,) = _ask(f"{prefect}/api/artifacts/latest/filter", {"artifacts": {"key": {"any_": ["result"]}}})
+    page.open(f"{prefect}/artifacts/artifact/{result['id']}", "of the teacher's")
+    page.picture(out / "result.png", 900)
+
+    query = "tags.`slmops.stage` LIKE 'validate@%'"
+    (place,) = _ask(f"{mlflow}/api/2.0/mlflow/experiments/search", {"max_results": 9, "filter": "name = 'slmops'"})[
+        "experiments"
+    ]
+    found = _ask(f"{mlflow}/api/2.0/mlflow/runs/search", {"experiment_ids": [place["experiment_id"]], "filter": query})
+    ids = json.dumps([each["info"]["run_id"] for each in found["runs"]])
+    experiments = quote(json.dumps([place["experiment_id"]]))
+    page.open(
+        f"{mlflow}/#/compare-runs?runs={quote(ids)}&experiments={experiments}", "Comparing", "Metrics", width=1400
+    )
+    page.picture(out / "mlflow-compare.png", 1500)
+    page.open(f"{mlflow}/#/experiments/{place['experiment_id']}/runs", name, width=1400)
+    page.picture(out / "mlflow-runs.png", 800)
+
+    report = (root / ".runs" / name / "report.html").as_uri()
+    page.open(report, "What next", width=1120)
+    page.picture(out / "report.png", 1900)
+    page.open(report, "What next", width=390)
+    page.picture(out / "report-phone.png", 1500)
 
 
 # --- small helps ----------------------------------------------------------------------------------
