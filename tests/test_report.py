@@ -4,11 +4,12 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from flows import charts
-from flows.report import write_report
+from flows.report import plots, write_report
 from tasks import params
 from tasks.errors import ArtifactError
 from tasks.package import bundle
@@ -160,6 +161,17 @@ def test_every_variant_metric_and_model_is_told(tmp_path: Path):
 def test_each_chart_says_what_it_is_to_a_reader_of_screens(tmp_path: Path):
     html, _ = written(tmp_path)
     assert re.findall(r"<svg(?! role=\"img\" aria-label=\"[^\"]+\")", html) == []
+
+
+def test_each_plot_is_a_picture_of_its_own(tmp_path: Path):
+    package, distill = sample(tmp_path)
+    found = plots(package, distill)
+    assert list(found) == ["size-accuracy", "size-kld", "first-token", "decode-speed", "fine-tuning", "distilling"]
+    for title, svg in found.values():
+        root = ElementTree.fromstring(svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert (int(root.get("width", "")), root.get("aria-label")) == (920, title)
+        assert "--card" in svg
 
 
 def test_nothing_chosen_is_told_with_the_reason(tmp_path: Path):
