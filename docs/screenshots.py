@@ -30,7 +30,7 @@ from websockets.sync.client import ClientConnection, connect
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 300.0  # for a page to show what is waited for
 RUN_S = 7200.0  # for a run, should nothing of it be in the cache
-COLOURS = 64
+COLOURS = 255
 
 
 # --- the browser ----------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class Page:
             before = seen
             time.sleep(0.5)
         image = Image.open(io.BytesIO(seen)).convert("RGB")
-        image.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+        image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
         print(f"{path}  {path.stat().st_size / 1e3:.0f} kB", flush=True)
 
 
@@ -203,19 +203,15 @@ def take(page: Page, root: Path, state: dict[str, str], out: Path) -> None:
     page.open(f"{prefect}/artifacts/artifact/{result['id']}", "of the teacher's")
     page.picture(out / "result.png", 900)
 
-    query = "tags.`slmops.stage` LIKE 'validate@%'"
     (place,) = _ask(f"{mlflow}/api/2.0/mlflow/experiments/search", {"max_results": 9, "filter": "name = 'slmops'"})[
         "experiments"
     ]
-    found = _ask(f"{mlflow}/api/2.0/mlflow/runs/search", {"experiment_ids": [place["experiment_id"]], "filter": query})
-    ids = json.dumps([each["info"]["run_id"] for each in found["runs"]])
-    experiments = quote(json.dumps([place["experiment_id"]]))
-    page.open(
-        f"{mlflow}/#/compare-runs?runs={quote(ids)}&experiments={experiments}", "Comparing", "Metrics", width=1400
-    )
-    page.picture(out / "mlflow-compare.png", 1500)
-    page.open(f"{mlflow}/#/experiments/{place['experiment_id']}/runs", name, width=1400)
+    runs = f"{mlflow}/#/experiments/{place['experiment_id']}/runs?workflowType=machine_learning"
+    page.open(runs, name, width=1400)
     page.picture(out / "mlflow-runs.png", 800)
+    only = quote("tags.`slmops.stage` LIKE 'validate@%'")
+    page.open(f"{runs}&compareRunsMode=CHART&searchFilter={only}", "validate@q4_0", "accuracy_retention", width=1400)
+    page.picture(out / "mlflow-compare.png", 1100)
 
     report = (root / ".runs" / name / "report.html").as_uri()
     page.open(report, "What next", width=1120)

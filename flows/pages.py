@@ -12,25 +12,27 @@ from flows.report import plots
 from tasks.errors import PipelineError
 from tasks.stage import folder
 
+REPORT = "/artifacts/report.html"
+
 
 def show(root: Path, name: str, rows: Sequence[results.Row], registered: str) -> None:
     """Put the result of the run in the workspace `root` on the page of the flow run that calls this."""
-    page = tracking.page(workspace.main_root(root), root)
     text = f"{results.markdown(rows)}\n\n{registered}\n\n{links(root)}"
     create_markdown_artifact(text, key="result", description=f"Result of run {name}")
     for key, (title, svg) in plots(folder(root, "package"), folder(root, "distill")).items():
         picture = base64.b64encode(svg.encode()).decode()
         create_image_artifact(f"data:image/svg+xml;base64,{picture}", key=key, description=title)
-    if page:
+    if page := tracking.page(workspace.main_root(root), root, REPORT):
         create_link_artifact(page, "Report", key="report", description="report.html, as MLflow keeps it")
 
 
 def links(root: Path) -> str:
     """Where a run's report and its numbers are, in Markdown. A browser opens no file:// link from a page of a server."""
-    page = tracking.page(workspace.main_root(root), root)
+    main = workspace.main_root(root)
+    page = tracking.page(main, root)
     if not page:
         return f"The report is the file `{root / 'report.html'}`."
-    return f"[Report]({page}/artifacts/report.html) · [Run in MLflow]({page})"
+    return f"[Report]({tracking.page(main, root, REPORT)}) · [Run in MLflow]({page})"
 
 
 def plain_errors() -> None:

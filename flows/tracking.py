@@ -21,10 +21,11 @@ from tasks import manifest
 from tasks.errors import StageError
 from tasks.params import Params
 from tasks.stage import Stage
+from tasks.stage import folder as stage_folder
 
 EXPERIMENT = "slmops"
 FLUSH_S = 2.0
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's page opens on traces, which are not ours
+VIEW = "workflowType=machine_learning"  # in addresses: else MLflow's pages open on traces, which are not ours
 SECTIONS = ("acquire", "task", "finetune", "distill", "quantize", "validate", "package")
 ARTIFACTS = ("history.json", "models.json", "pruning.json", "metrics.json", "measurements.json", "verdict.json",
              "lineage.json", "bundle.json", "report.json", "MODEL_CARD.md")  # fmt: skip
@@ -244,12 +245,12 @@ class Tracker:
         )
 
 
-def page(main: Path, root: Path) -> str:
-    """Address of the page that MLflow has for the newest run in the workspace `root`; "" where no server shows one."""
+def page(main: Path, root: Path, part: str = "") -> str:
+    """Address of MLflow's page of the newest run in the workspace `root`, or of a part of it; "" where no server shows it."""
     where, run = uri(main).rstrip("/"), None
     if where.startswith(("http://", "https://")):
         run = _newest(client(main), main, root)
-    return f"{where}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}" if run else ""
+    return f"{where}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{part}?{VIEW}" if run else ""
 
 
 def tell_model(main: Path, root: Path, name: str, version: str, folder: Path) -> None:
@@ -261,6 +262,7 @@ def tell_model(main: Path, root: Path, name: str, version: str, folder: Path) ->
     now = int(time.time() * 1000)
     metrics = [Metric(key, value, now, 0, model_id=made.model_id) for key, value in _numbers(folder).items()]
     store.log_batch(run.info.run_id, metrics=metrics)
+    store.log_inputs(run.info.run_id, _datasets(stage_folder(root, "acquire")))
     store.log_outputs(run.info.run_id, [LoggedModelOutput(made.model_id, 0)])
 
 
@@ -275,12 +277,10 @@ def experiment(client: Any, main: Path) -> str:
     """Id of the one experiment; made when it is missing."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found:
-        if KIND.keys() - found.tags.keys():
-            client.set_experiment_tag(found.experiment_id, *next(iter(KIND.items())))
         return str(found.experiment_id)
     # A server keeps artifacts where it was told to; the embedded store keeps them beside its database.
     place = (main / "mlruns").as_uri() if uri(main).startswith("sqlite:") else None
-    return str(client.create_experiment(EXPERIMENT, artifact_location=place, tags=KIND))
+    return str(client.create_experiment(EXPERIMENT, artifact_location=place))
 
 
 def _close_dead(store: Any, place: str) -> None:
