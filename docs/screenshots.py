@@ -208,9 +208,11 @@ def take(page: Page, root: Path, state: dict[str, str], out: Path) -> None:
     ]
     runs = f"{mlflow}/#/experiments/{place['experiment_id']}/runs?workflowType=machine_learning"
     page.open(runs, name, width=1400)
+    page.ask("localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false')")  # it hides a third of the page
+    page.open(runs, name, width=1400)
     page.picture(out / "mlflow-runs.png", 800)
     only = quote("tags.`slmops.stage` LIKE 'validate@%'")
-    page.open(f"{runs}&compareRunsMode=CHART&searchFilter={only}", "validate@q4_0", "accuracy_retention", width=1400)
+    page.open(f"{runs}&compareRunsMode=CHART&searchFilter={only}", "accuracy_retention", width=1400)
     page.picture(out / "mlflow-compare.png", 1100)
 
     report = (root / ".runs" / name / "report.html").as_uri()
