@@ -74,7 +74,7 @@ class Comparison:
         for metric, pair in self.metrics.items():
             rows.append([metric, number(pair.version), "-" if pair.champion is None else number(pair.champion)])
         table = "\n".join(f"| {' | '.join(row if both else row[:2])} |" for row in rows)
-        return f"Release **{name} version {self.version}** (bundle {self.digest[:12]})?\n\n{table}\n\n{self.text()}"
+        return f"Release **{name} version {self.version}** (bundle {self.digest[:12]})?\n\n{self.text()}\n\n{table}"
 
 
 def compare(version: str, digest: str, ours: Bundle, champion: str, theirs: Bundle | None) -> Comparison:

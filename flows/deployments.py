@@ -131,7 +131,7 @@ def _released(main: Path, root: Path) -> str:
             json.dumps({"digest": seen.digest, "champion": seen.champion, "text": seen.markdown(registered.name)})
         )
     shown = json.loads(asked.read_bytes())
-    form = Decision.with_initial_data(description=f"{shown['text']}\n\n{pages.links(root)}")
+    form = Decision.with_initial_data(description=f"{pages.links(root)}\n\n{shown['text']}")
     answer = suspend_flow_run(wait_for_input=form, timeout=int(policy.expires_hours * 3600), key="approval")
     if answer.decision == "reject":
         return release.reject(main, registered.name, registered.version, answer.name, answer.reason)

@@ -194,8 +194,8 @@ def _next(bundle: Bundle, digest: str) -> str:
         )
     name = escape(bundle.name)
     return (
-        f"<p>The bundle <code>{digest[:12]}</code> is registered as a version of <b>{name}</b>, and is the champion only "
-        "when someone has approved it:</p><ul>"
+        f"<p>The bundle <code>{digest[:12]}</code> is a version of <b>{name}</b> when it is registered (<code>slmops run</code> "
+        "does that, or <code>slmops register</code>), and the champion when it is approved:</p><ul>"
         "<li>in Prefect, where the run was started there: open the run, <b>Resume</b>, and decide</li>"
         f"<li>on the command line: <code>slmops history</code> tells the version, then <code>slmops approve VERSION "
         '--by "Your Name" --reason "..."</code>, or <code>slmops reject</code> likewise</li>'
