@@ -258,12 +258,13 @@ def tell_model(main: Path, root: Path, name: str, version: str, folder: Path) ->
     from mlflow.entities import LoggedModelOutput, Metric
 
     store = client(main)
-    run, made = _newest(store, main, root), store.get_model_version(name, version)
+    run = _newest(store, main, root)
+    model = store.get_model_version(name, version).source.removeprefix("models:/")  # its model_id is empty
     now = int(time.time() * 1000)
-    metrics = [Metric(key, value, now, 0, model_id=made.model_id) for key, value in _numbers(folder).items()]
+    metrics = [Metric(key, value, now, 0, model_id=model) for key, value in _numbers(folder).items()]
     store.log_batch(run.info.run_id, metrics=metrics)
     store.log_inputs(run.info.run_id, _datasets(stage_folder(root, "acquire")))
-    store.log_outputs(run.info.run_id, [LoggedModelOutput(made.model_id, 0)])
+    store.log_outputs(run.info.run_id, [LoggedModelOutput(model, 0)])
 
 
 def _newest(store: Any, main: Path, root: Path) -> Any:

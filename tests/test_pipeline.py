@@ -132,7 +132,7 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
     (model,) = parent.outputs.model_outputs
     measured = {metric.key: metric.value for metric in store.get_logged_model(model.model_id).metrics}
     assert (measured["accuracy_retention"], measured["ttft_s.p95"]) == (0.98, 0.2)
-    assert store.get_model_version("home-commands", "1").model_id == model.model_id
+    assert store.get_model_version("home-commands", "1").source == f"models:/{model.model_id}"
     assert parent.inputs.dataset_inputs[0].dataset.name == "train"
     assert "report.html" in {file.path for file in store.list_artifacts(parent.info.run_id)}
 
