@@ -53,6 +53,14 @@ def _svg(title: str, height: float, body: str) -> str:
     )
 
 
+def standalone(svg: str, css: str) -> str:
+    """A chart as a file of its own: what shows it knows no style of ours and may be of any colour."""
+    size = svg.partition('viewBox="0 0 ')[2].partition('"')[0].split()
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * int(size[0])}" height="{2 * int(size[1])}"'
+    paper = '<rect x="-999" y="-999" width="9999" height="9999" style="fill:var(--card);stroke:none"/>'
+    return svg.replace("<svg", head, 1).replace("<title>", f"<style>{css}</style>{paper}<title>", 1)
+
+
 def _text(x: float, y: float, text: str, anchor: str = "middle", css: str = "tick") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(text)}</text>'
 
@@ -109,7 +117,10 @@ def scatter(
     if limit is not None:
         y = frame.at(0, limit)[1]
         body.append(f'<line class="limit" x1="{frame.left}" x2="{frame.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        body.append(_text(frame.right, y - 5, f"gate {number(limit)}", "end", "note"))
+        # Its label stands at the end of the line that no point is near.
+        near = [frame.at(a, b) for _, a, b in points if abs(frame.at(a, b)[1] - y) < 30]
+        end = frame.right if all(x < frame.right - 130 for x, _ in near) else frame.left + 4
+        body.append(_text(end, y - 5, f"gate {number(limit)}", "end" if end == frame.right else "start", "note"))
     taken: list[tuple[float, float]] = []
     for mark, x_value, y_value in sorted(points, key=lambda point: point[1]):
         x, y = frame.at(x_value, y_value)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import get_args
 
+from flows.charts import number
 from tasks.package.bundle import Bundle
 from tasks.params import Gate
 
@@ -65,6 +66,15 @@ class Comparison:
             f"accuracy {ours.version:.4f} against {ours.champion:.4f} of the champion, version {self.champion}, "
             f"on {self.reason}"
         )
+
+    def markdown(self, name: str) -> str:
+        """The question to be decided, with the numbers of both beside each other."""
+        both = bool(self.champion)
+        rows = [["", f"version {self.version}", f"champion, version {self.champion}"], ["---", "---:", "---:"]]
+        for metric, pair in self.metrics.items():
+            rows.append([metric, number(pair.version), "-" if pair.champion is None else number(pair.champion)])
+        table = "\n".join(f"| {' | '.join(row if both else row[:2])} |" for row in rows)
+        return f"Release **{name} version {self.version}** (bundle {self.digest[:12]})?\n\n{self.text()}\n\n{table}"
 
 
 def compare(version: str, digest: str, ours: Bundle, champion: str, theirs: Bundle | None) -> Comparison:

@@ -17,7 +17,7 @@ from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
-from flows import automations, pipeline, release, versioning, workspace
+from flows import automations, pages, pipeline, release, versioning, workspace
 from tasks import params
 from tasks.errors import ConfigError
 
@@ -28,10 +28,10 @@ ASKED = Path(".runs") / "asked.json"  # in a run's worktree: what the approval f
 class Decision(RunInput):
     """The approval form."""
 
-    decision: Literal["approve", "reject"]
-    name: str = Field(description="who decides", min_length=1)
-    reason: str = Field(description="why", min_length=1)
-    even_if_worse: bool = Field(False, description="release it although the champion is more accurate")
+    decision: Literal["approve", "reject"] = Field(description="approve: it becomes the champion")
+    name: str = Field(title="Your name", description="kept in the history, as is the reason", min_length=1)
+    reason: str = Field(min_length=1)
+    even_if_worse: bool = Field(False, description="approve it although the champion is more accurate")
 
 
 def apply(root: Path) -> list[str]:
@@ -57,31 +57,31 @@ def apply(root: Path) -> list[str]:
 
 @flow(name="train-and-release", persist_result=True, validate_parameters=False)
 def train_and_release(
-    model: Annotated[
-        params.PackageModel | params.GgufModel | params.LocalModel | params.HubModel | None,
-        Field(description="where the open model comes from; empty: as params.yaml has it"),
-    ] = None,
-    data: Annotated[
-        params.LocalData | params.HubData | None, Field(description="the task's data; empty: as params.yaml has it")
-    ] = None,
-    variants: Annotated[
-        list[params.Variant] | None, Field(description="quantized variants to make", examples=[["q8_0", "q4_0"]])
-    ] = None,
-    gates: Annotated[list[params.Gate] | None, Field(description="what a variant must hold to be registered")] = None,
-    approval: Annotated[
-        Literal["manual", "auto"] | None, Field(description="auto: released when it passed and beats the champion")
-    ] = None,
-    settings: Annotated[
-        dict[str, Any] | None,
-        Field(description="any other parameter, by its dotted name", examples=[{"finetune.epochs": 0.5}]),
-    ] = None,
-    commit: Annotated[str, Field(description="the commit, branch or tag to run", pattern=r"^[\w./-]+$")] = "HEAD",
+    model: params.PackageModel | params.GgufModel | params.LocalModel | params.HubModel | None = None,
+    data: params.LocalData | params.HubData | None = None,
+    variants: Annotated[list[params.Variant] | None, Field(examples=[["q8_0", "q4_0"]])] = None,
+    gates: list[params.Gate] | None = None,
+    approval: Literal["manual", "auto"] | None = None,
+    settings: Annotated[dict[str, Any] | None, Field(examples=[{"finetune.epochs": 0.5}])] = None,
+    commit: Annotated[str, Field(pattern=r"^[\w./-]+$")] = "HEAD",
 ) -> str:
     """Run the whole pipeline in a worktree of its own, register what passed, and ask for approval.
+
+    Prefect's form takes its help texts from here.
+
+    Args:
+        model: Where the open model comes from. None: as params.yaml has it.
+        data: The task's data. None: as params.yaml has it.
+        variants: Quantized variants to make. None: as params.yaml has it.
+        gates: What a variant must hold to be registered. None: as params.yaml has it.
+        approval: auto: released when it passed and is no worse than the champion. None: as params.yaml has it.
+        settings: Any other parameter by its dotted name, e.g. {"finetune.epochs": 0.5}.
+        commit: The commit, branch or tag to run.
 
     Raises:
         PipelineError: what the pipeline or the registry raised.
     """
+    pages.plain_errors()
     main = workspace.main_root(workspace.find(Path()))
     name = str(runtime.flow_run.name)
     root = main / ".runs" / name
@@ -95,6 +95,7 @@ def train_and_release(
         workspace.mark()
         with workspace.worktree(main, name, commit, None, overrides) as (place, lock):
             result = pipeline.run(place, name, lock)
+            pages.show(place, name, result.rows, result.registered)
             workspace.finish(place, name, f"Run {name}\n\n{result.registered}")
             print(versioning.push(place))
     return _released(main, root)
@@ -102,11 +103,18 @@ def train_and_release(
 
 @flow(name="rollback", persist_result=True)
 def rollback(
-    model: Annotated[str, Field(description="name of the registered model")],
-    name: Annotated[str, Field(description="who decides", min_length=1)],
-    reason: Annotated[str, Field(description="why", min_length=1)],
+    model: str,
+    name: Annotated[str, Field(min_length=1)],
+    reason: Annotated[str, Field(min_length=1)],
 ) -> str:
-    """Make the previous champion champion again."""
+    """Make the previous champion champion again.
+
+    Args:
+        model: Name of the registered model.
+        name: Who decides.
+        reason: Why.
+    """
+    pages.plain_errors()
     return release.rollback(workspace.main_root(workspace.find(Path())), model, name, reason)
 
 
@@ -121,11 +129,11 @@ def _released(main: Path, root: Path) -> str:
     asked = root / ASKED
     if not asked.exists():
         seen = release.compare(main, registered.name, registered.version)
-        asked.write_text(json.dumps({"digest": seen.digest, "champion": seen.champion, "text": seen.text()}))
+        asked.write_text(
+            json.dumps({"digest": seen.digest, "champion": seen.champion, "text": seen.markdown(registered.name)})
+        )
     shown = json.loads(asked.read_bytes())
-    form = Decision.with_initial_data(
-        description=f"{said}\n\n{shown['text']}\n\n[report.html]({(root / 'report.html').as_uri()})"
-    )
+    form = Decision.with_initial_data(description=f"{pages.links(root)}\n\n{shown['text']}")
     answer = suspend_flow_run(wait_for_input=form, timeout=int(policy.expires_hours * 3600), key="approval")
     if answer.decision == "reject":
         return release.reject(main, registered.name, registered.version, answer.name, answer.reason)

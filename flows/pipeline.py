@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from prefect import Task, flow, runtime
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, wait
 from prefect.logging import get_run_logger
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
-from flows import release, results, tracking, versioning, workspace
+from flows import pages, release, results, tracking, versioning, workspace
 from flows.display import Display
 from flows.report import write_report
 from tasks import params
@@ -75,6 +75,7 @@ def run(root: Path, name: str, lock: int) -> Result:
 def slmops(root: str, name: str, lock: int) -> Result:
     """From an open model to a packaged and registered edge model, in the workspace `root`."""
     started = time.monotonic()
+    pages.plain_errors()
     here = Path(root)
     main = workspace.main_root(here)
     checked = params.load(here / "params.yaml")
@@ -100,12 +101,11 @@ def slmops(root: str, name: str, lock: int) -> Result:
         report = here / "report.html"
         write_report(folder(here, "package"), folder(here, "distill"), report, params=checked)
         tracker.settle(MLFLOW_S)
-        _, registered = release.register_if_passed(here, main)
-        create_markdown_artifact(
-            f"{results.markdown(rows)}\n\n{registered}\n\n[report.html]({report.as_uri()})",
-            key="result",
-            description=f"Result of run {name}",
-        )
+        version, registered = release.register_if_passed(here, main)
+        if version:
+            chosen = folder(here, "validate", results.bundle(here)["chosen"])
+            tracking.tell_model(main, here, version.name, version.version, chosen)
+        pages.show(here, name, rows, registered)
     except BaseException as error:
         versioning.interrupt()
         _close_failed(tracker, error)

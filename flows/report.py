@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from flows import charts
+from flows import charts, results
 from flows.charts import Mark, number
 from flows.style import CSS
 from tasks.errors import ArtifactError
@@ -38,6 +38,9 @@ METRICS: Mapping[str, tuple[str, Form]] = {
     "same_top_token": ("Same top token as F16", _percent),
     "size_bytes": ("Size", _megabytes),
     "size_ratio": ("Size, of the teacher's F16", _percent),
+    "reference_perplexity": ("Perplexity of F16", number),
+    "context": ("Tokens of a perplexity window", number),
+    "scored_tokens": ("Tokens scored", number),
 }
 MEASUREMENTS: Mapping[str, tuple[str, Form]] = {
     "load_s": ("Load time", _milliseconds),
@@ -49,9 +52,12 @@ MEASUREMENTS: Mapping[str, tuple[str, Form]] = {
     "decode_speedup": ("Decode, times the teacher's F16", lambda v: f"{v:.2f}"),
     "peak_rss_bytes": ("Peak memory", _megabytes),
     "peak_rss_ratio": ("Peak memory, of the teacher's F16", _percent),
+    "prompt_tokens": ("Tokens of a timed prompt", number),
+    "threads": ("Threads", number),
 }
 MODELS = ("base", "teacher", "pruned", "control", "distilled")
 BASE = "teacher F16"
+KEY = "<p class=key>Filled: passed. Hollow: failed. Dashed: undecided. Ringed: chosen.</p>"
 
 
 def write_report(
@@ -69,20 +75,18 @@ def write_report(
     """
     bundle, report = load(package_folder), _json(package_folder / "report.json")
     models = _json(distill_folder / "models.json")
-    tuned = (finetune_folder or distill_folder.with_name("finetune")) / "history.json"
-    histories = {
-        "Fine-tuning the teacher": _json(tuned) if tuned.is_file() else [],
-        "Distilling the student": _json(distill_folder / "history.json"),
-    }
     variants: Mapping[str, Any] = report["variants"]
+    quality = _figures(_quality_plots(bundle, variants))
     body = [
         _headline(bundle, report),
-        _section("Variants", _variant_table(bundle, variants) + _failures(variants)),
-        _section("Size against quality", _quality_plots(bundle, variants)),
-        _section("Latency", _latency_plots(bundle, variants)),
+        _section("Verdicts", _verdicts(variants)),
+        _section("What next", _next(bundle, bundle_digest(package_folder))),
+        _section("Size against quality", quality + KEY if quality else ""),
+        _section("Latency", _figures(_latency_plots(bundle, variants))),
+        _section("Variants", _variant_table(bundle, variants)),
         _section("Models", _model_table(models)),
         _section("Accuracy of each class", _class_table(models, variants)),
-        _section("Training", _curves(histories)),
+        _section("Training", _figures(_curves(_histories(distill_folder, finetune_folder)))),
         _section("What it is made from", _lineage(bundle, bundle_digest(package_folder))),
         _section("Parameters", _parameters(params)) if params else "",
     ]
@@ -174,33 +178,54 @@ def _variant_table(bundle: Bundle, variants: Mapping[str, Any]) -> str:
     return "".join(tables)
 
 
-def _failures(variants: Mapping[str, Any]) -> str:
+def _verdicts(variants: Mapping[str, Any]) -> str:
     lines = []
     for name, variant in variants.items():
-        open_checks = [c for c in variant["verdict"]["checks"] if c["ok"] is not True or c.get("undecided")]
-        if open_checks:
-            told = "; ".join(map(_told, open_checks))
-            lines.append(f"<li><b>{escape(name)}</b> {_chip(variant['verdict']['verdict'])} {escape(told)}</li>")
-    return f"<h3>Gates that did not hold</h3><ul>{''.join(lines)}</ul>" if lines else ""
+        told = results.told(variant["verdict"]) or "every gate held"
+        lines.append(f"<li><b>{escape(name)}</b> {_chip(variant['verdict']['verdict'])} {escape(told)}</li>")
+    return f"<ul>{''.join(lines)}</ul>"
 
 
-def _told(check: Mapping[str, Any]) -> str:
-    value = number(check["value"]) if isinstance(check.get("value"), (int, float)) else "missing"
-    direction = str(check.get("direction", "limit")).replace("_", " ")
-    spread = check.get("interval")
-    inside = f", 95 % interval {number(spread[0])} to {number(spread[1])}" if spread else ""
-    return f"{check['name']} is {value}{inside}, wanted {direction} {check.get('limit')}"
+def _next(bundle: Bundle, digest: str) -> str:
+    if bundle.chosen is None:
+        return (
+            "<p>There is nothing to approve. Look above at what did not hold, change the recipe or the gates in "
+            "<code>params.yaml</code>, and run again: what is unchanged is not done twice.</p>"
+        )
+    name = escape(bundle.name)
+    return (
+        f"<p>The bundle <code>{digest[:12]}</code> is a version of <b>{name}</b> when it is registered (<code>slmops run</code> "
+        "does that, or <code>slmops register</code>), and the champion when it is approved:</p><ul>"
+        "<li>in Prefect, where the run was started there: open the run, <b>Resume</b>, and decide</li>"
+        f"<li>on the command line: <code>slmops history</code> tells the version, then <code>slmops approve VERSION "
+        '--by "Your Name" --reason "..."</code>, or <code>slmops reject</code> likewise</li>'
+        "<li>to take it back: <code>slmops rollback</code></li></ul>"
+    )
 
 
 def _mark(bundle: Bundle, name: str, variant: Mapping[str, Any]) -> Mark:
     return Mark(name, variant["verdict"]["verdict"], name == bundle.chosen)
 
 
-def _quality_plots(bundle: Bundle, variants: Mapping[str, Any]) -> str:
-    charted = []
-    for name, heading, zero in (
-        ("accuracy_retention", "accuracy, share of the teacher's", False),
-        ("mean_kld", "mean KLD from F16, nats", True),
+Plots = dict[str, tuple[str, str]]  # key -> title and chart
+
+
+def plots(package_folder: Path, distill_folder: Path) -> Plots:
+    """The plots of the page, each a file of its own, for pages that are not ours.
+
+    Raises:
+        ArtifactError: a file that they rest on is missing or damaged.
+    """
+    bundle, variants = load(package_folder), _json(package_folder / "report.json")["variants"]
+    found = _quality_plots(bundle, variants) | _latency_plots(bundle, variants) | _curves(_histories(distill_folder))
+    return {key: (title, charts.standalone(svg, CSS)) for key, (title, svg) in found.items()}
+
+
+def _quality_plots(bundle: Bundle, variants: Mapping[str, Any]) -> Plots:
+    charted = {}
+    for key, name, heading, zero in (
+        ("size-accuracy", "accuracy_retention", "accuracy, share of the teacher's", False),
+        ("size-kld", "mean_kld", "mean KLD from F16, nats", True),
     ):
         numbers = {each: _flat(v["metrics"]) for each, v in variants.items()}
         points = [
@@ -209,21 +234,15 @@ def _quality_plots(bundle: Bundle, variants: Mapping[str, Any]) -> str:
             if name in found and "size_ratio" in found
         ]
         gates = {c["limit"] for v in variants.values() for c in v["verdict"]["checks"] if c["name"] == name}
+        limit = gates.pop() if len(gates) == 1 else None
         if points:
-            charted.append(
-                charts.scatter(
-                    f"{heading} against size",
-                    points,
-                    ("size, share of the teacher's F16", heading),
-                    limit=gates.pop() if len(gates) == 1 else None,
-                    zero=zero,
-                )
-            )
-    key = "<p class=key>Filled: passed. Hollow: failed. Dashed: undecided. Ringed: chosen.</p>"
-    return f"<div class=charts>{''.join(map(_figure, charted))}</div>{key}" if charted else ""
+            names = ("size, share of the teacher's F16", heading)
+            title = f"{heading[0].upper()}{heading[1:]}, against size"
+            charted[key] = title, charts.scatter(title, points, names, limit=limit, zero=zero)
+    return charted
 
 
-def _latency_plots(bundle: Bundle, variants: Mapping[str, Any]) -> str:
+def _latency_plots(bundle: Bundle, variants: Mapping[str, Any]) -> Plots:
     measured = [(_mark(bundle, name, v), _flat(v["measurements"])) for name, v in variants.items()]
     yardsticks = [v["measurements"].get("reference") for v in variants.values()]
     base = next((_flat(each) for each in yardsticks if each), None)
@@ -234,16 +253,20 @@ def _latency_plots(bundle: Bundle, variants: Mapping[str, Any]) -> str:
         (mark, [found[p] * 1e3 for p in percentiles]) for mark, found in measured if set(percentiles) <= set(found)
     ]
     decode = [(mark, found["decode_tokens_per_s"]) for mark, found in measured if "decode_tokens_per_s" in found]
-    charted = []
+    charted = {}
     if first:
-        charted.append(("Time to first token: p50 / p95 / p99", charts.spans("Time to first token", first, "ms")))
+        title = "Time to first token: p50 / p95 / p99"
+        charted["first-token"] = title, charts.spans(title, first, "ms")
     if decode:
-        charted.append(("Decoding speed", charts.bars("Decoding speed", decode, "tokens/s")))
-    return f"<div class=charts>{''.join(_figure(svg, name) for name, svg in charted)}</div>" if charted else ""
+        charted["decode-speed"] = "Decoding speed", charts.bars("Decoding speed", decode, "tokens/s")
+    return charted
 
 
-def _figure(svg: str, caption: str = "") -> str:
-    return f"<figure>{f'<figcaption>{escape(caption)}</figcaption>' if caption else ''}{svg}</figure>"
+def _figures(charted: Plots) -> str:
+    figures = "".join(
+        f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in charted.values()
+    )
+    return f"<div class=charts>{figures}</div>" if charted else ""
 
 
 def _model_table(models: Mapping[str, Any]) -> str:
@@ -278,8 +301,16 @@ def _shade(value: float | None) -> str:
     return f'<td class=shade style="--v:{value:.2f}">{value * 100:.0f}</td>'
 
 
-def _curves(histories: Mapping[str, list[Mapping[str, float]]]) -> str:
-    charted = []
+def _histories(distill_folder: Path, finetune_folder: Path | None = None) -> dict[str, Any]:
+    tuned = (finetune_folder or distill_folder.with_name("finetune")) / "history.json"
+    return {
+        "Fine-tuning the teacher": _json(tuned) if tuned.is_file() else [],
+        "Distilling the student": _json(distill_folder / "history.json"),
+    }
+
+
+def _curves(histories: Mapping[str, list[Mapping[str, float]]]) -> Plots:
+    charted = {}
     for title, history in histories.items():
         series = {
             heading: [(float(e["step"]), float(e[key])) for e in history if isinstance(e.get(key), (int, float))]
@@ -287,8 +318,8 @@ def _curves(histories: Mapping[str, list[Mapping[str, float]]]) -> str:
         }
         series = {name: line for name, line in series.items() if line}
         if series:
-            charted.append(_figure(charts.lines(title, series, ("step", "loss")), title))
-    return f"<div class=charts>{''.join(charted)}</div>" if charted else ""
+            charted[title.split()[0].lower()] = title, charts.lines(title, series, ("step", "loss"))
+    return charted
 
 
 def _lineage(bundle: Bundle, digest: str) -> str:

@@ -2,10 +2,12 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.charts import number
 from tasks.errors import ArtifactError
 from tasks.params import Params
 from tasks.stage import folder
@@ -23,6 +25,7 @@ class Row:
     size_bytes: float
     tokens_per_s: float
     chosen: bool
+    told: str  # what did not hold
 
     def cells(self) -> list[str]:
         """The row as text for a table."""
@@ -75,16 +78,18 @@ def rows(root: Path, params: Params) -> list[Row]:
     for variant in params.quantize.variants:
         here = folder(root, "validate", variant)
         metrics, measured = read_json(here / "metrics.json"), read_json(here / "measurements.json")
+        verdict = read_json(here / "verdict.json")
         found.append(
             Row(
                 variant=variant,
-                verdict=read_json(here / "verdict.json")["verdict"],
+                verdict=verdict["verdict"],
                 accuracy=_value(metrics, "accuracy"),
                 retention=_value(metrics, "accuracy_retention"),
                 kld=_value(metrics, "mean_kld"),
                 size_bytes=_value(metrics, "size_bytes"),
                 tokens_per_s=_value(measured, "decode_tokens_per_s"),
                 chosen=variant == chosen,
+                told=told(verdict),
             )
         )
     return found
@@ -95,7 +100,22 @@ def _value(numbers: dict[str, Any], name: str) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def markdown(rows: list[Row]) -> str:
-    """The rows as a Markdown table."""
-    head = "| variant | verdict | accuracy | retention | KLD | MB | tokens/s | shipped |\n|---|---|---|---|---|---|---|---|"
-    return "\n".join([head, *("| " + " | ".join(row.cells()) + " |" for row in rows)])
+def told(verdict: Mapping[str, Any]) -> str:
+    """What did not hold of a variant's verdict, or was not decided; "" where all did."""
+    return "; ".join(_told(check) for check in verdict["checks"] if check["ok"] is not True or check.get("undecided"))
+
+
+def _told(check: Mapping[str, Any]) -> str:
+    value = number(check["value"]) if isinstance(check.get("value"), (int, float)) else "missing"
+    direction = str(check.get("direction", "limit")).replace("_", " ")
+    spread = check.get("interval")
+    inside = f", 95 % interval {number(spread[0])} to {number(spread[1])}" if spread else ""
+    return f"{check['name']} is {value}{inside}, wanted {direction} {check.get('limit')}"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, and why those that did not pass did not."""
+    head = "| variant | verdict | accuracy | of the teacher's | mean KLD | MB | tokens/s | shipped |\n|---|---|---:|---:|---:|---:|---:|---|"
+    table = "\n".join([head, *("| " + " | ".join(row.cells()) + " |" for row in rows)])
+    open_ = "\n".join(f"- **{row.variant}** {row.verdict}: {row.told}" for row in rows if row.told)
+    return f"{table}\n\n{open_}" if open_ else table

@@ -27,9 +27,10 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);font-size:13px;padding:0 0 6px}
 th,td{padding:7px 12px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
 thead th,thead td{border-top:0;font-weight:600;vertical-align:bottom}
-th[scope=row]{text-align:left;font-weight:400;padding-left:0}
+th[scope=row]{text-align:left;font-weight:400;padding-left:0;position:sticky;left:0;background:var(--card)}
 thead .chosen{border-bottom:3px solid var(--accent)}
 .shade{background:color-mix(in srgb,var(--accent) calc(var(--v)*34%),transparent)}
+code{background:var(--bg);border-radius:5px;padding:1px 5px;font-size:.92em;overflow-wrap:anywhere}
 ul{margin:0;padding-left:20px}li{margin:4px 0}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(380px,1fr));gap:24px 32px}
 figure{margin:0}figcaption{color:var(--soft);font-size:13px;margin:0 0 8px}
@@ -50,7 +51,7 @@ circle.s0{fill:var(--base)}circle.s1{fill:var(--accent)}.t0{fill:var(--soft)}.t1
 .facts dt{color:var(--soft)}.facts dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 pre{overflow-x:auto;font-size:12.5px;background:var(--bg);border-radius:8px;padding:14px}
 summary{cursor:pointer}
-@media (max-width:640px){header,section{padding:18px 16px}.charts{grid-template-columns:1fr}h1{font-size:28px}
+@media (max-width:640px){th[scope=row]{max-width:42vw;white-space:normal}th,td{padding:7px 9px}header,section{padding:18px 16px}.charts{grid-template-columns:1fr}h1{font-size:28px}
 .facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:8px}}
 @media print{body{background:#fff;font-size:11px}main{max-width:none;padding:0}
 header,section{border:0;border-radius:0;padding:10px 0;break-inside:avoid-page}

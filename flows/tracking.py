@@ -22,9 +22,11 @@ from tasks import manifest
 from tasks.errors import StageError
 from tasks.params import Params
 from tasks.stage import Stage
+from tasks.stage import folder as stage_folder
 
 EXPERIMENT = "slmops"
 FLUSH_S = 2.0
+VIEW = "workflowType=machine_learning"  # in addresses: else MLflow's pages open on traces, which are not ours
 SECTIONS = ("acquire", "task", "finetune", "distill", "quantize", "validate", "package")
 ARTIFACTS = ("history.json", "models.json", "pruning.json", "metrics.json", "measurements.json", "verdict.json",
              "lineage.json", "bundle.json", "report.json", "MODEL_CARD.md")  # fmt: skip
@@ -340,6 +342,35 @@ def deliver_left(main: Path, say: Callable[[str], None]) -> None:
 
 def _now() -> int:
     return int(time.time() * 1000)
+
+
+def page(main: Path, root: Path, part: str = "") -> str:
+    """Address of MLflow's page of the newest run in the workspace `root`, or of a part of it; "" where no server shows it."""
+    where, run = uri(main).rstrip("/"), None
+    if where.startswith(("http://", "https://")):
+        run = _newest(client(main), main, root)
+    return f"{where}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{part}?{VIEW}" if run else ""
+
+
+def tell_model(main: Path, root: Path, name: str, version: str, folder: Path) -> None:
+    """Tie the newest run in the workspace `root` to the version that it registered; both get the numbers in `folder`."""
+    from mlflow.entities import LoggedModelOutput, Metric
+
+    store = client(main)
+    run = _newest(store, main, root)
+    model = store.get_model_version(name, version).source.removeprefix("models:/")  # its model_id is empty
+    now = int(time.time() * 1000)
+    metrics = [Metric(key, value, now, 0, model_id=model) for key, value in _numbers(folder).items()]
+    store.log_batch(run.info.run_id, metrics=metrics)
+    store.log_inputs(run.info.run_id, _datasets(stage_folder(root, "acquire")))
+    store.log_outputs(run.info.run_id, [LoggedModelOutput(model, 0)])
+
+
+def _newest(store: Any, main: Path, root: Path) -> Any:
+    """The newest pipeline run in a workspace."""
+    query = f"tags.`slmops.workspace` = '{root}' and tags.`slmops.stage` = 'run'"
+    found = store.search_runs([experiment(store, main)], query, max_results=1, order_by=["attributes.start_time DESC"])
+    return found[0] if found else None
 
 
 def experiment(client: Any, main: Path) -> str:

@@ -128,13 +128,22 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
     assert parent.data.tags["slmops.git_commit"] == git(toy, "rev-parse", "HEAD")
     assert len(parent.data.tags["slmops.dvc_lock"]) == 64
     assert by_name["acquire"].inputs.dataset_inputs[0].dataset.name == "train"
+    assert parent.data.metrics["accuracy"] == 0.9  # of what it ships, so that runs can be compared
+    (model,) = parent.outputs.model_outputs
+    measured = {metric.key: metric.value for metric in store.get_logged_model(model.model_id).metrics}
+    assert (measured["accuracy_retention"], measured["ttft_s.p95"]) == (0.98, 0.2)
+    assert store.get_model_version("home-commands", "1").source == f"models:/{model.model_id}"
+    assert parent.inputs.dataset_inputs[0].dataset.name == "train"
     assert "report.html" in {file.path for file in store.list_artifacts(parent.info.run_id)}
 
     with sqlite3.connect(Path(environment(toy)["PREFECT_HOME"]) / "prefect.db") as prefect:
         (data,) = prefect.execute("select data from artifact where key = 'result' order by created desc").fetchone()
         known = {"distill", "quantize-q4_0", "validate-q8_0"}  # the server writes them down when it comes to it
         wait_for(lambda: known <= {name for (name,) in prefect.execute("select name from task_run")})
+        pictures = dict(prefect.execute("select key, data from artifact where type = 'image'"))
     assert "| q4_0 | pass | 0.900 |" in data
+    assert {"size-accuracy", "first-token", "decode-speed", "fine-tuning"} <= pictures.keys()
+    assert all("data:image/svg+xml;base64," in picture for picture in pictures.values())
 
     assert "planted" not in done.stdout + done.stderr
     assert [*holding(toy, b"planted"), *holding(Path(environment(toy)["PREFECT_HOME"]), b"planted")] == []

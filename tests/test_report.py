@@ -4,11 +4,12 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from flows import charts
-from flows.report import write_report
+from flows.report import plots, write_report
 from tasks import params
 from tasks.errors import ArtifactError
 from tasks.package import bundle
@@ -38,7 +39,7 @@ def variant(name: str) -> dict:
         "metrics": {
             "accuracy": 0.87 * retention, "accuracy_retention": retention, "perplexity": 18 + at, "mean_kld": 0.004 * 3**at,
             "perplexity_ratio": 1 + at / 30, "same_top_token": 0.96 - at / 18, "size_bytes": SIZES[name] * 271e6,
-            "size_ratio": SIZES[name], "per_group": classes, "accuracy_interval": [0.8, 0.9], "scored_tokens": 6144,
+            "size_ratio": SIZES[name], "per_group": classes, "accuracy_interval": [0.8, 0.9], "scored_tokens": 6144, "unheard_of": 7,
         },
         "measurements": speed | {
             "load_s": 0.12, "prefill_tokens_per_s": 919.0, "peak_rss_bytes": 2.1e8 + 1e7 * at, "decode_speedup": 1.26,
@@ -148,7 +149,8 @@ def test_every_variant_metric_and_model_is_told(tmp_path: Path):
         "light_on",
         "113.0 M",
         "21.5 %",
-        "scored_tokens",
+        "Tokens scored",
+        "unheard_of",
         "343.0 MB",
     ):
         assert wanted in text, wanted
@@ -159,6 +161,17 @@ def test_every_variant_metric_and_model_is_told(tmp_path: Path):
 def test_each_chart_says_what_it_is_to_a_reader_of_screens(tmp_path: Path):
     html, _ = written(tmp_path)
     assert re.findall(r"<svg(?! role=\"img\" aria-label=\"[^\"]+\")", html) == []
+
+
+def test_each_plot_is_a_picture_of_its_own(tmp_path: Path):
+    package, distill = sample(tmp_path)
+    found = plots(package, distill)
+    assert list(found) == ["size-accuracy", "size-kld", "first-token", "decode-speed", "fine-tuning", "distilling"]
+    for title, svg in found.values():
+        root = ElementTree.fromstring(svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert (int(root.get("width", "")), root.get("aria-label")) == (920, title)
+        assert "--card" in svg
 
 
 def test_nothing_chosen_is_told_with_the_reason(tmp_path: Path):

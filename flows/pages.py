@@ -1,0 +1,47 @@
+"""What a person sees of a run on Prefect's pages: the result, plots, links that open from there, and errors as sentences."""
+
+import base64
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
+
+from flows import results, tracking, workspace
+from flows.report import plots
+from tasks.errors import PipelineError
+from tasks.stage import folder
+
+REPORT = "/artifacts/report.html"
+
+
+def show(root: Path, name: str, rows: Sequence[results.Row], registered: str) -> None:
+    """Put the result of the run in the workspace `root` on the page of the flow run that calls this."""
+    text = f"{results.markdown(rows)}\n\n{registered}\n\n{links(root)}"
+    create_markdown_artifact(text, key="result", description=f"Result of run {name}")
+    for key, (title, svg) in plots(folder(root, "package"), folder(root, "distill")).items():
+        picture = base64.b64encode(svg.encode()).decode()
+        create_image_artifact(f"data:image/svg+xml;base64,{picture}", key=key, description=title)
+    if page := tracking.page(workspace.main_root(root), root, REPORT):
+        create_link_artifact(page, "Report", key="report", description="report.html, as MLflow keeps it")
+
+
+def links(root: Path) -> str:
+    """Where a run's report and its numbers are, in Markdown. A browser opens no file:// link from a page of a server."""
+    main = workspace.main_root(root)
+    page = tracking.page(main, root)
+    if not page:
+        return f"The report is the file `{root / 'report.html'}`."
+    return f"[Report]({tracking.page(main, root, REPORT)}) · [Run in MLflow]({page})"
+
+
+def plain_errors() -> None:
+    """From now on the log of a run tells an error of ours in its own words, without the traceback of how it got there."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_without_traceback)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    if record.exc_info and isinstance(record.exc_info[1], PipelineError):
+        record.exc_info = None
+    return True
