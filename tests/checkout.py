@@ -174,7 +174,9 @@ def environment(root: Path, **extra: str) -> dict[str, str]:
     return {
         **kept,
         "PREFECT_HOME": str(Path(_servers().name) / "prefect"),
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(
+            (str(Path(__file__).parent), str(ROOT))
+        ),  # these flows, wherever `slmops` is from
         "TOY_LOG": str(root / "toy.log"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
         **extra,
