@@ -108,7 +108,7 @@ def prefect_server() -> str:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = (Path(_servers().name) / "prefect.log").open("wb")
-    command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port), "--no-services"]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
     process = subprocess.Popen(command, env=environment(Path(), PREFECT_UI_ENABLED="0"), stdout=log, stderr=log)
     atexit.register(process.terminate)
     address = f"http://127.0.0.1:{port}/api"
