@@ -109,16 +109,16 @@ def run(args: argparse.Namespace) -> int:
     quiet.apply(quiet.PREFECT)
     name = args.name or workspace.new_name()
     if not args.worktree:
-        with workspace.in_place(here, name, args.params, args.overrides) as lock:
+        with workspace.in_place(here, name, args.params, args.overrides):
             if args.params or args.overrides:
                 print("note: params.yaml now holds the effective values of this run", file=sys.stderr)
-            _go(here, name, lock, started)
+            _go(here, name, started)
         return 0
     changed = workspace.uncommitted(main)
     if changed:
         print(f"note: not in this run, since not committed: {', '.join(changed)}", file=sys.stderr)
-    with workspace.worktree(main, name, args.commit, args.params, args.overrides) as (root, lock):
-        registered = _go(root, name, lock, started)
+    with workspace.worktree(main, name, args.commit, args.params, args.overrides) as root:
+        registered = _go(root, name, started)
         commit = workspace.finish(root, name, f"Run {name}\n\n{registered}")
     print(f"commit {commit[:12]} on branch runs/{name}; its files are in {root} until `slmops prune`")
     return 0
@@ -136,7 +136,7 @@ def _terminated(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _go(root: Path, name: str, lock: int, started: float) -> str:
+def _go(root: Path, name: str, started: float) -> str:
     """Run the flow in a workspace that is locked, print what it came to, and say what was registered."""
     from flows import tracking, versioning, workspace
 
@@ -146,7 +146,7 @@ def _go(root: Path, name: str, lock: int, started: float) -> str:
 
     from flows import pipeline
 
-    result = pipeline.run(root, name, lock)
+    result = pipeline.run(root, name)
     print(_summary(result, time.monotonic() - started))
     return result.registered
 
