@@ -1,6 +1,7 @@
 """The `slmops` command. Parsing needs the standard library alone; what a command needs it imports itself."""
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prefect-port", type=int, default=4200, metavar="PORT")
     sub.add_argument("--mlflow-port", type=int, default=5000, metavar="PORT")
     sub.add_argument("--database", metavar="URL", help="postgresql://user@host/name instead of SQLite")
+    sub.add_argument("--runs", type=int, default=os.cpu_count() or 1, metavar="N", help="so many at once; others wait")
     sub = add("prune", prune, "remove the worktrees of finished runs; their branches stay")
     sub.add_argument("name", nargs="*", help="of these runs, finished or not")
     return parser
@@ -304,7 +306,7 @@ def up(args: argparse.Namespace) -> int:
 
     database = server_env.hide_password(args.database) if args.database else None
     main = workspace.main_root(workspace.find(Path()))
-    servers.up(main, server_env.Options(args.host, args.prefect_port, args.mlflow_port, database))
+    servers.up(main, server_env.Options(args.host, args.prefect_port, args.mlflow_port, database, args.runs))
     return 0
 
 
