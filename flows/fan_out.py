@@ -5,6 +5,7 @@ that Dask's own setting names (DASK_SCHEDULER_ADDRESS), else processes of this m
 workers need this project installed, Prefect's server in reach, and the workspace under the same path.
 """
 
+import concurrent.futures
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from uuid import uuid4
 
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed
@@ -68,7 +70,12 @@ def post(take: Post, root: Path, futures: Mapping[Any, PrefectFuture[Any]]) -> I
             versioning.interrupt(root)
             raise
         return
-    client: Any = context.task_runner.client  # type: ignore[attr-defined]
+    try:
+        client: Any = context.task_runner.client  # type: ignore[attr-defined]
+    except (OSError, RuntimeError) as error:
+        raise StageError(
+            f"no Dask cluster could be used ({error}): start the one that DASK_SCHEDULER_ADDRESS names"
+        ) from error
     topic = f"slmops-{uuid4()}"
     client.subscribe_topic(topic, lambda stamped: take(tuple(stamped[1])))
     try:
@@ -94,15 +101,19 @@ class DaskPost:
 
 
 def end(name: str, future: Any) -> Any:
-    """What a task that has ended came to: its result, the error that it raised, or None when it was not run since
-    its input failed.
-    """
+    """What a task that has ended came to: its result, or the error that it raised."""
     broken = future.wrapped_future.exception()
-    if broken is not None:
-        if type(broken).__name__ != "KilledWorker":
-            return broken
-        text = f"{name}: each Dask worker that worked on it was killed (out of memory?): see its log, then run again"
+    if broken is None:
+        future.wait()
+        if not isinstance(future.wrapped_future, concurrent.futures.Future):
+            future.wrapped_future.release()  # else Dask would do it again should the worker die that holds the result
+        return future.state.result(raise_on_failure=False)
+    if type(broken).__name__ != "KilledWorker":
+        return broken
+    text = f"{name}: each Dask worker that worked on it was killed (out of memory?): see its log, then run again"
+    try:
         get_client(sync_client=True).set_task_run_state(future.task_run_id, Crashed(message=text), force=True)
-        return StageError(text)
-    future.wait()
-    return future.state.result(raise_on_failure=False) if future.state.is_final() else None
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != 404:  # a server that never heard of it has nothing to put right
+            raise
+    return StageError(text)

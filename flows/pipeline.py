@@ -164,33 +164,37 @@ def _close_failed(tracker: tracking.Tracker, error: BaseException) -> None:
 
 
 def _stages(desk: Desk, run: str, checked: params.Params) -> None:
-    """Submit every stage as a task that waits for its inputs; variants go side by side.
+    """Submit every stage as a task as soon as its inputs are there; variants go side by side.
 
     Raises:
         PipelineError: what the first failing stage raised, in the pipeline's order.
     """
-    futures: dict[Key, PrefectFuture[versioning.Outcome]] = {}
-    orders: dict[str, Order] = {}
-    posts: SimpleQueue[fan_out.Message] = SimpleQueue()
     variants = checked.quantize.variants
     parallel = min(checked.machine.parallel, len(variants))
     behind = _behind(frozenset(versioning.status(desk.root)), variants)
+    orders = [
+        Order(desk.root, run, stage.name, variant, parallel if variant else 1, (stage.name, variant) not in behind)
+        for stage in STAGES.values()
+        for variant in (variants if stage.per_variant else (None,))
+    ]
+    by_name = {order.name: order for order in orders}
+    futures: dict[Key, PrefectFuture[versioning.Outcome]] = {}
+    ends: dict[Key, Any] = {}
+    posts: SimpleQueue[fan_out.Message] = SimpleQueue()
     try:
         with fan_out.post(posts.put, desk.root, futures) as post:
-            for stage in STAGES.values():
-                for variant in variants if stage.per_variant else (None,):
-                    key = stage.name, variant
-                    order = Order(desk.root, run, *key, parallel if variant else 1, key not in behind)
-                    orders[order.name] = order
-                    task = _task(order.name, checked.machine.retries)
-                    futures[key] = task.submit(
-                        order, post, wait_for=[futures[each] for each in _inputs(*key, variants)]
-                    )
-                    futures[key].add_done_callback(lambda _, name=order.name: posts.put((name, None)))
-            ends: dict[Key, Any] = {}
-            while len(ends) < len(futures):
+            while True:
+                for order in orders:
+                    inputs = _inputs(*order.key, variants)
+                    if order.key not in futures and all(key in desk.done for key in inputs):
+                        # States, not futures: Dask would do again what a future stood for, were it lost.
+                        states = [futures[key].state for key in inputs]
+                        futures[order.key] = future = _task(order.name, checked).submit(order, post, wait_for=states)
+                        future.add_done_callback(lambda _, name=order.name: posts.put((name, None)))
+                if len(ends) == len(futures):  # what is left waits for something that failed
+                    break
                 name, event = posts.get()
-                order = orders[name]
+                order = by_name[name]
                 if event is not None:
                     desk.take(order, event)
                     continue
@@ -203,8 +207,7 @@ def _stages(desk: Desk, run: str, checked: params.Params) -> None:
         for name in list(desk.began):
             desk.fail(name, str(error) or type(error).__name__, "KILLED")
         raise
-    # A stage whose input failed was not run and has no error of its own to tell.
-    failed = [ends[key] for key in futures if isinstance(ends[key], BaseException)]
+    failed = [ends[order.key] for order in orders if isinstance(ends.get(order.key), BaseException)]
     ours = [error for error in failed if isinstance(error, PipelineError)]
     if failed:
         raise (ours or failed)[0]
@@ -235,13 +238,13 @@ def _inputs(name: str, variant: str | None, variants: tuple[str, ...]) -> list[K
     return found
 
 
-def _task(name: str, retries: int) -> Task[[Order, fan_out.Post], versioning.Outcome]:
+def _task(name: str, checked: params.Params) -> Task[[Order, fan_out.Post], versioning.Outcome]:
     """The Prefect task of one stage."""
     return Task(
         bring,
         name=name,
         task_run_name=name,
-        retries=retries,
+        retries=checked.machine.retries,
         retry_delay_seconds=exponential_backoff(2),
         retry_condition_fn=_worth_a_retry,
         cache_policy=NO_CACHE,

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from checkout import SLMOPS, digests, environment, make_toy, prefect_server, slmops, started
+from test_deployments import ask
 from test_pipeline import read, run_toy, runs, wait_for
-from test_servers import DEADLINE_S
+from test_servers import DEADLINE_S, start, stop
 
-from flows import tracking
+from flows import servers, tracking
 
 pytest.importorskip("prefect_dask", reason="prefect-dask is not installed: pip install 'slmops[dask]'")
 
@@ -47,9 +48,15 @@ def workers(root: Path) -> set[int]:
     return {pid for pid in found if mark not in read(Path(f"/proc/{pid}/environ"))}
 
 
+def left_at_work(root: Path) -> list[Path]:
+    """What a killed worker left: dvc, the stage, what watches them."""
+    mark = f"SLMOPS_EVENTS={root}/".encode()
+    return [entry for entry in Path("/proc").glob("[0-9]*") if mark in read(entry / "environ")]
+
+
 def during(root: Path, look: Callable[[subprocess.Popen[str]], bool], *arguments: str, **extra: str) -> tuple[int, str]:
     """A run on Dask, with `look` called again and again until it says yes; exit code and standard error."""
-    env = environment(root, PREFECT_API_URL=prefect_server(), **extra)
+    env = environment(root, **{"PREFECT_API_URL": extra.get("PREFECT_API_URL") or prefect_server(), **extra})
     command = [SLMOPS, "run", *DASK, *arguments]
     with subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:  # fmt: skip
         wait_for(lambda: look(run) or run.poll() is not None)
@@ -126,13 +133,21 @@ def test_the_work_of_a_killed_worker_is_done_by_another(toy: Path) -> None:
 
 @pytest.mark.slow
 def test_where_every_worker_is_killed_the_run_fails_truly(toy: Path) -> None:
-    arguments = ["--name", "one", "--set", "machine.retries=0"]
-    code, said = during(toy, kill(toy, "distill"), *arguments, TOY_WAIT=json.dumps({"distill": 10}))
-    assert code == 1
-    assert "error: distill: each Dask worker that worked on it was killed" in said.splitlines()[-1]
+    up = start(toy)
+    try:
+        api = f"{servers.running(toy).prefect}/api"
+        where = {"PREFECT_API_URL": api, "PREFECT_HOME": str(toy / "prefect"), "MLFLOW_TRACKING_URI": ""}
+        arguments = ["--name", "one", "--set", "machine.retries=0"]
+        code, said = during(toy, kill(toy, "distill"), *arguments, TOY_WAIT=json.dumps({"distill": 10}), **where)
+        assert code == 1
+        assert "error: distill: each Dask worker that worked on it was killed" in said.splitlines()[-1]
+        states = {run["name"]: run["state_type"] for run in ask(f"{api}/task_runs/filter", {})}
+        assert states == {"acquire": "COMPLETED", "finetune": "COMPLETED", "distill": "CRASHED"}
+    finally:
+        stop(up)
     assert dict(runs(toy)) == {"one": "FAILED", "acquire": "FINISHED", "finetune": "FINISHED", "distill": "FAILED"}
-    wait_for(lambda: "its stage still works" not in slmops(toy, "run", "--set", "machine.runner=dask").stderr)
-    again = run_toy(toy)
+    wait_for(lambda: not left_at_work(toy))
+    again = run_toy(toy, "--set", "machine.runner=threads")
     assert again.returncode == 0, again.stderr
     assert started(toy).count("finetune") == 1
 

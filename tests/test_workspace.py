@@ -40,8 +40,9 @@ def test_the_lock_names_its_holder_and_is_free_again(root: Path) -> None:
 def test_the_lock_of_a_killed_run_is_free_unless_a_child_still_works(root: Path) -> None:
     code = (
         "import os, subprocess, sys; from pathlib import Path; from flows import workspace\n"
-        "with workspace.locked(Path(sys.argv[1]), 'dead') as lock:\n"
-        "    child = subprocess.Popen(['cat'], stdin=0, stdout=subprocess.DEVNULL, pass_fds=(lock,))\n"
+        "root = Path(sys.argv[1])\n"
+        "with workspace.locked(root, 'dead'), workspace.joined(root, 'distill') as locks:\n"
+        "    child = subprocess.Popen(['cat'], stdin=0, stdout=subprocess.DEVNULL, pass_fds=locks)\n"
         "    print('ready', flush=True); os.kill(os.getpid(), 9)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
