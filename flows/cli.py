@@ -1,6 +1,7 @@
 """The `slmops` command. Parsing needs the standard library alone; what a command needs it imports itself."""
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prefect-port", type=int, default=4200, metavar="PORT")
     sub.add_argument("--mlflow-port", type=int, default=5000, metavar="PORT")
     sub.add_argument("--database", metavar="URL", help="postgresql://user@host/name instead of SQLite")
+    sub.add_argument("--runs", type=int, default=os.cpu_count() or 1, metavar="N", help="so many at once; others wait")
     sub = add("prune", prune, "remove the worktrees of finished runs; their branches stay")
     sub.add_argument("name", nargs="*", help="of these runs, finished or not")
     return parser
@@ -109,16 +111,16 @@ def run(args: argparse.Namespace) -> int:
     quiet.apply(quiet.PREFECT)
     name = args.name or workspace.new_name()
     if not args.worktree:
-        with workspace.in_place(here, name, args.params, args.overrides) as lock:
+        with workspace.in_place(here, name, args.params, args.overrides):
             if args.params or args.overrides:
                 print("note: params.yaml now holds the effective values of this run", file=sys.stderr)
-            _go(here, name, lock, started)
+            _go(here, name, started)
         return 0
     changed = workspace.uncommitted(main)
     if changed:
         print(f"note: not in this run, since not committed: {', '.join(changed)}", file=sys.stderr)
-    with workspace.worktree(main, name, args.commit, args.params, args.overrides) as (root, lock):
-        registered = _go(root, name, lock, started)
+    with workspace.worktree(main, name, args.commit, args.params, args.overrides) as root:
+        registered = _go(root, name, started)
         commit = workspace.finish(root, name, f"Run {name}\n\n{registered}")
     print(f"commit {commit[:12]} on branch runs/{name}; its files are in {root} until `slmops prune`")
     return 0
@@ -136,7 +138,7 @@ def _terminated(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _go(root: Path, name: str, lock: int, started: float) -> str:
+def _go(root: Path, name: str, started: float) -> str:
     """Run the flow in a workspace that is locked, print what it came to, and say what was registered."""
     from flows import tracking, versioning, workspace
 
@@ -146,7 +148,7 @@ def _go(root: Path, name: str, lock: int, started: float) -> str:
 
     from flows import pipeline
 
-    result = pipeline.run(root, name, lock)
+    result = pipeline.run(root, name)
     print(_summary(result, time.monotonic() - started))
     return result.registered
 
@@ -304,7 +306,7 @@ def up(args: argparse.Namespace) -> int:
 
     database = server_env.hide_password(args.database) if args.database else None
     main = workspace.main_root(workspace.find(Path()))
-    servers.up(main, server_env.Options(args.host, args.prefect_port, args.mlflow_port, database))
+    servers.up(main, server_env.Options(args.host, args.prefect_port, args.mlflow_port, database, args.runs))
     return 0
 
 

@@ -93,8 +93,8 @@ def train_and_release(
         # JSON is YAML, so a value is data here as it is in params.yaml, never a command.
         overrides = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
         workspace.mark()
-        with workspace.worktree(main, name, commit, None, overrides) as (place, lock):
-            result = pipeline.run(place, name, lock)
+        with workspace.worktree(main, name, commit, None, overrides) as place:
+            result = pipeline.run(place, name)
             pages.show(place, name, result.rows, result.registered)
             workspace.finish(place, name, f"Run {name}\n\n{result.registered}")
             print(versioning.push(place))

@@ -14,7 +14,7 @@ HOW = {"ran": "done", "restored": "restored from the cache", "unchanged": "up to
 
 
 class Display:
-    """Bars on a terminal, plain lines elsewhere. Called from several threads."""
+    """Bars on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -58,10 +58,10 @@ class Display:
         self._hide(name)
         self.say(f"{name:<20} {HOW[outcome.how]:<24} {outcome.total_s:7.1f} s")
 
-    def fail(self, name: str, error: BaseException) -> None:
+    def fail(self, name: str, text: str) -> None:
         """A stage failed; it may be tried again."""
         self._hide(name)
-        self.say(f"{name:<20} failed: {error}")
+        self.say(f"{name:<20} failed: {text}")
 
     def _hide(self, name: str) -> None:
         with self._lock:

@@ -7,24 +7,24 @@ do is DVC's decision alone, so a retry, a second run and `dvc repro` all take up
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from prefect import Task, flow, runtime
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import PrefectFuture, wait
+from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
-from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
-from flows import pages, release, results, tracking, versioning, workspace
+from flows import fan_out, pages, release, results, tracking, versioning, workspace
 from flows.display import Display
 from flows.report import write_report
 from tasks import params
 from tasks.errors import DiskFullError, PipelineError, StageError
-from tasks.stage import Stage, folder
+from tasks.stage import folder
 from tasks.stages import STAGES
 
 MLFLOW_S = 120.0  # registering needs MLflow, and waits so long for one that is away
@@ -45,34 +45,80 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Context:
-    """What every task of a run shares."""
+class Order:
+    """What the task of one stage is told: plain data, for it may work in another process or on another machine."""
 
     root: Path
-    name: str
-    params: params.Params
-    tracker: tracking.Tracker
+    run: str
+    stage: str
+    variant: str | None
+    parallel: int  # so many of its kind share a machine
+    up_to_date: bool  # as `dvc status` found when the run began
+
+    @property
+    def key(self) -> Key:
+        return self.stage, self.variant
+
+    @property
+    def name(self) -> str:
+        """`distill`, `quantize-q4_0`: of the task, its log and its line on the terminal."""
+        return f"{self.stage}-{self.variant}" if self.variant else self.stage
+
+
+@dataclass
+class Desk:
+    """The flow's own end: what tasks post, wherever they run, is told here to the terminal and to MLflow."""
+
+    root: Path
     display: Display
-    lock: int
-    changed: frozenset[str]  # DVC's names of the stages that were out of date when the run began
-    done: dict[Key, versioning.Outcome]
-    spans: list[tuple[float, float]]  # when stages' own commands ran, by the monotonic clock
+    tracker: tracking.Tracker
+    done: dict[Key, versioning.Outcome] = field(default_factory=dict)
+    began: dict[str, tuple[Order, float]] = field(default_factory=dict)  # by name; of what is not yet done
+    spans: list[tuple[float, float]] = field(default_factory=list)  # when stages' own commands ran
+
+    def take(self, order: Order, event: versioning.Event) -> None:
+        """An event of `tasks/events.py`, or that a task begins or failed."""
+        name, stage = order.name, STAGES[order.stage]
+        if event["event"] == "begin":
+            self.began[name] = order, time.monotonic()
+            self.tracker.begin(stage, order.variant)
+            self.display.begin(name)
+        elif event["event"] == "fail":
+            self.fail(name, event["text"])
+        elif event["event"] == "metric":
+            self.tracker.point(stage, order.variant, event["name"], event["value"], event["step"])
+        else:
+            self.display.event(name, event)
+
+    def end(self, order: Order, outcome: versioning.Outcome) -> None:
+        """A stage is up to date."""
+        _, began = self.began.pop(order.name)
+        if outcome.how == "ran":
+            self.spans.append((began, began + outcome.stage_s))
+        self.done[order.key] = outcome
+        self.display.end(order.name, outcome)
+        self.tracker.end(STAGES[order.stage], order.variant, folder(self.root, order.stage, order.variant), outcome)
+
+    def fail(self, name: str, text: str, status: str = "FAILED") -> None:
+        """A stage failed, and may be tried again, or was stopped (KILLED)."""
+        order, _ = self.began.pop(name)
+        self.display.fail(name, text)
+        self.tracker.fail(STAGES[order.stage], order.variant, text, status)
 
 
-def run(root: Path, name: str, lock: int) -> Result:
-    """Run the pipeline under Prefect in the workspace `root`, which `lock` (a descriptor) keeps for this run.
+def run(root: Path, name: str) -> Result:
+    """Run the pipeline under Prefect in the workspace `root`, which the caller has locked.
 
     Raises:
         PipelineError: what the first failing stage raised.
     """
-    workers = params.load(root / "params.yaml").machine.parallel
-    runner: Any = ThreadPoolTaskRunner(max_workers=workers)
-    result: Result = slmops.with_options(task_runner=runner)(str(root), name, lock)
+    runner: Any = fan_out.runner(params.load(root / "params.yaml").machine)
+    result: Result = slmops.with_options(task_runner=runner)(str(root), name)
     return result
 
 
 @flow(name="slmops", flow_run_name="{name}", persist_result=False, validate_parameters=False)
-def slmops(root: str, name: str, lock: int) -> Result:
+def slmops(root: str, name: str) -> Result:
     """From an open model to a packaged and registered edge model, in the workspace `root`."""
     started = time.monotonic()
     pages.plain_errors()
@@ -93,9 +139,8 @@ def slmops(root: str, name: str, lock: int) -> Result:
     tracker = tracking.Tracker(main, name, checked, tags, say)
     try:
         with display:
-            changed = frozenset(versioning.status(here))
-            context = Context(here, name, checked, tracker, display, lock, changed, {}, [])
-            _stages(context)
+            desk = Desk(here, display, tracker)
+            _stages(desk, name, checked)
             rows = results.rows(here, checked)
             display.table(rows)
         report = here / "report.html"
@@ -107,10 +152,9 @@ def slmops(root: str, name: str, lock: int) -> Result:
             tracking.tell_model(main, here, version.name, version.version, chosen)
         pages.show(here, name, rows, registered)
     except BaseException as error:
-        versioning.interrupt()
         _close_failed(tracker, error)
         raise
-    result = Result(context.done, rows, registered, report, _covered(context.spans))
+    result = Result(desk.done, rows, registered, report, _covered(desk.spans))
     ended = {"slmops.dvc_lock": versioning.lock_digest(here), "slmops.registered": registered}
     spent = {"wall_s": time.monotonic() - started, "work_s": result.work_s}
     tracker.close("FINISHED", ended, spent, (report, folder(here, "package") / "bundle.json"))
@@ -127,29 +171,70 @@ def _close_failed(tracker: tracking.Tracker, error: BaseException) -> None:
         error.add_note(str(second))
 
 
-def _stages(context: Context) -> None:
-    """Submit every stage as a task that waits for its inputs; variants go side by side.
+def _stages(desk: Desk, run: str, checked: params.Params) -> None:
+    """Submit every stage as a task as soon as its inputs are there; variants go side by side.
 
     Raises:
         PipelineError: what the first failing stage raised, in the pipeline's order.
     """
+    variants = checked.quantize.variants
+    parallel = min(checked.machine.parallel, len(variants))
+    behind = _behind(frozenset(versioning.status(desk.root)), variants)
+    orders = [
+        Order(desk.root, run, stage.name, variant, parallel if variant else 1, (stage.name, variant) not in behind)
+        for stage in STAGES.values()
+        for variant in (variants if stage.per_variant else (None,))
+    ]
+    by_name = {order.name: order for order in orders}
     futures: dict[Key, PrefectFuture[versioning.Outcome]] = {}
-    variants = context.params.quantize.variants
+    ends: dict[Key, Any] = {}
+    posts: SimpleQueue[fan_out.Message] = SimpleQueue()
+    try:
+        with fan_out.post(posts.put, desk.root, futures) as post:
+            while True:
+                for order in orders:
+                    inputs = _inputs(*order.key, variants)
+                    if order.key not in futures and all(key in desk.done for key in inputs):
+                        # States, not futures: Dask would do again what a future stood for, were it lost.
+                        states = [futures[key].state for key in inputs]
+                        futures[order.key] = future = _task(order.name, checked).submit(order, post, wait_for=states)
+                        future.add_done_callback(lambda _, name=order.name: posts.put((name, None)))
+                if len(ends) == len(futures):  # what is left waits for something that failed
+                    break
+                name, event = posts.get()
+                order = by_name[name]
+                if event is not None:
+                    desk.take(order, event)
+                    continue
+                ends[order.key] = end = fan_out.end(name, futures[order.key])
+                if isinstance(end, versioning.Outcome):
+                    desk.end(order, end)
+                elif name in desk.began:  # it had no time for a word
+                    desk.fail(name, str(end))
+    except BaseException as error:
+        for name in list(desk.began):
+            desk.fail(name, str(error) or type(error).__name__, "KILLED")
+        raise
+    failed = [ends[order.key] for order in orders if isinstance(ends.get(order.key), BaseException)]
+    ours = [error for error in failed if isinstance(error, PipelineError)]
+    if failed:
+        raise (ours or failed)[0]
+
+
+def _behind(changed: frozenset[str], variants: tuple[str, ...]) -> set[Key]:
+    """The stages that are out of date or follow from one that is. All others need no call of DVC."""
+    found: set[Key] = set()
     for stage in STAGES.values():
         for variant in variants if stage.per_variant else (None,):
-            inputs = [futures[key] for key in _inputs(stage, variant, variants)]
-            futures[stage.name, variant] = _task(context, stage, variant).submit(wait_for=inputs)
-    wait(list(futures.values()))
-    # A stage whose input failed was not run (its state is pending) and has no error of its own to tell.
-    for future in futures.values():
-        end = future.state.result(raise_on_failure=False) if future.state.is_final() else None
-        if isinstance(end, PipelineError):
-            raise end
-    for future in futures.values():
-        future.result()  # raises what is no error of ours
+            if versioning.address(stage.name, variant) in changed or found & set(
+                _inputs(stage.name, variant, variants)
+            ):
+                found.add((stage.name, variant))
+    return found
 
 
-def _inputs(stage: Stage, variant: str | None, variants: tuple[str, ...]) -> list[Key]:
+def _inputs(name: str, variant: str | None, variants: tuple[str, ...]) -> list[Key]:
+    stage = STAGES[name]
     found: list[Key] = []
     for source in stage.inputs.values():
         if not STAGES[source].per_variant:
@@ -161,72 +246,52 @@ def _inputs(stage: Stage, variant: str | None, variants: tuple[str, ...]) -> lis
     return found
 
 
-def _task(context: Context, stage: Stage, variant: str | None) -> Task[[], versioning.Outcome]:
-    """The Prefect task of one stage: `distill`, `quantize-q4_0`."""
-    name = f"{stage.name}-{variant}" if variant else stage.name
-    task: Task[[], versioning.Outcome] = Task(
-        lambda: _bring(context, stage, variant, name),
+def _task(name: str, checked: params.Params) -> Task[[Order, fan_out.Post], versioning.Outcome]:
+    """The Prefect task of one stage."""
+    return Task(
+        bring,
         name=name,
         task_run_name=name,
-        retries=context.params.machine.retries,
+        retries=checked.machine.retries,
         retry_delay_seconds=exponential_backoff(2),  # 2, 4, 8 ... seconds, and up to half more:
         retry_jitter_factor=0.5,  # variants that failed together at one server do not return together
         retry_condition_fn=_worth_a_retry,
         cache_policy=NO_CACHE,
         persist_result=False,
     )
-    return task
 
 
-def _bring(context: Context, stage: Stage, variant: str | None, name: str) -> versioning.Outcome:
-    """Bring one stage up to date through DVC and tell of it to the terminal, Prefect and MLflow."""
-    tell = _teller(context, stage, variant, name)
-    context.tracker.begin(stage, variant)
-    context.display.begin(name)
-    began = time.monotonic()
+def bring(order: Order, post: fan_out.Post) -> versioning.Outcome:
+    """Bring one stage up to date through DVC. Knows the workspace and nothing of the flow's process."""
+    name = order.name
+    post((name, {"event": "begin"}))
+    if order.up_to_date:
+        return versioning.Outcome("unchanged", 0.0, 0.0)
     try:
-        if _up_to_date(context, stage, variant):
-            outcome = versioning.Outcome("unchanged", 0.0, 0.0)
-        else:
-            outcome = versioning.repro(
-                context.root,
-                stage.name,
-                variant,
-                log=context.root / ".runs" / "logs" / context.name / f"{name}.log",
-                on_event=tell,
-                env=_threads(context.params) if stage.per_variant else {},
-                keep_open=(context.lock,),
+        with workspace.joined(order.root, name) as locks:
+            return versioning.repro(
+                order.root,
+                order.stage,
+                order.variant,
+                log=order.root / ".runs" / "logs" / order.run / f"{name}.log",
+                on_event=_teller(name, post),
+                env=_threads(order.parallel) if order.variant else {},
+                keep_open=locks,
             )
-        if outcome.how == "ran":
-            context.spans.append((began, began + outcome.stage_s))
-        context.tracker.end(stage, variant, folder(context.root, stage.name, variant), outcome)
-    except BaseException as error:
-        context.display.fail(name, error)
-        context.tracker.fail(stage, variant, error, "KILLED" if isinstance(error, versioning.Stopped) else "FAILED")
+    except PipelineError as error:
+        post((name, {"event": "fail", "text": str(error)}))
         raise
-    context.done[stage.name, variant] = outcome
-    context.display.end(name, outcome)
-    return outcome
 
 
-def _up_to_date(context: Context, stage: Stage, variant: str | None) -> bool:
-    """One `dvc status` at the start answers for every stage whose inputs this run left alone."""
-    inputs = _inputs(stage, variant, context.params.quantize.variants)
-    unchanged = all(context.done[key].how == "unchanged" for key in inputs)
-    return unchanged and versioning.address(stage.name, variant) not in context.changed
-
-
-def _teller(context: Context, stage: Stage, variant: str | None, name: str) -> Callable[[versioning.Event], None]:
-    """Hand a stage's events to the bars, to a Prefect progress artifact and to MLflow's curves."""
+def _teller(name: str, post: fan_out.Post) -> Callable[[versioning.Event], None]:
+    """Hand a stage's events to the flow; its notes and its progress to Prefect too."""
     artifact: Any = None
     last = time.monotonic()  # a stage that ends at once needs no artifact
 
     def tell(event: versioning.Event) -> None:
         nonlocal artifact, last
-        context.display.event(name, event)
-        if event["event"] == "metric":
-            context.tracker.point(stage, variant, event["name"], event["value"], event["step"])
-        elif event["event"] == "note":
+        post((name, event))
+        if event["event"] == "note":
             get_run_logger().info("%s", event["text"])
         elif event["event"] == "progress" and time.monotonic() - last > ARTIFACT_S:
             last, percent = time.monotonic(), 100 * event["done"] / event["total"]
@@ -247,10 +312,9 @@ def _worth_a_retry(task: Any, run: Any, state: Any) -> bool:
     return isinstance(error, StageError) and not isinstance(error, DiskFullError)
 
 
-def _threads(checked: params.Params) -> dict[str, str]:
+def _threads(parallel: int) -> dict[str, str]:
     """Variants that run side by side share the cores instead of fighting for them."""
-    each = max(1, (os.cpu_count() or 1) // min(checked.machine.parallel, len(checked.quantize.variants)))
-    return {"OMP_NUM_THREADS": str(each)}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:

@@ -47,12 +47,13 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 
 @dataclass(frozen=True)
 class Options:
-    """What a person chooses. `database`: a PostgreSQL URL without a password."""
+    """What a person chooses. `database`: a PostgreSQL URL without a password. `runs`: so many at once, each a process."""
 
     host: str = "127.0.0.1"
     prefect_port: int = 4200
     mlflow_port: int = 5000
     database: str | None = None
+    runs: int = os.cpu_count() or 1
 
 
 def base() -> dict[str, str]:

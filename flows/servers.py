@@ -177,7 +177,18 @@ def _bring_up(
     # What only the command line can tell; the rest, and every secret, is in the environment.
     where = ("--host", options.host, "--port")
     basic = ("--app-name", "basic-auth") if auth else ()
-    pool = ("--pool", POOL, "--type", "process", "--name", worker, "--install-policy", "never")
+    pool = (
+        "--pool",
+        POOL,
+        "--type",
+        "process",
+        "--name",
+        worker,
+        "--install-policy",
+        "never",
+        "--limit",
+        str(options.runs),
+    )
     commands = {
         "prefect": ("prefect", "server", "start", *where, str(options.prefect_port)),
         "mlflow": ("mlflow", "server", *where, str(options.mlflow_port), "--workers=1", "--no-serve-artifacts", *basic),

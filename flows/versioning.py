@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,8 +28,8 @@ WATCHED = f"""exec 3<&0 </dev/null
 {{ read word <&3 || {{ kill -INT 0; sleep {GRACE_S}; kill -KILL 0; }}; }} &
 exec "$@" 3<&-"""
 
-_children: dict[int, subprocess.Popen[bytes]] = {}  # of this process, so that `interrupt` can reach them
-_interrupted = threading.Event()
+_children: dict[int, Path] = {}  # of this process, with the workspace of each, so that `interrupt` can reach them
+_interrupted: set[int] = set()
 
 
 class Stopped(PipelineError):
@@ -96,7 +95,7 @@ def repro(
             pass_fds=keep_open,
             start_new_session=True,  # Ctrl-C reaches us alone, and `interrupt` the whole family
         )
-        with _child(process):
+        with _child(process, root):
             reader = _lines(stream)
             ended = False
             while not ended:
@@ -110,6 +109,8 @@ def repro(
                     on_event(event)
     total = time.monotonic() - started
     text = log.read_text(encoding="utf-8", errors="replace")
+    if process.returncode != 0 and process.pid in _interrupted:
+        raise Stopped(f"{name} was stopped: run again, it takes up where it can")
     if process.returncode != 0:
         raise _failure(text, told, name, log, root)
     if f"Running stage '{name}'" not in text:
@@ -198,30 +199,30 @@ def check_state(root: Path) -> None:
         raise _damaged_lock(root)
 
 
-def interrupt() -> None:
-    """Stop every dvc that this process started, with its stage: SIGINT, after a while SIGKILL."""
-    if not _children:
-        return
-    _interrupted.set()
+def interrupt(root: Path) -> None:
+    """Stop every dvc that this process started in the workspace `root`, with its stage: SIGINT, after a while SIGKILL."""
     deadline = time.monotonic() + GRACE_S
-    while _children and time.monotonic() < deadline:
-        _signal_all(signal.SIGINT)
+    while _signal_all(root, signal.SIGINT) and time.monotonic() < deadline:
         time.sleep(0.5)
-    _signal_all(signal.SIGKILL)
+    _signal_all(root, signal.SIGKILL)
 
 
-def _signal_all(number: int) -> None:
-    for pid in list(_children):
+def _signal_all(root: Path, number: int) -> list[int]:
+    found = [pid for pid, place in list(_children.items()) if place == root]
+    for pid in found:
+        _interrupted.add(pid)
         try:
             os.killpg(pid, number)
         except ProcessLookupError:
             continue  # it ended by itself
+    return found
 
 
 @contextmanager
-def _child(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _child(process: subprocess.Popen[bytes], root: Path) -> Iterator[None]:
     """Keep a process where `interrupt` finds it, and send its watcher home when it has ended."""
-    _children[process.pid] = process
+    _children[process.pid] = root
+    _interrupted.discard(process.pid)  # of an earlier process of that id
     try:
         yield
     finally:
@@ -253,8 +254,6 @@ def _dvc(root: Path, *arguments: str) -> str:
 
 def _failure(text: str, told: list[Event], name: str, log: Path, root: Path) -> PipelineError:
     """The stage's own words if it had any, else what can be told from DVC's."""
-    if _interrupted.is_set():
-        return Stopped(f"{name} was stopped: run again, it takes up where it can")
     for event in told:
         if event["event"] == "error":
             family: type[PipelineError] = getattr(errors, event["family"])

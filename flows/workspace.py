@@ -104,8 +104,8 @@ def check_name(name: str) -> None:
 
 
 @contextmanager
-def locked(root: Path, name: str) -> Iterator[int]:
-    """Hold the workspace for the run `name`; yields the lock's descriptor, for children to keep open.
+def locked(root: Path, name: str) -> Iterator[None]:
+    """Hold the workspace for the run `name`; its stages join in (`joined`), and hold it should the run be killed.
 
     Raises:
         Busy: another run holds it; the message names that run.
@@ -131,9 +131,26 @@ def locked(root: Path, name: str) -> Iterator[int]:
         handle.write(json.dumps(holder))
         handle.flush()
         try:
-            yield handle.fileno()
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for its stages to join; no other run can take it
+        except BlockingIOError:  # the moment between the two locks was another's
+            raise Busy(_busy(path, root)) from None
+        try:
+            yield
         finally:
             handle.truncate(0)
+
+
+@contextmanager
+def joined(root: Path, stage: str) -> Iterator[tuple[int, int]]:
+    """Hold the workspace with its run while one stage works, in whatever process and on whatever machine. Waits for
+    what a killed worker left at work on this stage. Yields descriptors for dvc to keep open, as it may outlive us.
+    """
+    path = root / ".runs" / "logs" / f"{stage}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (root / ".runs" / "lock").open() as run, path.open("a") as own:
+        fcntl.flock(run, fcntl.LOCK_SH)
+        fcntl.flock(own, fcntl.LOCK_EX)
+        yield run.fileno(), own.fileno()
 
 
 def mark() -> None:
@@ -236,27 +253,25 @@ def _replace(path: Path, text: str) -> None:
 
 
 @contextmanager
-def in_place(root: Path, name: str, file: Path | None, overrides: Sequence[str]) -> Iterator[int]:
-    """The current checkout for a run: locked, with the effective params. Yields the lock's descriptor.
+def in_place(root: Path, name: str, file: Path | None, overrides: Sequence[str]) -> Iterator[None]:
+    """The current checkout for a run: locked, with the effective params.
 
     Raises:
         Busy: another run works here.
         ConfigError: the name or the params are wrong.
     """
     check_name(name)
-    with locked(root, name) as lock:
+    with locked(root, name):
         write_params(root, file, overrides)
-        yield lock
+        yield
 
 
 @contextmanager
-def worktree(
-    main: Path, name: str, commit: str, file: Path | None, overrides: Sequence[str]
-) -> Iterator[tuple[Path, int]]:
+def worktree(main: Path, name: str, commit: str, file: Path | None, overrides: Sequence[str]) -> Iterator[Path]:
     """`.runs/<name>` for a run: at `commit`, locked, with its effective params.yaml and the shared DVC cache.
 
-    A run that stopped before is taken up again, with the params that are given now. Yields the folder and
-    the lock's descriptor. Everything is checked before anything is made.
+    A run that stopped before is taken up again, with the params that are given now. Yields the folder.
+    Everything is checked before anything is made.
 
     Raises:
         Busy: the run of that name still works.
@@ -281,12 +296,12 @@ def worktree(
     if fresh:
         git(main, "worktree", "prune")
         git(main, "worktree", "add", "-q", "-b", branch, str(root), commit)
-    with locked(root, name) as lock:
+    with locked(root, name):
         _replace(root / "params.yaml", text)
         versioning.share_cache(root, versioning.cache_folder(main))
         if pointer:
             versioning.checkout(root, pointer)
-        yield root, lock
+        yield root
 
 
 def _pointer(main: Path, watch: Path, commit: str) -> Path | None:
@@ -339,7 +354,7 @@ def _held(root: Path) -> bool:
         return False
     with path.open() as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False

@@ -3,11 +3,13 @@
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one stage; exit code 1 with `error: ...` for anything a person can act on."""
+    began = time.monotonic()
     from tasks.stages import STAGES
 
     parser = argparse.ArgumentParser(
@@ -28,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         events.open_sink(os.environ.get("SLMOPS_EVENTS"))
         values = params.load(args.params or args.root / "params.yaml", args.overrides)
         stage.run(STAGES[args.stage], STAGES, values, args.root, args.variant)
+        events.finished(time.monotonic() - began)
     except PipelineError as error:
         events.error(type(error).__name__, str(error))
         print(f"error: {error}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 `tasks/__main__.py` calls `open_sink` once; library code only calls `progress` and `metric`. A line is
 one of `{"event": "progress", "label", "done", "total", "unit"}`, `{"event": "metric", "name", "value",
-"step"}`, `{"event": "note", "text"}` and `{"event": "error", "family", "text"}`.
+"step"}`, `{"event": "note", "text"}`, `{"event": "finished", "seconds"}` and `{"event": "error", "family", "text"}`.
 """
 
 import json
@@ -31,6 +31,11 @@ def _send(event: str, **fields: Any) -> None:
 def error(family: str, text: str) -> None:
     """Tell the error that ends a stage: the name of its class in `tasks/errors.py` and its message."""
     _send("error", family=family, text=text)
+
+
+def finished(seconds: float) -> None:
+    """Tell that the stage is done, and how long it worked."""
+    _send("finished", seconds=seconds)
 
 
 def metric(name: str, value: float, step: int) -> None:

@@ -221,7 +221,10 @@ class Package(Section):
 class Machine(Section):
     """How this machine is used. Not part of any stage's identity: it changes no result."""
 
-    parallel: Positive = Field(2, description="variants worked on at once by `slmops run`")
+    runner: Literal["threads", "dask"] = Field(
+        "threads", description="dask: on the cluster of DASK_SCHEDULER_ADDRESS, or on processes of this machine"
+    )
+    parallel: Positive = Field(2, description="variants worked on at once, on each machine")
     retries: Annotated[int, Field(ge=0)] = 1
 
 

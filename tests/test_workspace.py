@@ -40,8 +40,9 @@ def test_the_lock_names_its_holder_and_is_free_again(root: Path) -> None:
 def test_the_lock_of_a_killed_run_is_free_unless_a_child_still_works(root: Path) -> None:
     code = (
         "import os, subprocess, sys; from pathlib import Path; from flows import workspace\n"
-        "with workspace.locked(Path(sys.argv[1]), 'dead') as lock:\n"
-        "    child = subprocess.Popen(['cat'], stdin=0, stdout=subprocess.DEVNULL, pass_fds=(lock,))\n"
+        "root = Path(sys.argv[1])\n"
+        "with workspace.locked(root, 'dead'), workspace.joined(root, 'distill') as locks:\n"
+        "    child = subprocess.Popen(['cat'], stdin=0, stdout=subprocess.DEVNULL, pass_fds=locks)\n"
         "    print('ready', flush=True); os.kill(os.getpid(), 9)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -104,7 +105,7 @@ def test_a_params_file_never_replaces_changes_that_are_not_committed(
 def test_a_worktree_has_its_own_params_the_shared_cache_and_an_end_on_its_branch(root: Path) -> None:
     (root / "notes.txt").write_text("staged, and none of a run's business")
     git(root, "add", "notes.txt")
-    with workspace.worktree(root, "one", "HEAD", None, ["distill.epochs=7.0"]) as (place, _):
+    with workspace.worktree(root, "one", "HEAD", None, ["distill.epochs=7.0"]) as place:
         assert place == root / ".runs" / "one"
         assert yaml.safe_load((place / "params.yaml").read_text())["distill"]["epochs"] == 7.0
         assert versioning.cache_folder(place) == versioning.cache_folder(root)
@@ -130,12 +131,12 @@ def test_a_worktree_has_its_own_params_the_shared_cache_and_an_end_on_its_branch
 
 
 def test_a_run_that_stopped_is_taken_up_again(root: Path) -> None:
-    with workspace.worktree(root, "two", "HEAD", None, ["distill.epochs=7.0"]) as (place, _):
+    with workspace.worktree(root, "two", "HEAD", None, ["distill.epochs=7.0"]) as place:
         (place / "build").mkdir()
         (place / "build" / "left").write_text("half a run")
     assert [run.state for run in workspace.runs(root)] == ["stopped"]
     assert workspace.prune(root) == []
-    with workspace.worktree(root, "two", "HEAD", None, []) as (place, _):
+    with workspace.worktree(root, "two", "HEAD", None, []) as place:
         assert (place / "build" / "left").exists()
         assert yaml.safe_load((place / "params.yaml").read_text())["distill"]["epochs"] == 7.0
     assert workspace.prune(root, ["two"]) == ["two"]
@@ -147,7 +148,7 @@ def test_a_run_that_stopped_is_taken_up_again(root: Path) -> None:
 def test_a_commit_needs_no_configured_person(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
         monkeypatch.setenv(name, "/dev/null")
-    with workspace.worktree(root, "anon", "HEAD", None, []) as (place, _):
+    with workspace.worktree(root, "anon", "HEAD", None, []) as place:
         (place / "dvc.lock").write_text("schema: '2.0'\n")
         workspace.finish(place, "anon", "Run anon")
     assert git(root, "log", "-1", "--format=%an", "runs/anon") == "slmops"
@@ -183,7 +184,7 @@ def test_local_inputs_must_be_part_of_the_commit(root: Path) -> None:
     subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "data"], cwd=root, check=True)
     git(root, "add", "-f", "data.dvc")
     commit(root)
-    with workspace.worktree(root, "x", "HEAD", None, []) as (place, _):
+    with workspace.worktree(root, "x", "HEAD", None, []) as place:
         assert (place / "data" / "rows" / "train.jsonl").read_text() == "{}\n"
 
 

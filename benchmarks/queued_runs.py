@@ -1,0 +1,110 @@
+"""200 runs of one deployment queued at once: is one lost, is one run twice, and does Prefect's server stay responsive?
+
+On the real server and worker of `slmops up`. The deployment's flow has the tasks of the pipeline's stages, and none
+does any work. How many run at once is the worker's limit (`slmops up --runs`): each is a process that imports Prefect.
+While they run the server is asked, again and again, what its UI asks: the list of runs. Prints a table.
+
+    python benchmarks/queued_runs.py [RUNS]
+"""
+
+import collections
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from checkout import make_toy  # noqa: E402 (the toy checkout of the tests)
+from test_deployments import ask  # noqa: E402
+from test_servers import own, start, stop  # noqa: E402
+
+from flows import servers  # noqa: E402
+
+FLOW = """
+import os
+from pathlib import Path
+from prefect import flow, runtime, task
+from tasks.stages import STAGES
+
+@task
+def nothing(stage):
+    pass
+
+@flow
+def idle():
+    with Path("ran.txt").open("a") as ran:
+        ran.write(runtime.flow_run.id + "\\n")
+    for stage in STAGES:
+        nothing(stage)
+
+if __name__ == "__main__":
+    here = str(Path(__file__).parent)
+    idle.from_source(here, "idle.py:idle").deploy("idle", work_pool_name="slmops", job_variables={"working_dir": here})
+"""
+DEADLINE_S = 4 * 3600.0
+
+
+def main() -> None:
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    with tempfile.TemporaryDirectory(prefix="slmops-queue-") as name:
+        root = Path(name) / "checkout"
+        root.mkdir()
+        make_toy(root)
+        up = start(root)
+        try:
+            measure(root, count)
+        finally:
+            stop(up)
+    print(f"{len(os.sched_getaffinity(0))} cores, load average {os.getloadavg()[0]:.1f} over the last minute")
+
+
+def measure(root: Path, count: int) -> None:
+    (root / "idle.py").write_text(FLOW)
+    env = {**own(root), **servers.settings(root)}
+    subprocess.run([sys.executable, "idle.py"], cwd=root, env=env, check=True, capture_output=True)
+    api = f"{servers.running(root).prefect}/api"
+    (deployment,) = ask(f"{api}/deployments/filter", {"deployments": {"name": {"any_": ["idle"]}}})
+
+    def queue(_: int) -> str:
+        where = f"{api}/deployments/{deployment['id']}/create_flow_run"
+        return ask(where, {"state": {"type": "SCHEDULED"}})["id"]
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(16) as pool:
+        queued = list(pool.map(queue, range(count)))
+    queued_s, took = time.monotonic() - began, []
+    states: collections.Counter[str] = collections.Counter()
+    while not queued or sum(states[each] for each in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")) < count:
+        if time.monotonic() - began > DEADLINE_S:
+            break
+        time.sleep(0.5)
+        asked = time.monotonic()
+        found = ask(f"{api}/flow_runs/filter", {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}, "limit": 200})  # fmt: skip
+        took.append(time.monotonic() - asked)
+        states = collections.Counter(run["state_type"] for run in found)
+    ran = collections.Counter((root / "ran.txt").read_text().split())
+    took.sort()
+    rows = {
+        "runs queued": count,
+        "seconds to queue them, 16 at a time": f"{queued_s:.1f}",
+        "seconds until the last had ended": f"{time.monotonic() - began:.1f}",
+        "ended as": ", ".join(f"{state.lower()} {number}" for state, number in states.items()),
+        "lost (never ran)": len(set(queued) - set(ran)),
+        "run twice": sum(number > 1 for number in ran.values()),
+        "list of 200 runs, p50": f"{took[len(took) // 2] * 1000:.0f} ms",
+        "list of 200 runs, p95": f"{took[int(len(took) * 0.95)] * 1000:.0f} ms",
+        "list of 200 runs, slowest": f"{took[-1] * 1000:.0f} ms, of {len(took)}",
+        "largest process": f"{resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000:.0f} MB",
+    }
+    for name, value in rows.items():
+        print(f"{name:<40}{value}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The stages on Dask's workers: the same bytes as from threads, and a true end whatever is killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from checkout import SLMOPS, digests, environment, make_toy, prefect_server, slmops, started
+from test_deployments import ask
+from test_pipeline import read, run_toy, runs, wait_for
+from test_servers import DEADLINE_S, start, stop
+
+from flows import servers, tracking
+
+pytest.importorskip("prefect_dask", reason="prefect-dask is not installed: pip install 'slmops[dask]'")
+
+DASK = ["--set", "machine.runner=dask"]
+CLUSTER = """
+import sys
+from distributed import LocalCluster
+
+if __name__ == "__main__":
+    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
+        print(cluster.scheduler_address, flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    (tmp_path / "toy").mkdir()
+    return make_toy(tmp_path / "toy")
+
+
+def workers(root: Path) -> set[int]:
+    """The processes whose children are a stage's dvc at this moment."""
+    mark = f"SLMOPS_EVENTS={root}/".encode()
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        if mark in read(entry / "environ") and b"dvc\0" in read(entry / "cmdline"):
+            parent = [line.split()[1] for line in read(entry / "status").decode().splitlines() if line[:5] == "PPid:"]
+            found |= set(map(int, parent))
+    return {pid for pid in found if mark not in read(Path(f"/proc/{pid}/environ"))}
+
+
+def left_at_work(root: Path) -> list[Path]:
+    """What a killed worker left: dvc, the stage, what watches them."""
+    mark = f"SLMOPS_EVENTS={root}/".encode()
+    return [entry for entry in Path("/proc").glob("[0-9]*") if mark in read(entry / "environ")]
+
+
+def during(root: Path, look: Callable[[subprocess.Popen[str]], bool], *arguments: str, **extra: str) -> tuple[int, str]:
+    """A run on Dask, with `look` called again and again until it says yes; exit code and standard error."""
+    env = environment(root, **{"PREFECT_API_URL": extra.get("PREFECT_API_URL") or prefect_server(), **extra})
+    command = [SLMOPS, "run", *DASK, *arguments]
+    with subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:  # fmt: skip
+        wait_for(lambda: look(run) or run.poll() is not None)
+        said = run.communicate(timeout=DEADLINE_S)[1]
+    return run.returncode, said
+
+
+def kill(root: Path, stage: str, number: int = signal.SIGKILL) -> Callable[[subprocess.Popen[str]], bool]:
+    """End the Dask worker that works on a stage."""
+
+    def look(run: subprocess.Popen[str]) -> bool:
+        found = workers(root) if stage in started(root) else set()
+        for pid in found:
+            assert pid != run.pid
+            os.kill(pid, number)
+        return bool(found)
+
+    return look
+
+
+def test_two_worker_processes_give_the_same_digests_as_threads(toy: Path, tmp_path: Path) -> None:
+    on_dask = tmp_path / "dask"
+    shutil.copytree(toy, on_dask)
+    done = run_toy(toy)
+    assert done.returncode == 0, done.stderr
+
+    seen: set[int] = set()
+
+    def look(run: subprocess.Popen[str]) -> bool:
+        seen.update(workers(on_dask) - {run.pid})
+        return False
+
+    waits = json.dumps({f"quantize-{variant}": 2 for variant in ("q8_0", "q4_0")})
+    code, said = during(on_dask, look, "--name", "one", TOY_WAIT=waits)
+    assert code == 0, said
+    assert len(seen) == 2
+    assert digests(on_dask) == digests(toy)
+    assert sorted(started(on_dask)) == sorted(started(toy))
+    assert "quantize-q4_0        done" in said
+    assert set(dict(runs(on_dask)).values()) == {"FINISHED"}
+    store = tracking.client(on_dask)
+    (found,) = store.search_runs([tracking.experiment(store, on_dask)], "tags.mlflow.runName = 'distill'")
+    assert [point.value for point in store.get_metric_history(found.info.run_id, "loss")] == [1, 1 / 2, 1 / 3, 1 / 4]
+
+
+def test_dask_without_a_prefect_server_is_refused(toy: Path) -> None:
+    done = slmops(toy, "run", *DASK)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: machine.runner is dask, and its workers need a Prefect server")  # fmt: skip
+    assert started(toy) == []
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_on_a_worker_fails_as_ours(toy: Path) -> None:
+    done = run_toy(
+        toy, *DASK, TOY_FAIL=json.dumps({"quantize-q4_0": ["ArtifactError", 9], "acquire": ["StageError", 1]})
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: quantize@q4_0: told to fail: do not tell it"
+    assert "Traceback" not in done.stderr
+    assert started(toy).count("acquire") == 2  # tried again, as it was the work that failed
+    assert "validate-q8_0" in started(toy)
+    assert not {"validate-q4_0", "package"} & set(started(toy))
+    assert dict(runs(toy))["quantize@q4_0"] == "FAILED"
+
+
+@pytest.mark.slow
+def test_the_work_of_a_killed_worker_is_done_by_another(toy: Path) -> None:
+    code, said = during(toy, kill(toy, "distill"), "--name", "one", TOY_WAIT=json.dumps({"distill": 10}))
+    assert code == 0, said
+    assert set(dict(runs(toy)).values()) == {"FINISHED"}
+    assert started(toy)[-1] == "package"
+
+
+@pytest.mark.slow
+def test_where_every_worker_is_killed_the_run_fails_truly(toy: Path) -> None:
+    up = start(toy)
+    try:
+        api = f"{servers.running(toy).prefect}/api"
+        where = {"PREFECT_API_URL": api, "PREFECT_HOME": str(toy / "prefect"), "MLFLOW_TRACKING_URI": ""}
+        arguments = ["--name", "one", "--set", "machine.retries=0"]
+        code, said = during(toy, kill(toy, "distill"), *arguments, TOY_WAIT=json.dumps({"distill": 10}), **where)
+        assert code == 1
+        assert "error: distill: each Dask worker that worked on it was killed" in said.splitlines()[-1]
+        states = {run["name"]: run["state_type"] for run in ask(f"{api}/task_runs/filter", {})}
+        assert states == {"acquire": "COMPLETED", "finetune": "COMPLETED", "distill": "CRASHED"}
+    finally:
+        stop(up)
+    assert dict(runs(toy)) == {"one": "FAILED", "acquire": "FINISHED", "finetune": "FINISHED", "distill": "FAILED"}
+    wait_for(lambda: not left_at_work(toy))
+    again = run_toy(toy, "--set", "machine.runner=threads")
+    assert again.returncode == 0, again.stderr
+    assert started(toy).count("finetune") == 1
+
+
+@pytest.fixture
+def cluster(toy: Path) -> Iterator[str]:
+    """The address of a cluster that was there before the run and stays."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], cwd=toy, env=environment(toy, TOY_WAIT=json.dumps({"distill": 8})),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin
+    assert process.stdout
+    yield process.stdout.readline().strip()
+    process.stdin.close()
+    process.wait(DEADLINE_S)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_stops_its_stage_on_a_cluster_that_stays(toy: Path, cluster: str) -> None:
+    def look(run: subprocess.Popen[str]) -> bool:
+        if "distill" in started(toy):
+            run.send_signal(signal.SIGTERM)
+        return "distill" in started(toy)
+
+    code, said = during(toy, look, "--name", "stopped", DASK_SCHEDULER_ADDRESS=cluster)
+    assert code == 143, said
+    assert workers(toy) == set()
+    assert dict(runs(toy)) == {"stopped": "KILLED", "acquire": "FINISHED", "finetune": "FINISHED", "distill": "KILLED"}
+    code, said = during(toy, lambda run: False, DASK_SCHEDULER_ADDRESS=cluster)
+    assert code == 0, said
+    assert started(toy).count("finetune") == 1
