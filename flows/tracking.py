@@ -10,8 +10,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -348,7 +349,8 @@ def page(main: Path, root: Path, part: str = "") -> str:
     """Address of MLflow's page of the newest run in the workspace `root`, or of a part of it; "" where no server shows it."""
     where, run = uri(main).rstrip("/"), None
     if where.startswith(("http://", "https://")):
-        run = _newest(client(main), main, root)
+        with _answering(main):
+            run = _newest(client(main), main, root)
     return f"{where}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{part}?{VIEW}" if run else ""
 
 
@@ -356,14 +358,27 @@ def tell_model(main: Path, root: Path, name: str, version: str, folder: Path) ->
     """Tie the newest run in the workspace `root` to the version that it registered; both get the numbers in `folder`."""
     from mlflow.entities import LoggedModelOutput, Metric
 
-    store = client(main)
-    run = _newest(store, main, root)
-    model = store.get_model_version(name, version).source.removeprefix("models:/")  # its model_id is empty
-    now = int(time.time() * 1000)
-    metrics = [Metric(key, value, now, 0, model_id=model) for key, value in _numbers(folder).items()]
-    store.log_batch(run.info.run_id, metrics=metrics)
-    store.log_inputs(run.info.run_id, _datasets(stage_folder(root, "acquire")))
-    store.log_outputs(run.info.run_id, [LoggedModelOutput(model, 0)])
+    with _answering(main):
+        store = client(main)
+        run = _newest(store, main, root)
+        model = store.get_model_version(name, version).source.removeprefix("models:/")  # its model_id is empty
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, value, now, 0, model_id=model) for key, value in _numbers(folder).items()]
+        store.log_batch(run.info.run_id, metrics=metrics)
+        store.log_inputs(run.info.run_id, [_dataset(each) for each in _datasets(stage_folder(root, "acquire"))])
+        store.log_outputs(run.info.run_id, [LoggedModelOutput(model, 0)])
+
+
+@contextmanager
+def _answering(main: Path) -> Iterator[None]:
+    """Ask MLflow something that cannot wait for it."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException  # type: ignore[import-untyped]
+
+    try:
+        yield
+    except (MlflowException, RequestException) as error:
+        raise _down(uri(main), str(error).splitlines()[0]) from error
 
 
 def _newest(store: Any, main: Path, root: Path) -> Any:
