@@ -34,7 +34,7 @@ Settings = Annotated[
     dict[str, Any] | None,
     Field(description="any other parameter, by its dotted name", examples=[{"finetune.epochs": 0.5}]),
 ]
-Commit = Annotated[str, Field(description="the commit, branch or tag to run", pattern=r"^[\w./-]+$")]
+Commit = Annotated[str, Field(description="the commit, branch or tag to run", pattern=r"^\w[\w./-]*$")]
 Overlap = Annotated[
     Literal["wait", "refuse"], Field(description="while another run works on the same model (package.name)")
 ]
@@ -70,15 +70,15 @@ def apply(root: Path) -> list[str]:
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise ConfigError(f"{root / FILE} was refused: {' '.join(lines[-3:])}")
     written = yaml.safe_load((root / FILE).read_bytes())["deployments"]
-    _end_schedules([each["name"] for each in written if not each.get("schedules")])
+    _end_schedules({(each["name"], each["entrypoint"]) for each in written if not each.get("schedules")})
     return [each["name"] for each in written]
 
 
-def _end_schedules(names: list[str]) -> None:
+def _end_schedules(names: set[tuple[str, str | None]]) -> None:
     """Remove what schedules the server still has for deployments without any: `prefect deploy` leaves them alone."""
     with get_client(sync_client=True) as client:
         for deployment in client.read_deployments():
-            for schedule in deployment.schedules if deployment.name in names else ():
+            for schedule in deployment.schedules if (deployment.name, deployment.entrypoint) in names else ():
                 client.delete_deployment_schedule(deployment.id, schedule.id)
 
 
@@ -148,7 +148,7 @@ def retrain_scheduled(settings: Settings = None, commit: Commit = "HEAD", overla
 
 @flow(name="validate-only", persist_result=True, validate_parameters=False)
 def validate_only(
-    run: Annotated[str, Field(description="the finished run whose files to validate", pattern=r"^[\w.-]+$")],
+    run: Annotated[str, Field(description="the finished run whose files to validate", pattern=r"^\w[\w.-]*$")],
     variants: Variants = None,
     gates: Gates = None,
 ) -> str:
