@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminated)
     from flows import quiet, workspace
+    from tasks import params
 
     workspace.mark()
     here = workspace.find(Path())
@@ -114,14 +115,21 @@ def run(args: argparse.Namespace) -> int:
         with workspace.in_place(here, name, args.params, args.overrides):
             if args.params or args.overrides:
                 print("note: params.yaml now holds the effective values of this run", file=sys.stderr)
-            _go(here, name, started)
+            model = params.load(here / "params.yaml").package.name
+            with workspace.one_at_a_time(main, model, name, wait=False, tell=print):
+                _go(here, name, started)
         return 0
     changed = workspace.uncommitted(main)
     if changed:
         print(f"note: not in this run, since not committed: {', '.join(changed)}", file=sys.stderr)
-    with workspace.worktree(main, name, args.commit, args.params, args.overrides) as root:
+    model = workspace.planned(main, name, args.commit, args.params, args.overrides)[1].package.name
+    with (
+        workspace.one_at_a_time(main, model, name, wait=False, tell=print),
+        workspace.worktree(main, name, args.commit, args.params, args.overrides) as root,
+    ):
         registered = _go(root, name, started)
         commit = workspace.finish(root, name, f"Run {name}\n\n{registered}")
+    workspace.retire(main, params.load(root / "params.yaml").machine.keep_runs)
     print(f"commit {commit[:12]} on branch runs/{name}; its files are in {root} until `slmops prune`")
     return 0
 
@@ -224,6 +232,8 @@ def approve(args: argparse.Namespace) -> int:
     from flows import release
 
     main, name = _model(args)
+    for line in release.expire(main):
+        print(line)
     starter = release.started_by(main, name, str(args.version)) if _checked(args).release.separate_duties else None
     print(
         release.approve(
@@ -254,7 +264,9 @@ def history(args: argparse.Namespace) -> int:
     """`slmops history`."""
     from flows import release
 
-    print(release.history(*_model(args)))
+    main, name = _model(args)
+    release.expire(main)
+    print(release.history(main, name))
     return 0
 
 

@@ -11,7 +11,9 @@ before an alias moves, so that one that was stopped in between can be made again
 """
 
 import getpass
+import json
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +212,52 @@ def reject(main: Path, name: str, version: str, by: str, reason: str) -> str:
         found = registry.find_version(client, name, version)
         if registry.aliased(client, name, CHAMPION) == version:
             raise ConfigError(f"{name} version {version} is the champion: `slmops rollback` takes it back")
-        digest = str(found.tags["bundle_digest"])
-        audit.record(client, main, "reject", name, version, digest=digest, by=by, reason=reason)
-        for alias in (CANDIDATE, PREVIOUS):
-            if registry.aliased(client, name, alias) == version:
-                client.delete_registered_model_alias(name, alias)
+        _reject(client, main, name, version, str(found.tags["bundle_digest"]), by, reason)
     return f"{name} version {version} is rejected"
+
+
+def ask(main: Path, asked: Registered, hours: float, place: Path) -> None:
+    """Write the question of whether to approve a version to `place`, with all that an answer is held against.
+
+    Raises:
+        ArtifactError: its bundle moved or changed.
+        StageError: the MLflow server does not answer.
+    """
+    seen = compare(main, asked.name, asked.version)
+    question = {
+        "name": asked.name,
+        "version": asked.version,
+        "digest": seen.digest,
+        "champion": seen.champion,
+        "text": seen.text(),
+        "decisions": len(audit.decisions(main, asked.name, asked.version, seen.digest)),
+        "hours": hours,
+        "expires": (datetime.now(UTC) + timedelta(hours=hours)).isoformat(),
+    }
+    workspace.replace(place, json.dumps(question))
+
+
+def expire(main: Path) -> list[str]:
+    """Reject, as the policy, each version about which someone was asked and nobody decided in time; a line each.
+
+    Raises:
+        ArtifactError: the record is damaged.
+        StageError: the MLflow server does not answer.
+    """
+    said = []
+    for place in sorted((main / ".runs").glob(f"*/{workspace.QUESTION}")):
+        question = json.loads(place.read_bytes())
+        if datetime.now(UTC) < datetime.fromisoformat(question["expires"]):
+            continue
+        name, version, digest = question["name"], question["version"], question["digest"]
+        with registry.opened(main) as client:
+            there = registry.by_digest(client, name, digest) == version  # no one deleted it
+            if there and len(audit.decisions(main, name, version, digest)) == question["decisions"]:
+                reason = f"nobody decided within {question['hours']:g} hours"
+                _reject(client, main, name, version, digest, POLICY, reason)
+                said.append(f"{name} version {version} is rejected: {reason}")
+            place.unlink(missing_ok=True)
+    return said
 
 
 def rollback(main: Path, name: str, by: str, reason: str) -> str:
@@ -295,6 +337,13 @@ def _signed(by: str, reason: str) -> tuple[str, str]:
     if not (by + reason).isprintable():
         raise ConfigError("--by and --reason hold characters that no one can see: write plain text")
     return by, reason
+
+
+def _reject(client: Any, main: Path, name: str, version: str, digest: str, by: str, reason: str) -> None:
+    audit.record(client, main, "reject", name, version, digest=digest, by=by, reason=reason)
+    for alias in (CANDIDATE, PREVIOUS):
+        if registry.aliased(client, name, alias) == version:
+            client.delete_registered_model_alias(name, alias)
 
 
 def _which(champion: str) -> str:

@@ -67,13 +67,13 @@ def bundle(root: Path) -> dict[str, Any]:
     return found
 
 
-def rows(root: Path, params: Params) -> list[Row]:
-    """The variants of a finished run, in the order of params.
+def rows(root: Path, params: Params, *, packaged: bool = True) -> list[Row]:
+    """The variants of a finished run, in the order of params; `packaged`: one of them may have been chosen.
 
     Raises:
         ArtifactError: validate or package did not run.
     """
-    chosen = bundle(root)["chosen"]
+    chosen = bundle(root)["chosen"] if packaged else None
     found = []
     for variant in params.quantize.variants:
         here = folder(root, "validate", variant)

@@ -129,6 +129,32 @@ def status(root: Path) -> dict[str, Any]:
     return result
 
 
+def changed_since(root: Path, lock: str) -> list[str]:
+    """What DVC finds changed in the workspace `root` since `lock`, a dvc.lock, was written: data, params and code,
+    each by its name. What the stages made is no part of it, so it need not be there.
+
+    Raises:
+        StageError: dvc cannot tell.
+    """
+    path = root / "dvc.lock"
+    own = path.read_bytes() if path.exists() else None
+    path.write_text(lock)
+    try:
+        found = status(root)
+    finally:
+        path.write_bytes(own) if own is not None else path.unlink()
+    changed: set[str] = set()
+    for stage, notes in found.items():
+        for note in notes:
+            if isinstance(note, str):  # "changed command"
+                changed.add(f"the command of {stage}")
+                continue
+            for name, how in note.get("changed deps", {}).items():
+                if not name.startswith("build/"):
+                    changed |= set(how) if isinstance(how, dict) else {name}  # a dict: the keys of a params file
+    return sorted(changed)
+
+
 def lock_digest(root: Path) -> str:
     """sha256 of dvc.lock, or "none" before anything ran."""
     path = root / "dvc.lock"
@@ -145,13 +171,23 @@ def share_cache(root: Path, cache: Path) -> None:
     _dvc(root, "cache", "dir", "--local", str(cache))
 
 
-def checkout(root: Path, target: Path) -> None:
-    """Restore from the cache what a .dvc file points to.
+def checkout(root: Path, *targets: str) -> None:
+    """Restore from the cache what .dvc files point to, or what stages made as dvc.lock has it.
 
     Raises:
+        ConfigError: a stage made nothing yet.
         StageError: the cache lacks it.
     """
-    _dvc(root, "checkout", str(target))
+    stages = [target for target in targets if not target.endswith(".dvc")]
+    lock = root / "dvc.lock"
+    made = yaml.safe_load(lock.read_bytes())["stages"] if stages and lock.exists() else {}
+    missing = [stage for stage in stages if stage not in made]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: not made yet; what was: {', '.join(made) or 'nothing'}: choose among that, or run "
+            "the pipeline"
+        )
+    _dvc(root, "checkout", *targets)
 
 
 def push(root: Path) -> str:

@@ -3,6 +3,10 @@
 A worktree run starts from a commit, has its effective params.yaml written into it, shares the DVC cache (so
 what was done anywhere is restored, not redone) and ends as a commit on `runs/<name>` that holds params.yaml
 and dvc.lock. The checkout it was started from, and its index, are never touched.
+
+One run at a time works on a registered model. That is a lock of the kernel's, not a concurrency limit of Prefect's:
+it is free the moment its process is killed (a lease lasts on), holds while the server is away (a lease that could not
+be renewed three times is given up for good), holds for runs without a server, and tells who has it.
 """
 
 import fcntl
@@ -15,7 +19,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,12 +33,13 @@ from tasks.errors import ConfigError, PipelineError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 MARK = "SLMOPS_RUN_PID"
 ORPHAN_S = versioning.GRACE_S + 5.0  # in which the stage of a killed run ends
-RESERVED = ("lock", "logs", "servers", "servers.json", "spool")  # what else lies in .runs/
+RESERVED = ("lock", "logs", "models", "prune.lock", "servers", "servers.json", "spool")  # what else lies in .runs/
 FINISHED = ".runs/finished.json"  # in a worktree: the run came to its end
+QUESTION = ".runs/question.json"  # in a worktree: someone is asked to approve what the run registered
 
 
 class Busy(PipelineError):
-    """Another run works in this workspace."""
+    """Another run works in this workspace, or on this model."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Run:
     """One row of `slmops runs`."""
 
     name: str
-    state: str  # running, finished or stopped
+    state: str  # running, waiting (for approval), finished or stopped
     folder: Path
     commit: str
 
@@ -153,6 +158,33 @@ def joined(root: Path, stage: str) -> Iterator[tuple[int, int]]:
         yield run.fileno(), own.fileno()
 
 
+@contextmanager
+def one_at_a_time(main: Path, model: str, name: str, *, wait: bool, tell: Callable[[str], None]) -> Iterator[None]:
+    """Hold the registered model `model` for the run `name`.
+
+    Raises:
+        Busy: another run holds it, and `wait` is false; the message names that run.
+    """
+    path = main / ".runs" / "models" / model
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = f"run {path.read_text() or '(just starting)'} works on {model}"
+            if not wait:
+                raise Busy(f"{holder}: wait for it, or give this run a model of its own (package.name)") from None
+            tell(f"{holder}: waiting for it to end")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.truncate(0)
+        handle.write(name)
+        handle.flush()
+        try:
+            yield
+        finally:
+            handle.truncate(0)
+
+
 def mark() -> None:
     """Let every process that this one starts carry its id, so that a later run can tell whose orphan it is."""
     os.environ[MARK] = str(os.getpid())
@@ -208,7 +240,7 @@ def write_params(root: Path, file: Path | None, overrides: Sequence[str]) -> Non
             "commit them, or `git checkout params.yaml`, or use --worktree"
         )
     if replaces or overrides:
-        _replace(target, text)
+        replace(target, text)
 
 
 def effective(source: bytes | None, where: str, overrides: Sequence[str]) -> tuple[str, params.Params]:
@@ -246,7 +278,8 @@ def _with_overrides(text: str, overrides: Sequence[str]) -> str:
     return out.getvalue()
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
+    """Write a file, all of it or nothing."""
     part = path.with_name(f".{path.name}.new")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
@@ -285,23 +318,35 @@ def worktree(main: Path, name: str, commit: str, file: Path | None, overrides: S
     fresh = not root.exists()
     if fresh and git(main, "branch", "--list", branch):
         raise ConfigError(f"a run named {name} has ended as branch {branch}: choose another --name")
-    if file:
-        source = file.read_bytes() if file.is_file() else None
-    elif fresh:
-        source = git(main, "show", f"{commit}:params.yaml").encode() + b"\n"
-    else:
-        source = (root / "params.yaml").read_bytes()
-    text, checked = effective(source, str(file or "params.yaml"), overrides)
+    text, checked = planned(main, name, commit, file, overrides)
     pointer = _pointer(main, checked.acquire.watch, commit)
     if fresh:
         git(main, "worktree", "prune")
         git(main, "worktree", "add", "-q", "-b", branch, str(root), commit)
     with locked(root, name):
-        _replace(root / "params.yaml", text)
+        replace(root / "params.yaml", text)
         versioning.share_cache(root, versioning.cache_folder(main))
         if pointer:
-            versioning.checkout(root, pointer)
+            versioning.checkout(root, str(pointer))
         yield root
+
+
+def planned(
+    main: Path, name: str, commit: str, file: Path | None, overrides: Sequence[str]
+) -> tuple[str, params.Params]:
+    """The params with which the worktree run `name` works: their text and their checked values.
+
+    Raises:
+        ConfigError: the commit is unknown, or the params are wrong.
+    """
+    stopped = main / ".runs" / name / "params.yaml"
+    if file:
+        source = file.read_bytes() if file.is_file() else None
+    elif stopped.exists():
+        source = stopped.read_bytes()
+    else:
+        source = git(main, "show", f"{commit}:params.yaml").encode() + b"\n"
+    return effective(source, str(file or "params.yaml"), overrides)
 
 
 def _pointer(main: Path, watch: Path, commit: str) -> Path | None:
@@ -338,12 +383,21 @@ def finish(root: Path, name: str, message: str) -> str:
     return commit
 
 
+def finished(main: Path) -> list[str]:
+    """The runs that came to their end with a bundle, newest first; their worktrees may be gone."""
+    form = "--format=%(refname:lstrip=3) %(subject)"
+    lines = git(main, "for-each-ref", "--sort=-committerdate", form, "refs/heads/runs/").splitlines()
+    return [name for name, _, subject in (line.partition(" ") for line in lines) if subject == f"Run {name}"]
+
+
 def runs(main: Path) -> list[Run]:
     """The worktrees under `.runs/`, oldest first."""
     found = []
     for folder in sorted((main / ".runs").glob("*/params.yaml"), key=lambda path: path.stat().st_mtime):
         root = folder.parent
-        state = "running" if _held(root) else "finished" if (root / FINISHED).exists() else "stopped"
+        marks = {"waiting": QUESTION, "finished": FINISHED}
+        ended = next((state for state, mark in marks.items() if (root / mark).exists()), "stopped")
+        state = "running" if _held(root) else ended
         found.append(Run(root.name, state, root, git(root, "rev-parse", "--short=12", "HEAD")))
     return found
 
@@ -361,12 +415,12 @@ def _held(root: Path) -> bool:
 
 
 def prune(main: Path, names: Sequence[str] = ()) -> list[str]:
-    """Remove the worktrees of finished runs, or of the named runs in any state but running.
+    """Remove the worktrees of finished runs, or of the named runs in any state but running and waiting.
 
     Branches, commits and the DVC cache stay: `git checkout runs/<name>` and `dvc checkout` bring all back.
 
     Raises:
-        ConfigError: a name is unknown or its run still works.
+        ConfigError: a name is unknown, or its run still works or waits for approval.
     """
     known = {run.name: run for run in runs(main)}
     for name in names:
@@ -374,10 +428,25 @@ def prune(main: Path, names: Sequence[str] = ()) -> list[str]:
             raise ConfigError(f"no run named {name}: `slmops runs` lists them")
         if known[name].state == "running":
             raise ConfigError(f"run {name} still works: stop it first")
+        if known[name].state == "waiting":
+            raise ConfigError(f"run {name} waits for approval: approve or reject what it registered first")
     chosen = list(names) or [run.name for run in known.values() if run.state == "finished"]
     for name in chosen:
         discard(main, name, branch=known[name].state != "finished")
     return chosen
+
+
+def retire(main: Path, keep: int) -> list[str]:
+    """Remove the worktrees of finished runs but for the `keep` newest, as `machine.keep_runs` tells.
+
+    None that works or waits for approval. The registry's bundles are links of their own, so they stay.
+    """
+    with (main / ".runs" / "prune.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs may end at once
+        done = [run.name for run in runs(main) if run.state == "finished"]
+        for name in done[:-keep]:
+            discard(main, name, branch=False)
+    return done[:-keep]
 
 
 def discard(main: Path, name: str, *, branch: bool) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -227,4 +228,63 @@ def test_a_missing_section_is_explained(root: Path) -> None:
 
 def test_a_missing_pointer_in_the_cache_is_a_stage_error(root: Path) -> None:
     with pytest.raises(StageError, match=r"dvc checkout nothing\.dvc failed"):
-        versioning.checkout(root, Path("nothing.dvc"))
+        versioning.checkout(root, "nothing.dvc")
+
+
+def ended(root: Path, name: str, *overrides: str) -> Path:
+    """A worktree whose run is finished."""
+    with workspace.worktree(root, name, "HEAD", None, overrides) as (place, _):
+        (place / "dvc.lock").write_text("schema: '2.0'\n")
+        workspace.finish(place, name, f"Run {name}")
+    return place
+
+
+def test_one_run_at_a_time_holds_a_model(root: Path) -> None:
+    told: list[str] = []
+
+    def hold(model: str, name: str, *, wait: bool = False) -> AbstractContextManager[None]:
+        return workspace.one_at_a_time(root, model, name, wait=wait, tell=told.append)
+
+    busy = pytest.raises(workspace.Busy, match="run first works on lamps: wait for it")
+    with hold("lamps", "first"), hold("doors", "beside"), busy, hold("lamps", "second"):
+        pytest.fail("two runs work on one model")
+    with hold("lamps", "second"):
+        pass
+    assert told == []
+
+
+def test_the_model_of_a_killed_run_is_free_at_once_for_who_waits(root: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from flows import workspace\n"
+        "with workspace.one_at_a_time(Path(sys.argv[1]), 'lamps', 'dead', wait=False, tell=print):\n"
+        "    print('ready', flush=True); time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        run.stdout.readline()
+        # Whoever waits says so first, and the holder is killed only then.
+        told: list[str] = []
+
+        def tell(text: str) -> None:
+            told.append(text)
+            run.kill()
+
+        with workspace.one_at_a_time(root, "lamps", "next", wait=True, tell=tell):
+            assert (root / ".runs" / "models" / "lamps").read_text() == "next"
+    assert told == ["run dead works on lamps: waiting for it to end"]
+
+
+def test_old_worktrees_go_but_none_that_works_or_waits(root: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        ended(root, name)
+    workspace.replace(root / ".runs" / "b" / workspace.QUESTION, "{}")
+    with workspace.locked(root / ".runs" / "a", "a"):
+        assert workspace.retire(root, 1) == ["c"]
+    assert [(run.name, run.state) for run in workspace.runs(root)] == [
+        ("a", "finished"), ("b", "waiting"), ("d", "finished"),
+    ]  # fmt: skip
+    assert git(root, "show", "runs/c:params.yaml")
+    assert set(workspace.finished(root)) == {"a", "b", "c", "d"}
+    with pytest.raises(ConfigError, match="run b waits for approval"):
+        workspace.prune(root, ["b"])
+    assert workspace.retire(root, 5) == []
