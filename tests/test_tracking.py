@@ -72,7 +72,7 @@ def test_a_retry_opens_its_run_again(main: Path) -> None:
     stage = STAGES["convert"]
     tracker = tracking.Tracker(main, "r", PARAMS, {"slmops.flow_run": "f1"})
     tracker.begin(stage, None)
-    tracker.fail(stage, None, StageError("the disk is full"), "FAILED")
+    tracker.fail(stage, None, "the disk is full", "FAILED")
     tracker.begin(stage, None)
     tracker.end(stage, None, output(main, answer=1.0), Outcome("restored", 0.0, 1.0))
     tracker.close("FINISHED", {}, {}, ())

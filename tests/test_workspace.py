@@ -233,7 +233,7 @@ def test_a_missing_pointer_in_the_cache_is_a_stage_error(root: Path) -> None:
 
 def ended(root: Path, name: str, *overrides: str) -> Path:
     """A worktree whose run is finished."""
-    with workspace.worktree(root, name, "HEAD", None, overrides) as (place, _):
+    with workspace.worktree(root, name, "HEAD", None, overrides) as place:
         (place / "dvc.lock").write_text("schema: '2.0'\n")
         workspace.finish(place, name, f"Run {name}")
     return place
