@@ -135,7 +135,7 @@ class Tracker:
             future.result()
         self._worker.submit(self._guard, work).result()
 
-    def fail(self, stage: Stage, variant: str | None, error: str, status: str) -> None:
+    def fail(self, stage: Stage, variant: str | None, error: object, status: str) -> None:
         """Close the child run of a stage that failed (FAILED) or was stopped (KILLED).
 
         Does not wait and does not raise: the stage's own error is the one to tell.
@@ -145,7 +145,7 @@ class Tracker:
         def work() -> None:
             store, run_id = self._open()[0], self._runs[name]
             self._flush(name)
-            self._write(run_id, tags={"slmops.error": error[:5000]})
+            self._write(run_id, tags={"slmops.error": str(error)[:5000]})
             store.set_terminated(run_id, status)
 
         self._worker.submit(self._guard, work)
