@@ -137,11 +137,11 @@ class Tracker:
         self._spool.add(do="end", run=name, status="FINISHED", at=_now())
         self._raise_refusal()
 
-    def fail(self, stage: Stage, variant: str | None, error: str, status: str) -> None:
+    def fail(self, stage: Stage, variant: str | None, error: object, status: str) -> None:
         """Close the child run of a stage that failed (FAILED) or was stopped (KILLED)."""
         name = address(stage.name, variant)
         self._flush(name)
-        self._write(name, tags={"slmops.error": error[:5000]})
+        self._write(name, tags={"slmops.error": str(error)[:5000]})
         self._spool.add(do="end", run=name, status=status, at=_now())
 
     def settle(self, seconds: float) -> None:

@@ -81,7 +81,7 @@ def test_what_stages_share_imports_no_stage(path: Path) -> None:
 def test_only_flows_touch_the_orchestrators() -> None:
     for tool, owners in {
         "mlflow": {"tracking", "registry", "served_model"},
-        "prefect": {"automations", "deployments", "pages", "pipeline"},
+        "prefect": {"automations", "deployments", "fan_out", "pages", "pipeline"},
     }.items():
         users = {path.stem for path in FLOWS if tool in {name.split(".")[0] for name in imports(path)}}
         assert users <= owners, tool
