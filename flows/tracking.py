@@ -11,7 +11,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -100,8 +99,9 @@ class Tracker:
         self._start("run", name, {})
         self._write("run", params=self._section_params(SECTIONS))
         self._store = _Store(main, self._spool)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
-        self._deliverer = self._thread.submit(self._deliver)
+        # A daemon: a process that ends by a bug before `close` must not wait for it. The next one closes its runs.
+        self._deliverer = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
+        self._deliverer.start()
 
     def begin(self, stage: Stage, variant: str | None) -> None:
         """Open the child run of a stage, or open it again on a retry."""
@@ -147,7 +147,7 @@ class Tracker:
     def settle(self, seconds: float) -> None:
         """Give MLflow that long to take all that was told so far: what comes next needs it."""
         deadline = time.monotonic() + seconds
-        while self._spool.behind() and not self._deliverer.done() and time.monotonic() < deadline:
+        while self._spool.behind() and self._deliverer.is_alive() and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def close(self, status: str, tags: Mapping[str, str], metrics: Mapping[str, float], files: Sequence[Path]) -> None:
@@ -161,16 +161,20 @@ class Tracker:
             self._files("run", files)
             self._spool.add(do="end", run="run", status=status, at=_now())
             deadline = time.monotonic() + DEADLINE_S
-            while self._spool.behind() and not self._deliverer.done() and time.monotonic() < deadline:
+            while self._spool.behind() and self._deliverer.is_alive() and time.monotonic() < deadline:
                 if self._away:
                     deadline = min(deadline, time.monotonic() + PATIENCE_S)
                 time.sleep(0.02)
         finally:
+            died = not self._deliverer.is_alive()
             self._closing.set()
-            self._thread.shutdown(wait=True)
+            self._deliverer.join()
             left = self._spool.behind()
             self._spool.close()
-        self._deliverer.result()  # raises what is no error of MLflow's
+        if died:
+            raise StageError(
+                f"telling MLflow ended with a bug, see its traceback; {WAITS.format(folder=self._spool.folder)}"
+            )
         if left:
             self._say(f"warning: {_down(uri(self._main), self._away)}; {WAITS.format(folder=self._spool.folder)}")
         self._raise_refusal()

@@ -98,6 +98,14 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+def test_a_process_that_never_closed_its_run_ends_all_the_same(main: Path) -> None:
+    params_yaml = str(Path(__file__).parent.parent / "params.yaml")
+    code = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "raise TypeError('a bug')")
+    done = subprocess.run([sys.executable, "-c", code, str(main), params_yaml, "told"], timeout=300)
+    assert done.returncode == 1
+    assert spool.left(main) == ["f1"]
+
+
 def kill_a_run(main: Path, told: str) -> None:
     arguments = [str(main), str(Path(__file__).parent.parent / "params.yaml"), told]
     assert subprocess.run([sys.executable, "-c", KILLED, *arguments]).returncode == -9
