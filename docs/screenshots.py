@@ -200,7 +200,7 @@ def take(page: Page, root: Path, state: dict[str, str], out: Path) -> None:
     page.wait("Result of run")
     page.picture(out / "run.png", 1500)
     (result,) = _ask(f"{prefect}/api/artifacts/latest/filter", {"artifacts": {"key": {"any_": ["result"]}}})
-    page.open(f"{prefect}/artifacts/artifact/{result['id']}", "of the teacher's")
+    page.open(f"{prefect}/artifacts/artifact/{result['latest_id']}", "of the teacher's")
     page.picture(out / "result.png", 900)
 
     (place,) = _ask(f"{mlflow}/api/2.0/mlflow/experiments/search", {"max_results": 9, "filter": "name = 'slmops'"})[

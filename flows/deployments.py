@@ -301,7 +301,7 @@ def _released(main: Path, root: Path) -> str:
     if not asked.exists():
         release.ask(main, registered, policy.expires_hours, asked)
     shown = json.loads(asked.read_bytes())
-    form = Decision.with_initial_data(description=f"{said}\n\n{pages.links(root)}\n\n{shown['text']}")
+    form = Decision.with_initial_data(description=f"{pages.links(root)}\n\n{shown['text']}")
     left = datetime.fromisoformat(shown["expires"]) - datetime.now(UTC)
     answer = suspend_flow_run(wait_for_input=form, timeout=max(1, int(left.total_seconds())), key="approval")
     if answer.decision == "reject":

@@ -229,7 +229,7 @@ def ask(main: Path, asked: Registered, hours: float, place: Path) -> None:
         "version": asked.version,
         "digest": seen.digest,
         "champion": seen.champion,
-        "text": seen.text(),
+        "text": seen.markdown(asked.name),
         "decisions": len(audit.decisions(main, asked.name, asked.version, seen.digest)),
         "hours": hours,
         "expires": (datetime.now(UTC) + timedelta(hours=hours)).isoformat(),

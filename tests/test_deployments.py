@@ -143,6 +143,10 @@ def test_a_run_is_started_and_approved_over_http(servers: Servers) -> None:
     waiting = servers.wait(run, "Suspended")
     assert len(started(servers.root)) == sum(2 if stage.per_variant else 1 for stage in STAGES.values())
     assert servers.aliases() == {"candidate": "1"}
+    key = waiting["state"]["state_details"]["run_input_keyset"]["description"]
+    question = ask(f"{servers.prefect}/flow_runs/{run}/input/{key}")
+    assert "Release **home-commands version 1**" in question
+    assert "| accuracy | 0.9" in question
     name = waiting["name"]
     effective = yaml.safe_load(git(servers.root, "show", f"runs/{name}:params.yaml"))
     assert effective["quantize"]["variants"] == ["q4_0", "q8_0"]
