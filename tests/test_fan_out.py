@@ -42,7 +42,8 @@ def workers(root: Path) -> set[int]:
     mark = f"SLMOPS_EVENTS={root}/".encode()
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
-        if mark in read(entry / "environ") and b"dvc\0" in read(entry / "cmdline"):
+        command = read(entry / "cmdline")
+        if mark in read(entry / "environ") and b"dvc\0" in command and not command.startswith(b"/bin/sh"):
             parent = [line.split()[1] for line in read(entry / "status").decode().splitlines() if line[:5] == "PPid:"]
             found |= set(map(int, parent))
     return {pid for pid in found if mark not in read(Path(f"/proc/{pid}/environ"))}
