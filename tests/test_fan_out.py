@@ -46,7 +46,8 @@ def workers(root: Path) -> set[int]:
         if mark in read(entry / "environ") and b"dvc\0" in command and not command.startswith(b"/bin/sh"):
             parent = [line.split()[1] for line in read(entry / "status").decode().splitlines() if line[:5] == "PPid:"]
             found |= set(map(int, parent))
-    return {pid for pid in found if mark not in read(Path(f"/proc/{pid}/environ"))}
+    alive = {pid: read(Path(f"/proc/{pid}/environ")) for pid in found if pid > 1}
+    return {pid for pid, environ in alive.items() if environ and mark not in environ}
 
 
 def left_at_work(root: Path) -> list[Path]:
