@@ -29,7 +29,7 @@ _ROWS = (
         per_variant=True, measured=("measurements.json", "verdict.json"),
     ),
     Stage(
-        "package", _late("package"), ("package",),
+        "package", _late("package"), ("package", "quantize.variants"),
         {"source": "acquire", "student": "distill", "artifacts": "quantize", "verdicts": "validate"},
         measured=("report.json",),
     ),

@@ -12,6 +12,7 @@ from typing import Any
 from conftest import ROOMS, tiny_rows, write_jsonl
 
 from tasks import chat, manifest, models, params
+from tasks.stages import STAGES
 
 ROWS = [row["messages"] for row in tiny_rows(ROOMS[:1])]
 CHECK = {"name": "accuracy_retention", "value": 0.5, "limit": 0.95, "direction": "at_least", "ok": False}
@@ -135,6 +136,7 @@ def inputs(root: Path, model: Path) -> dict[str, Path]:
     return {"source": source, "student": student, "artifacts": root / "quantize", "verdicts": root / "validate"}
 
 
-def settings(raw: dict, **package: object) -> params.Params:
+def settings(raw: dict, variants: list[str], **package: object) -> params.Params:
     """The stage's view of the tiny run's parameters, with changes to its section."""
-    return params.check(raw | {"package": raw["package"] | package}, "test").only(["package"])
+    changed = {"package": raw["package"] | package, "quantize": raw["quantize"] | {"variants": variants}}
+    return params.check(raw | changed, "test").only(STAGES["package"].sections)

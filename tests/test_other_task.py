@@ -5,7 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from tasks import params, stage
+from tasks import params
+from tasks.stage import run
 from tasks.stages import STAGES
 
 WORDS = {"positive": ["great", "lovely", "superb", "fine"], "negative": ["awful", "broken", "poor", "bad"]}
@@ -18,7 +19,7 @@ LINES = {  # six lines of params.yaml
 }
 
 
-def test_a_classification_file_runs_to_a_student(tiny_workspace: Path) -> None:
+def test_a_classification_file_runs_to_verdicts(tiny_workspace: Path) -> None:
     rows = [
         {"prompt": f"{thing}: {word}. Positive or negative?", "completion": label}
         for label, words in WORDS.items()
@@ -30,8 +31,11 @@ def test_a_classification_file_runs_to_a_student(tiny_workspace: Path) -> None:
     for section, changes in LINES.items():
         raw[section] |= changes
     values = params.check(raw, "params.yaml")
-    for name in ("acquire", "finetune", "distill"):
-        stage.run(STAGES[name], STAGES, values, tiny_workspace)
+    variants = values.quantize.variants
+    # But `package`, which refuses: llama.cpp does not know how the tiny model's tokenizer splits text.
+    for each in (stage for name, stage in STAGES.items() if name != "package"):
+        for variant in variants if each.per_variant else (None,):
+            run(each, STAGES, values, tiny_workspace, variant)
     sizes = {
         split: len((tiny_workspace / f"build/acquire/data/{split}.jsonl").read_text().splitlines())
         for split in ("train", "validation", "test")
@@ -43,3 +47,6 @@ def test_a_classification_file_runs_to_a_student(tiny_workspace: Path) -> None:
     # A tiny untrained model learns to answer with a label at all; which of the two is more than it can learn here.
     assert report["base"]["accuracy"] == 0.0
     assert report["teacher"]["accuracy"] >= 0.3
+    for variant in variants:
+        metrics = json.loads((tiny_workspace / f"build/validate/{variant}/metrics.json").read_text())
+        assert set(metrics["per_group"]) == {"positive", "negative"}

@@ -36,7 +36,8 @@ def folders(tmp_path: Path, model: Path) -> dict[str, Path]:
 
 def packed(folders: dict[str, Path], raw: dict, out: Path, **changes: object) -> bundle.Bundle:
     out.mkdir(parents=True)
-    package(settings(raw, **{"targets": ["ollama", "llama-server"], **changes}), **folders, out=out)
+    names = [path.name for path in folders["artifacts"].iterdir()]
+    package(settings(raw, names, **{"targets": ["ollama", "llama-server"], **changes}), **folders, out=out)
     return bundle.verify(out)
 
 
@@ -51,7 +52,7 @@ def variants(root: Path, *rows: tuple[str, str, float, float, float]) -> list:
     for name, verdict, accuracy, size, speed in rows:
         weights = root / "onnx" if name.startswith("onnx") else root / "empty.gguf"
         add_variant(root, name, weights, verdict, accuracy=accuracy, size_bytes=size * 1e6, decode_tokens_per_s=speed)
-    return candidates(root / "quantize", root / "validate")
+    return candidates(root / "quantize", root / "validate", [row[0] for row in rows])
 
 
 ROWS = (
@@ -98,7 +99,7 @@ def test_measured_numbers_stay_out_of_the_reproducible_reason(tmp_path: Path):
     path = tmp_path / "validate" / "q4_0" / "verdict.json"
     check = {"name": "peak_rss_ratio", "value": 1.3141, "limit": 1.0, "direction": "at_most", "ok": False}
     path.write_text(json.dumps({"verdict": "fail", "checks": [check]}))
-    found = candidates(tmp_path / "quantize", tmp_path / "validate")
+    found = candidates(tmp_path / "quantize", tmp_path / "validate", [row[0] for row in ROWS])
     choice = choose(found, "fastest", {"gguf", "onnx"})
     assert "300.0 tokens/s" in choice.measured_reason
     assert "1.314" in choice.measured_reason
@@ -112,18 +113,17 @@ def test_a_passing_variant_without_its_number_is_refused(tmp_path: Path):
         choose(found, "fastest", {"gguf"})
 
 
-def test_what_is_no_finished_variant_is_not_looked_at(tmp_path: Path):
-    variants(tmp_path, ROWS[4])
-    shutil.copytree(tmp_path / "quantize" / "q8_0", tmp_path / "quantize" / ".q4_0.partial")
-    (tmp_path / "quantize" / "q5_1").mkdir()
-    assert [c.name for c in candidates(tmp_path / "quantize", tmp_path / "validate")] == ["q8_0"]
+def test_what_an_earlier_run_with_other_variants_left_is_not_looked_at(tmp_path: Path):
+    variants(tmp_path, *ROWS)
+    found = candidates(tmp_path / "quantize", tmp_path / "validate", ["q8_0", "q4_0"])
+    assert [candidate.name for candidate in found] == ["q4_0", "q8_0"]
 
 
 def test_a_variant_that_was_not_validated_is_named(tmp_path: Path):
     variants(tmp_path, ROWS[4])
     (tmp_path / "validate" / "q8_0" / "verdict.json").unlink()
     with pytest.raises(ArtifactError, match=r"q8_0/verdict\.json"):
-        candidates(tmp_path / "quantize", tmp_path / "validate")
+        candidates(tmp_path / "quantize", tmp_path / "validate", ["q8_0"])
 
 
 # --- the bundles -----------------------------------------------------------------------------------------

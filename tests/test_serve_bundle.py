@@ -35,7 +35,7 @@ def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     folders = inputs(root / "build", model)
     add_variant(root / "build", "f16", to_gguf(model))
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
-    package(settings(raw, targets=["llama-server"]), **folders, out=root / "out")
+    package(settings(raw, ["f16"], targets=["llama-server"]), **folders, out=root / "out")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -88,7 +88,7 @@ def test_the_onnx_bundle_answers_as_its_readme_says(model: Path, tmp_path: Path,
     folders = inputs(tmp_path / "build", model)
     add_variant(tmp_path / "build", "onnx-int4", to_onnx(model))
     out = tmp_path / "out"
-    package(settings(tiny_params, targets=["onnx-genai"]), **folders, out=out)
+    package(settings(tiny_params, ["onnx-int4"], targets=["onnx-genai"]), **folders, out=out)
     code = re.search(r"```python\n(.*?)```", (out / "onnx-genai/README.md").read_text(), re.S)[1]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=out / "onnx-genai", capture_output=True, text=True, check=True

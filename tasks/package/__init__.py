@@ -51,7 +51,7 @@ def package(
         StageError: a packaged runtime would not see the prompts that the model was trained on.
     """
     settings, model = params.package, student / "model"
-    found = candidates(artifacts, verdicts)
+    found = candidates(artifacts, verdicts, params.quantize.variants)
     choice = choose(found, settings.choose, {TARGETS[name].kind for name in settings.targets})
     lineage = read(source / "lineage.json")
     names = bundle.Licence(model=_named(lineage, "model"), data=_named(lineage, "data"))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks import manifest
 from tasks.errors import ArtifactError
 
 Kind = Literal["gguf", "onnx"]
@@ -35,10 +34,10 @@ class Candidate:
     def passed(self) -> bool:
         return bool(self.verdict["verdict"] == "pass")
 
-    @property
-    def failing(self) -> list[Mapping[str, Any]]:
-        """The checks that did not hold, or for which the test rows are too few."""
-        return [check for check in self.verdict["checks"] if check["ok"] is not True or check.get("undecided")]
+
+def failing(verdict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The checks that did not hold, or for which the test rows are too few."""
+    return [check for check in verdict["checks"] if check["ok"] is not True or check.get("undecided")]
 
 
 @dataclass(frozen=True)
@@ -60,16 +59,13 @@ class Rule:
     measured: bool = False
 
 
-def candidates(artifacts: Path, verdicts: Path) -> list[Candidate]:
-    """Every finished variant, by name.
+def candidates(artifacts: Path, verdicts: Path, variants: Sequence[str]) -> list[Candidate]:
+    """The variants, by name. What lies beside them is of an earlier run, with other parameters, and not looked at.
 
     Raises:
         ArtifactError: a variant was not validated, or one of its files is missing or damaged.
     """
-    folders = sorted(p for p in artifacts.iterdir() if not p.name.startswith(".") and (p / manifest.NAME).is_file())
-    if not folders:
-        raise ArtifactError(f"{artifacts} holds no finished variant: run `quantize` first")
-    return [_candidate(folder, verdicts / folder.name) for folder in folders]
+    return [_candidate(artifacts / name, verdicts / name) for name in sorted(variants)]
 
 
 def _candidate(artifact: Path, judged: Path) -> Candidate:
@@ -166,7 +162,7 @@ def _reason(ranked: list[Candidate], losers: list[Candidate], label: str, rule: 
             sentences.append(f"{loser.name} passed, but no wanted target carries {loser.kind.upper()} files.")
             continue
         word = "failed" if loser.verdict["verdict"] == "fail" else "is undecided on"
-        checks = ", ".join(_check(check, loser, measured=measured) for check in loser.failing)
+        checks = ", ".join(_check(check, loser, measured=measured) for check in failing(loser.verdict))
         sentences.append(f"{loser.name} {word} {checks or 'its gates'}.")
     return " ".join(sentences)
 

@@ -33,7 +33,7 @@ class Evaluator(NamedTuple):
 _GGUF = Evaluator("model.gguf", llama_runtime.answers, llama_runtime.window_logits)
 _ONNX = Evaluator("model", onnx_runtime.answers, onnx_runtime.window_logits)
 EVALUATORS: Mapping[Variant, Evaluator] = {
-    variant: _ONNX if variant == "onnx-int4" else _GGUF for variant in get_args(Variant)
+    variant: _ONNX if variant.startswith("onnx") else _GGUF for variant in get_args(Variant)
 }
 
 
