@@ -19,10 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from checkout import make_toy  # noqa: E402 (the toy checkout of the tests)
-from test_deployments import Servers, ask  # noqa: E402
+from checkout import ask, make_toy  # noqa: E402 (the toy checkout of the tests)
+from test_deployments import Servers  # noqa: E402
 from test_servers import start, stop  # noqa: E402
 
+from flows.pipeline import covered  # noqa: E402
 from tasks import params  # noqa: E402
 from tasks.stages import STAGES  # noqa: E402
 
@@ -80,14 +81,6 @@ def own(events: Path) -> float:
     """The seconds that the stage's command worked, 0 if DVC had no need of it."""
     told = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
     return sum(event["seconds"] for event in told if event["event"] == "finished")
-
-
-def covered(spans: list[tuple[float, float]]) -> float:
-    total, reached = 0.0, float("-inf")
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return total
 
 
 def at(moment: str) -> float:

@@ -14,16 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from checkout import make_toy  # noqa: E402 (the toy checkout of the tests)
-from test_deployments import ask  # noqa: E402
+from checkout import ask, make_toy  # noqa: E402 (the toy checkout of the tests)
 from test_servers import own, start, stop  # noqa: E402
 
 from flows import servers  # noqa: E402
@@ -73,23 +70,9 @@ def measure(root: Path, count: int) -> None:
     api = f"{servers.running(root).prefect}/api"
     (deployment,) = ask(f"{api}/deployments/filter", {"deployments": {"name": {"any_": ["idle"]}}})
 
-    busy = 0
-
-    def patient(url: str, body: dict) -> Any:
-        """As Prefect's own client: a server whose database is locked says 503, and is asked again."""
-        nonlocal busy
-        while True:
-            try:
-                return ask(url, body)
-            except urllib.error.HTTPError as error:
-                if error.code != 503:
-                    raise
-                busy += 1
-                time.sleep(1.0)
-
     def queue(number: int) -> str:
         where = f"{api}/deployments/{deployment['id']}/create_flow_run"
-        return patient(where, {"state": {"type": "SCHEDULED"}, "idempotency_key": f"run {number}"})["id"]
+        return ask(where, {"state": {"type": "SCHEDULED"}, "idempotency_key": f"run {number}"})["id"]
 
     began = time.monotonic()
     with ThreadPoolExecutor(16) as pool:
@@ -101,7 +84,7 @@ def measure(root: Path, count: int) -> None:
             break
         time.sleep(0.5)
         asked = time.monotonic()
-        found = patient(f"{api}/flow_runs/filter", {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}, "limit": 200})  # fmt: skip
+        found = ask(f"{api}/flow_runs/filter", {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}, "limit": 200})  # fmt: skip
         took.append(time.monotonic() - asked)
         states = collections.Counter(run["state_type"] for run in found)
     ran = collections.Counter((root / "ran.txt").read_text().split())
@@ -116,7 +99,6 @@ def measure(root: Path, count: int) -> None:
         "list of 200 runs, p50": f"{took[len(took) // 2] * 1000:.0f} ms",
         "list of 200 runs, p95": f"{took[int(len(took) * 0.95)] * 1000:.0f} ms",
         "list of 200 runs, slowest": f"{took[-1] * 1000:.0f} ms, of {len(took)}",
-        "answers 503, asked again": busy,
         "largest process": f"{resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000:.0f} MB",
     }
     for name, value in rows.items():

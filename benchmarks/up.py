@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from checkout import free_ports  # noqa: E402
+
 LIMIT_S, SETTLE_S, DEADLINE_S = 40.0, 20.0, 300.0
 # By what a server's first process is known among the processes of `up`.
 SERVERS = {"prefect": "prefect\0server", "mlflow": "mlflow\0server", "worker": "prefect\0worker"}
@@ -85,13 +88,6 @@ def descendants(pid: int) -> list[int]:
 def pss(pid: int) -> float:
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return int(re.search(r"^Pss:\s+(\d+) kB", rollup, re.M)[1]) / 1000
-
-
-def free_ports() -> tuple[int, int]:
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], two.getsockname()[1]
 
 
 if __name__ == "__main__":

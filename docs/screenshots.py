@@ -12,13 +12,11 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,11 @@ from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE_S = 300.0  # for a page to show what is waited for
+sys.path.insert(0, str(ROOT / "tests"))
+
+from checkout import ask, free_ports, wait_for  # noqa: E402
+
+DEADLINE_S = 300.0  # for an answer of Chromium's
 RUN_S = 7200.0  # for a run, should nothing of it be in the cache
 COLOURS = 255
 
@@ -67,13 +69,13 @@ class Page:
     def wait(self, *texts: str) -> None:
         """Wait until the page shows the texts."""
         for text in texts:
-            _wait(lambda text=text: self.ask(f"document.body.innerText.includes({json.dumps(text)})"), f"{text!r}")
+            wait_for(lambda text=text: self.ask(f"document.body.innerText.includes({json.dumps(text)})"), f"{text!r}")
 
     def click(self, text: str) -> None:
         """Click what reads so: the innermost element that is seen."""
         find = f"""[...document.querySelectorAll('body *')].filter(
             each => each.innerText?.trim() === {json.dumps(text)} && each.getClientRects().length).pop()"""
-        _wait(lambda: self.ask(f"!!({find})"), f"a button {text!r}")
+        wait_for(lambda: self.ask(f"!!({find})"), f"a button {text!r}")
         self.ask(f"({find}).click()")
 
     def picture(self, path: Path, height: int | None = None) -> None:
@@ -113,9 +115,9 @@ def chromium(folder: Path) -> Iterator[Page]:
     process = subprocess.Popen([binary, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         ready = folder / "DevToolsActivePort"
-        _wait(lambda: ready.exists() and len(ready.read_text().splitlines()) == 2, "Chromium's port")
+        wait_for(lambda: ready.exists() and len(ready.read_text().splitlines()) == 2, "Chromium's port")
         port = ready.read_text().splitlines()[0]
-        tab = next(each for each in _ask(f"http://127.0.0.1:{port}/json/list") if each["type"] == "page")
+        tab = next(each for each in ask(f"http://127.0.0.1:{port}/json/list") if each["type"] == "page")
         with connect(tab["webSocketDebuggerUrl"], max_size=None) as link:
             yield Page(link)
     finally:
@@ -141,12 +143,12 @@ def servers(root: Path, home: Path) -> Iterator[dict[str, str]]:
     """`slmops up` in a checkout, on free ports: what .runs/servers.json tells of it."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
     env |= {"PREFECT_HOME": str(home), "PYTHONPATH": os.pathsep.join(filter(None, (str(root), env.get("PYTHONPATH"))))}
-    ports = [f"--{name}-port={_free_port()}" for name in ("prefect", "mlflow")]
+    ports = [f"--{name}-port={free_ports()[0]}" for name in ("prefect", "mlflow")]
     command = [sys.executable, "-m", "flows.cli", "up", *ports]
     process = subprocess.Popen(command, cwd=root, env=env)
     try:
         state = root / ".runs" / "servers.json"
-        _wait(lambda: state.exists() or process.poll() is not None, "the servers", 600)
+        wait_for(lambda: state.exists() or process.poll() is not None, "the servers", 600)
         if process.poll() is not None:
             sys.exit(f"error: `slmops up` ended with {process.returncode}")
         yield json.loads(state.read_bytes())
@@ -157,23 +159,23 @@ def servers(root: Path, home: Path) -> Iterator[dict[str, str]]:
 
 def start_run(prefect: str, parameters: dict[str, Any]) -> tuple[str, str]:
     """Start `train-and-release`; ids of the deployment and of the run."""
-    found = _ask(f"{prefect}/api/deployments/filter", {"deployments": {"name": {"any_": ["train-and-release"]}}})
+    found = ask(f"{prefect}/api/deployments/filter", {"deployments": {"name": {"any_": ["train-and-release"]}}})
     deployment = found[0]["id"]
     asked = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
-    return deployment, _ask(f"{prefect}/api/deployments/{deployment}/create_flow_run", asked)["id"]
+    return deployment, ask(f"{prefect}/api/deployments/{deployment}/create_flow_run", asked)["id"]
 
 
 def wait_for_run(prefect: str, run: str, state: str) -> str:
     """Wait until a run is in a state, and return its name; end if it comes to a bad end."""
 
     def there() -> bool:
-        found = _ask(f"{prefect}/api/flow_runs/{run}")
+        found = ask(f"{prefect}/api/flow_runs/{run}")
         if found["state_type"] in ("FAILED", "CRASHED", "CANCELLED"):
             sys.exit(f"error: the run ended as {found['state_name']}: {found['state']['message']}")
         return bool(found["state_name"] == state)
 
-    _wait(there, f"the run to be {state}", RUN_S)
-    return str(_ask(f"{prefect}/api/flow_runs/{run}")["name"])
+    wait_for(there, f"the run to be {state}", RUN_S)
+    return str(ask(f"{prefect}/api/flow_runs/{run}")["name"])
 
 
 # --- the pictures ---------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def take(page: Page, root: Path, state: dict[str, str], out: Path) -> None:
     """All pictures, of one run from its form to its report."""
     prefect, mlflow = state["prefect"], state["mlflow"]
     deployment, run = start_run(prefect, {})
-    page.open(f"{prefect}/deployments/deployment/{deployment}/run", "Run Name", "Any other parameter")
+    page.open(f"{prefect}/deployments/deployment/{deployment}/run", "Run Name", "Any parameter by its dotted name")
     page.picture(out / "form.png", 1480)
 
     name = wait_for_run(prefect, run, "Suspended")
@@ -193,17 +195,17 @@ def take(page: Page, root: Path, state: dict[str, str], out: Path) -> None:
     page.picture(out / "approval.png", 1000)
 
     answer = {"decision": "approve", "name": "Ada", "reason": "passed all gates"}
-    _ask(f"{prefect}/api/flow_runs/{run}/resume", {"run_input": answer})
+    ask(f"{prefect}/api/flow_runs/{run}/resume", {"run_input": answer})
     wait_for_run(prefect, run, "Completed")
     page.open(f"{prefect}/runs/flow-run/{run}", "Completed", "Job Variables")
     page.click("Artifacts")
     page.wait("Result of run")
     page.picture(out / "run.png", 1500)
-    (result,) = _ask(f"{prefect}/api/artifacts/latest/filter", {"artifacts": {"key": {"any_": ["result"]}}})
+    (result,) = ask(f"{prefect}/api/artifacts/latest/filter", {"artifacts": {"key": {"any_": ["result"]}}})
     page.open(f"{prefect}/artifacts/artifact/{result['latest_id']}", "of the teacher's")
     page.picture(out / "result.png", 900)
 
-    (place,) = _ask(f"{mlflow}/api/2.0/mlflow/experiments/search", {"max_results": 9, "filter": "name = 'slmops'"})[
+    (place,) = ask(f"{mlflow}/api/2.0/mlflow/experiments/search", {"max_results": 9, "filter": "name = 'slmops'"})[
         "experiments"
     ]
     runs = f"{mlflow}/#/experiments/{place['experiment_id']}/runs?workflowType=machine_learning"
@@ -211,8 +213,12 @@ def take(page: Page, root: Path, state: dict[str, str], out: Path) -> None:
     page.ask("localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false')")  # it hides a third of the page
     page.open(runs, name, width=1400)
     page.picture(out / "mlflow-runs.png", 800)
-    only = quote("tags.`slmops.stage` LIKE 'validate@%'")
-    page.open(f"{runs}&compareRunsMode=CHART&searchFilter={only}", "accuracy_retention", width=1400)
+    _, other = start_run(prefect, {"settings": {"package.choose": "most_accurate"}})
+    wait_for_run(prefect, other, "Suspended")
+    body = {"experiment_ids": [place["experiment_id"]], "filter": "tags.`slmops.stage` = 'run'"}
+    ids = [each["info"]["run_id"] for each in ask(f"{mlflow}/api/2.0/mlflow/runs/search", body)["runs"]]
+    where = f"runs={quote(json.dumps(ids))}&experiments={quote(json.dumps([place['experiment_id']]))}"
+    page.open(f"{mlflow}/#/compare-runs?{where}&workflowType=machine_learning", "accuracy_retention", width=1400)
     page.picture(out / "mlflow-compare.png", 1100)
 
     report = (root / ".runs" / name / "report.html").as_uri()
@@ -220,31 +226,6 @@ def take(page: Page, root: Path, state: dict[str, str], out: Path) -> None:
     page.picture(out / "report.png", 1900)
     page.open(report, "What next", width=390)
     page.picture(out / "report-phone.png", 1500)
-
-
-# --- small helps ----------------------------------------------------------------------------------
-
-
-def _ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        text = answer.read()
-    return json.loads(text) if text else None
-
-
-def _wait(true: Callable[[], Any], what: str, limit: float = DEADLINE_S) -> None:
-    deadline = time.monotonic() + limit
-    while not true():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {limit:.0f} s for {what}")
-        time.sleep(0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> None:

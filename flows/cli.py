@@ -52,8 +52,13 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             dest="overrides",
             metavar="KEY=VALUE",
-            help="change one parameter; repeatable",
+            help="change one parameter; repeatable. A run that is not in a worktree writes it into params.yaml",
         )
+        return sub
+
+    def registered(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        sub = add(name, command, text)
+        sub.add_argument("--model", metavar="NAME", help="the registered model (default: package.name of params.yaml)")
         return sub
 
     sub = add("run", run, "run the whole pipeline")
@@ -67,17 +72,17 @@ def _parser() -> argparse.ArgumentParser:
     add("doctor", doctor, "check that this machine has what is needed")
     add("report", report, "write report.html from the finished stages")
     add("register", register, "register the packaged model as `candidate`")
-    sub = add("approve", approve, "make a registered version the `champion`")
+    sub = registered("approve", approve, "make a registered version the `champion`")
     sub.add_argument("version", type=int)
     sub.add_argument("--even-if-worse", action="store_true", help="than the champion, on the same test rows")
     sub.add_argument("--even-if-rejected", action="store_true", help="by someone before")
     _signed(sub)
-    sub = add("reject", reject, "record that a registered version is not to be released")
+    sub = registered("reject", reject, "record that a registered version is not to be released")
     sub.add_argument("version", type=int)
     _signed(sub)
-    _signed(add("rollback", rollback, "make the previous champion champion again"))
-    add("history", history, "show who released what, when and why")
-    sub = add("audit", audit, "check that no line of that history was changed, removed or cut off")
+    _signed(registered("rollback", rollback, "make the previous champion champion again"))
+    registered("history", history, "show who released what, when and why")
+    sub = registered("audit", audit, "check that no line of that history was changed, removed or cut off")
     sub.add_argument("what", choices=["verify"])
     add("runs", runs, "list the runs in worktrees")
     sub = add("up", up, "run the servers: Prefect, MLflow and a worker, until Ctrl-C")
@@ -85,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prefect-port", type=int, default=4200, metavar="PORT")
     sub.add_argument("--mlflow-port", type=int, default=5000, metavar="PORT")
     sub.add_argument("--database", metavar="URL", help="postgresql://user@host/name instead of SQLite")
-    sub.add_argument("--runs", type=int, default=os.cpu_count() or 1, metavar="N", help="so many at once; others wait")
+    sub.add_argument("--runs", type=int, default=(os.cpu_count() or 1) + 2, metavar="N", help="at once; others wait")
+    sub = add("deploy", deploy, "apply infra/prefect.yaml and infra/automations.yaml to Prefect's server")
+    sub.add_argument("--root", type=Path, metavar="DIR", help="where the workers find this checkout (default: here)")
     sub = add("prune", prune, "remove the worktrees of finished runs; their branches stay")
     sub.add_argument("name", nargs="*", help="of these runs, finished or not")
     return parser
@@ -102,10 +109,10 @@ def run(args: argparse.Namespace) -> int:
     # As Ctrl-C: stages are stopped, runs closed and Prefect's server ended, then the process.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminated)
-    from flows import quiet, workspace
+    from flows import locks, quiet, workspace
     from tasks import params
 
-    workspace.mark()
+    locks.mark()
     here = workspace.find(Path())
     main = workspace.main_root(here)
     _use_servers(main)
@@ -116,15 +123,16 @@ def run(args: argparse.Namespace) -> int:
             if args.params or args.overrides:
                 print("note: params.yaml now holds the effective values of this run", file=sys.stderr)
             model = params.load(here / "params.yaml").package.name
-            with workspace.one_at_a_time(main, model, name, wait=False, tell=print):
+            with locks.one_at_a_time(main, model, name, wait=False, tell=print):
                 _go(here, name, started)
         return 0
     changed = workspace.uncommitted(main)
     if changed:
         print(f"note: not in this run, since not committed: {', '.join(changed)}", file=sys.stderr)
     model = workspace.planned(main, name, args.commit, args.params, args.overrides)[1].package.name
+    print(f"run {name}: should it stop, `slmops run --worktree --name {name}` takes it up again", file=sys.stderr)
     with (
-        workspace.one_at_a_time(main, model, name, wait=False, tell=print),
+        locks.one_at_a_time(main, model, name, wait=False, tell=print),
         workspace.worktree(main, name, args.commit, args.params, args.overrides) as root,
     ):
         registered = _go(root, name, started)
@@ -148,10 +156,10 @@ def _terminated(number: int, frame: object) -> None:
 
 def _go(root: Path, name: str, started: float) -> str:
     """Run the flow in a workspace that is locked, print what it came to, and say what was registered."""
-    from flows import tracking, versioning, workspace
+    from flows import mlflow_store, versioning, workspace
 
     # What would stop the run later is asked before Prefect's server takes its seconds to start.
-    tracking.check_server(tracking.uri(workspace.main_root(root)))
+    mlflow_store.check_server(mlflow_store.uri(workspace.main_root(root)))
     versioning.check_state(root)
 
     from flows import pipeline
@@ -241,6 +249,7 @@ def approve(args: argparse.Namespace) -> int:
             forbid=starter, even_if_worse=args.even_if_worse, even_if_rejected=args.even_if_rejected,
         )
     )  # fmt: skip
+    _wake(main, name, args, "approve")
     return 0
 
 
@@ -248,8 +257,27 @@ def reject(args: argparse.Namespace) -> int:
     """`slmops reject VERSION`."""
     from flows import release
 
-    print(release.reject(*_model(args), str(args.version), args.by, args.reason))
+    main, name = _model(args)
+    print(release.reject(main, name, str(args.version), args.by, args.reason))
+    _wake(main, name, args, "reject")
     return 0
+
+
+def _wake(main: Path, name: str, args: argparse.Namespace, decision: str) -> None:
+    """Let the deployed runs that wait for this decision end."""
+    from flows import release
+
+    for place, question in release.questions(main).items():
+        if (question["name"], question["version"]) != (name, str(args.version)):
+            continue
+        run = place.parent.parent.name
+        if "PREFECT_API_URL" in os.environ:
+            from flows import approval
+
+            if approval.answer(question["flow_run"], decision=decision, name=args.by, reason=args.reason):
+                print(f"told run {run}, which waited for it")
+                continue
+        print(f"note: run {run} still waits: start `slmops up` and decide the same in its form on Prefect's page")
 
 
 def rollback(args: argparse.Namespace) -> int:
@@ -284,7 +312,7 @@ def _model(args: argparse.Namespace) -> tuple[Path, str]:
 
     main = workspace.main_root(workspace.find(Path()))
     _use_servers(main)
-    return main, _checked(args).package.name
+    return main, args.model or _checked(args).package.name
 
 
 def _checked(args: argparse.Namespace) -> "params.Params":
@@ -298,8 +326,10 @@ def runs(args: argparse.Namespace) -> int:
     """`slmops runs`."""
     from flows import workspace
 
-    for run in workspace.runs(workspace.main_root(workspace.find(Path()))):
-        print(f"{run.name:<24}{run.state:<10}{run.commit}  {run.folder}")
+    found = workspace.runs(workspace.main_root(workspace.find(Path())))
+    width = max((len(run.name) for run in found), default=0)
+    for run in found:
+        print(f"{run.name:<{width}}  {run.state:<8}  {run.commit}  {run.folder}")
     return 0
 
 
@@ -309,6 +339,19 @@ def prune(args: argparse.Namespace) -> int:
 
     for name in workspace.prune(workspace.main_root(workspace.find(Path())), args.name):
         print(f"removed the worktree of {name}")
+    return 0
+
+
+def deploy(args: argparse.Namespace) -> int:
+    """`slmops deploy`."""
+    from flows import servers, workspace
+    from tasks.errors import ConfigError
+
+    main = workspace.main_root(workspace.find(Path()))
+    _use_servers(main)
+    if "PREFECT_API_URL" not in os.environ:
+        raise ConfigError("there is no Prefect server to deploy to: start `slmops up`, or set PREFECT_API_URL")
+    servers.apply_deployments(main, os.environ, args.root)
     return 0
 
 

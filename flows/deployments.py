@@ -9,26 +9,26 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import AbstractContextManager
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from prefect import flow, get_client, runtime, task
+from prefect import flow, get_client, runtime
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
-from prefect.flow_runs import suspend_flow_run
-from prefect.input import RunInput
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.exceptions import ObjectAlreadyExists
 from prefect.logging import get_run_logger
 from prefect.states import Completed, State
-from pydantic import Field
+from pydantic import BaseModel, Field
 
-from flows import automations, pages, pipeline, release, results, versioning, workspace
+from flows import approval, automations, locks, pages, pipeline, release, results, versioning, workspace
 from tasks import params
-from tasks.errors import ArtifactError, ConfigError, StageError
+from tasks.errors import ConfigError
 
 FILE = Path("infra") / "prefect.yaml"
+OWNER = Path(".runs") / "owner"  # in a worktree: the flow run that it is of
 
 Settings = Annotated[dict[str, Any] | None, Field(examples=[{"finetune.epochs": 0.5}])]
 Commit = Annotated[str, Field(pattern=r"^\w[\w./-]*$")]
@@ -37,33 +37,44 @@ Variants = Annotated[list[params.Variant] | None, Field(examples=[["q8_0", "q4_0
 Gates = list[params.Gate] | None
 
 
-class Decision(RunInput):
-    """The approval form."""
+class Budget(BaseModel):
+    """What training may spend, and how large the student may be."""
 
-    decision: Literal["approve", "reject"] = Field(description="approve: it becomes the champion")
-    name: str = Field(title="Your name", description="kept in the history, as is the reason", min_length=1)
-    reason: str = Field(min_length=1)
-    even_if_worse: bool = Field(False, description="approve it although the champion is more accurate")
-    even_if_rejected: bool = Field(False, description="approve it although it was rejected before")
+    finetune_epochs: float | None = Field(None, gt=0, description="passes of the teacher over the training rows")
+    distill_epochs: float | None = Field(None, gt=0, description="passes of the student over what the teacher answered")
+    max_parameters: params.Share | None = Field(None, description="the student's, as a share of the teacher's")
 
 
-def apply(root: Path) -> list[str]:
-    """Bring the server's deployments in step with infra/prefect.yaml; returns their names. None where it is missing.
+BUDGET = {
+    "finetune_epochs": "finetune.epochs",
+    "distill_epochs": "distill.epochs",
+    "max_parameters": "distill.max_parameters",
+}
+
+
+def apply(root: Path, place: Path) -> list[str]:
+    """Bring the server's deployments in step with infra/prefect.yaml, and its automations with theirs; returns the
+    deployments' names, none where the file is missing. A work pool that the server lacks is made, one of processes.
+    `place`: where the workers find the checkout.
 
     Raises:
         ConfigError: Prefect refuses the file.
     """
     if not (root / FILE).is_file():
         return []
-    root = root.resolve()
+    written = yaml.safe_load((root / FILE).read_bytes())["deployments"]
+    with get_client(sync_client=True) as client:
+        known = {pool.name for pool in client.read_work_pools()}
+        for pool in {each["work_pool"]["name"] for each in written} - known:
+            with suppress(ObjectAlreadyExists):  # two may deploy at once
+                client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(FILE)]
-    env = {**os.environ, "SLMOPS_ROOT": str(root)}
+    env = {**os.environ, "SLMOPS_ROOT": str(place.absolute())}
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     if done.returncode != 0:
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise ConfigError(f"{root / FILE} was refused: {' '.join(lines[-3:])}")
     automations.apply(root)
-    written = yaml.safe_load((root / FILE).read_bytes())["deployments"]
     _end_schedules({(each["name"], each["entrypoint"]) for each in written if not each.get("schedules")})
     return [each["name"] for each in written]
 
@@ -82,10 +93,12 @@ def train_and_release(
     data: params.LocalData | params.HubData | None = None,
     variants: Variants = None,
     gates: Gates = None,
+    budget: Budget | None = None,
     approval: Literal["manual", "auto"] | None = None,
     settings: Settings = None,
     commit: Commit = "HEAD",
     overlap: Overlap = "wait",
+    by: str | None = None,
 ) -> str:
     """Run the whole pipeline in a worktree of its own, register what passed, and ask for approval.
 
@@ -96,25 +109,31 @@ def train_and_release(
         data: The task's data. None: as params.yaml has it.
         variants: Quantized variants to make. None: as params.yaml has it.
         gates: What a variant must hold to be registered. None: as params.yaml has it.
-        approval: auto: released when it passed and is no worse than the champion. None: as params.yaml has it.
-        settings: Any other parameter by its dotted name, e.g. {"finetune.epochs": 0.5}.
+        budget: What training may spend. None: as params.yaml has it, and so for each of its values.
+        approval: auto: released when it passed and beats the champion by release.margin. None: as params.yaml has it.
+        settings: Any parameter by its dotted name, e.g. {"finetune.epochs": 0.5}. It wins over the fields above.
         commit: The commit, branch or tag to run.
         overlap: While another run works on the same model (package.name).
+        by: Your name. Needed where release.separate_duties is on: who starts a run may not approve it.
 
     Raises:
         PipelineError: what the pipeline or the registry raised.
     """
-    chosen = {
+    typed = {
         "acquire.model": model, "acquire.data": data, "quantize.variants": variants, "validate.gates": gates,
-        "release.approval": approval, **(settings or {}),
+        "release.approval": approval,
     }  # fmt: skip
+    spending: dict[str, Any] = dict(budget or {})  # as it came over HTTP: params.py checks it
+    spending = {BUDGET.get(key, f"budget.{key}"): value for key, value in spending.items()}
     main, name = _here()
     if (main / ".runs" / name / workspace.FINISHED).exists():
         return _resume(main, name)
-    overrides = _overrides(chosen)
-    held = _model(main, name, commit, overrides, overlap)
-    with held, workspace.worktree(main, name, commit, None, overrides) as place:
-        return _run(main, place, name)
+    overrides = _overrides(typed | spending | (settings or {}))
+    planned = _planned(main, name, commit, overrides)
+    if planned.release.separate_duties and not by:
+        raise ConfigError("release.separate_duties is on: say who starts this run (by), and may not approve it")
+    with _model(main, planned, name, overlap), _worktree(main, name, commit, overrides) as place:
+        return _run(main, place, name, by)
 
 
 @flow(name="retrain-scheduled", persist_result=True, validate_parameters=False)
@@ -137,14 +156,14 @@ def retrain_scheduled(settings: Settings = None, commit: Commit = "HEAD", overla
     if (main / ".runs" / name / workspace.FINISHED).exists():
         return _resume(main, name)
     overrides = _overrides(settings or {})
+    planned = _planned(main, name, commit, overrides)
     try:
-        held = _model(main, name, commit, overrides, overlap)
-        with held, workspace.worktree(main, name, commit, None, overrides) as place:
+        with _model(main, planned, name, overlap), _worktree(main, name, commit, overrides) as place:
             reason = _unchanged(main, place)
             if reason is None:
                 return _run(main, place, name)
         workspace.discard(main, name, branch=True)
-    except workspace.Busy as error:
+    except locks.Busy as error:
         reason = str(error)
     create_markdown_artifact(f"Skipped: {reason}", key="skipped", description=f"Why run {name} did nothing")
     return Completed(name="Skipped", message=reason)
@@ -172,19 +191,18 @@ def validate_only(
     if run not in known:
         raise ConfigError(f"there is no finished run {run}: name one of {', '.join(known) or '(none yet)'}")
     overrides = _overrides({"quantize.variants": variants, "validate.gates": gates})
-    workspace.mark()
-    with workspace.worktree(main, name, f"runs/{run}", None, overrides) as place:
+    locks.mark()
+    with _worktree(main, name, f"runs/{run}", overrides) as place:
         checked = params.load(place / "params.yaml")
         chosen = checked.quantize.variants
-        needed = ["acquire", "distill", "convert", *(versioning.address("quantize", each) for each in chosen)]
-        try:
-            versioning.checkout(place, *needed)
-        except StageError as error:
-            raise ArtifactError(
-                f"the files of run {run} are not in the cache: `git checkout runs/{run}` and `dvc pull` bring them ({error})"
-            ) from None
-        for variant in chosen:
-            _validate(place, name, variant)
+        made = ["acquire", "distill", "convert", *(versioning.address("quantize", each) for each in chosen)]
+        if pulled := versioning.restore(place, *made):
+            approval.told(pulled)
+        with pipeline.opened(place, name, checked) as desk, desk.display:
+            for variant in chosen:
+                pipeline.one(desk, pipeline.Order(place, name, "validate", variant, 1, up_to_date=False), checked)
+        desk.tracker.close("FINISHED", {"slmops.validated": run}, {}, ())
+        approval.told(versioning.push(place, *(versioning.address("validate", each) for each in chosen)))
         table = results.markdown(results.rows(place, checked, packaged=False))
         create_markdown_artifact(table, key="result", description=f"Validation of run {run}")
         commit = workspace.finish(place, name, f"Validate {run}\n\n{table}")
@@ -208,7 +226,7 @@ def rollback(
     Raises:
         PipelineError: there is none, or the registry refused.
     """
-    return _told(release.rollback(_here()[0], model, by, reason))
+    return approval.told(release.rollback(_here()[0], model, by, reason))
 
 
 @flow(name="expire-approvals", persist_result=True)
@@ -218,25 +236,28 @@ def expire_approvals() -> str:
     Raises:
         PipelineError: the registry or its record cannot be written.
     """
-    return _told("; ".join(release.expire(_here()[0])) or "no question has expired")
-
-
-@task(name="validate", task_run_name="validate-{variant}", cache_policy=NO_CACHE, persist_result=False)
-def _validate(place: Path, name: str, variant: str) -> None:
-    log = place / ".runs" / "logs" / name / f"validate-{variant}.log"
-    with workspace.joined(place, f"validate-{variant}") as locks:
-        versioning.repro(place, "validate", variant, log=log, keep_open=locks)
+    return approval.told("; ".join(approval.expire(_here()[0])) or "no question has expired")
 
 
 def _here() -> tuple[Path, str]:
-    """The main checkout, and the name of this run, whose page tells our errors as sentences from now on."""
+    """The main checkout, and a name for this run's worktree: the flow run's own, unless another run has had that name. From
+    now on the run's page tells our errors as sentences.
+    """
     pages.plain_errors()
-    return workspace.main_root(workspace.find(Path())), str(runtime.flow_run.name)
+    main = workspace.main_root(workspace.find(Path()))
+    name, own = str(runtime.flow_run.name), str(runtime.flow_run.id)
+    workspace.check_name(name)
+    owner = main / ".runs" / name / OWNER
+    ours = owner.exists() and owner.read_text() == own
+    taken = workspace.git(main, "branch", "--list", f"runs/{name}") and not ours
+    return main, f"{name}-{own[:8]}" if taken else name
 
 
-def _told(text: str) -> str:
-    get_run_logger().info("%s", text)
-    return text
+@contextmanager
+def _worktree(main: Path, name: str, commit: str, overrides: list[str]) -> Iterator[Path]:
+    with workspace.worktree(main, name, commit, None, overrides) as place:
+        workspace.replace(place / OWNER, str(runtime.flow_run.id))
+        yield place
 
 
 def _overrides(chosen: dict[str, Any]) -> list[str]:
@@ -244,13 +265,27 @@ def _overrides(chosen: dict[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
 
 
-def _model(
-    main: Path, name: str, commit: str, overrides: list[str], overlap: Literal["wait", "refuse"]
-) -> AbstractContextManager[None]:
+def _planned(main: Path, name: str, commit: str, overrides: list[str]) -> params.Params:
+    """The parameters that a run will have.
+
+    Raises:
+        ConfigError: they are wrong, or change what only a commit may.
+    """
+    committed = workspace.planned(main, name, commit, None, [])[1]
+    planned = workspace.planned(main, name, commit, None, overrides)[1]
+    if committed.release.separate_duties and not planned.release.separate_duties:
+        raise ConfigError("release.separate_duties is on in params.yaml, and no single run may switch it off")
+    if planned.acquire.watch.is_absolute() and planned.acquire.watch != committed.acquire.watch:
+        raise ConfigError(
+            f"acquire.watch: {planned.acquire.watch} lies outside the workspace, and only params.yaml may name such a place"
+        )
+    return planned
+
+
+def _model(main: Path, planned: params.Params, name: str, overlap: Overlap) -> AbstractContextManager[None]:
     """The lock of the model that a run will work on."""
-    _, planned = workspace.planned(main, name, commit, None, overrides)
     tell = get_run_logger().info
-    return workspace.one_at_a_time(main, planned.package.name, name, wait=overlap == "wait", tell=tell)
+    return locks.one_at_a_time(main, planned.package.name, name, wait=overlap == "wait", tell=tell)
 
 
 def _unchanged(main: Path, place: Path) -> str | None:
@@ -260,58 +295,34 @@ def _unchanged(main: Path, place: Path) -> str | None:
         if yaml.safe_load(workspace.git(main, "show", f"runs/{last}:params.yaml"))["package"]["name"] == model:
             changed = versioning.changed_since(place, workspace.git(main, "show", f"runs/{last}:dvc.lock") + "\n")
             if changed:
-                _told(f"changed since run {last}: {', '.join(changed)}")
+                approval.told(f"changed since run {last}: {', '.join(changed)}")
                 return None
             commit = workspace.git(place, "rev-parse", "--short=12", "HEAD")
             waiting = workspace.uncommitted(main)
             note = f"; not in that commit, so not looked at: {', '.join(waiting)}" if waiting else ""
             return f"data, model, parameters and code of commit {commit} are those of run {last}{note}"
-    _told(f"no run of {model} has finished yet")
+    approval.told(f"no run of {model} has finished yet")
     return None
 
 
-def _run(main: Path, place: Path, name: str) -> str:
+def _run(main: Path, place: Path, name: str, by: str | None = None) -> str:
     """The pipeline in a worktree, up to its commit; then what comes of it."""
-    workspace.mark()
-    result = pipeline.run(place, name)
+    if waiting := workspace.uncommitted(main):
+        get_run_logger().warning(
+            "not in the commit that this run starts from, so not seen by it: %s", ", ".join(waiting)
+        )
+    locks.mark()
+    result = pipeline.run(place, name, by)
     pages.show(place, name, result.rows, result.registered)
     pushed = versioning.push(place)  # before the run counts as finished, so that one that could not is taken up again
     commit = workspace.finish(place, name, f"Run {name}\n\n{result.registered}")
-    told = _told(f"commit {commit[:12]} on branch runs/{name}; {pushed}")
+    told = approval.told(f"commit {commit[:12]} on branch runs/{name}; {pushed}")
     create_markdown_artifact(told, key="saved", description="Where what this run made is kept")
     workspace.retire(main, params.load(place / "params.yaml").machine.keep_runs)
-    return _released(main, place)
+    return approval.released(main, place)
 
 
 def _resume(main: Path, name: str) -> str:
     root = main / ".runs" / name
-    with workspace.locked(root, name):
-        return _released(main, root)
-
-
-def _released(main: Path, root: Path) -> str:
-    """Register what a finished run made, and release it as the policy says; one line for a person."""
-    policy = params.load(root / "params.yaml").release
-    registered, said = release.register_if_passed(root, main)
-    if registered is None:
-        return _told(said)
-    if policy.approval == "auto":
-        return _told(release.auto_approve(main, registered.name, registered.version, policy.margin))
-    asked = root / workspace.QUESTION
-    if not asked.exists():
-        release.ask(main, registered, policy.expires_hours, asked)
-    shown = json.loads(asked.read_bytes())
-    form = Decision.with_initial_data(description=f"{pages.links(root)}\n\n{shown['text']}")
-    left = datetime.fromisoformat(shown["expires"]) - datetime.now(UTC)
-    answer = suspend_flow_run(wait_for_input=form, timeout=max(1, int(left.total_seconds())), key="approval")
-    if answer.decision == "reject":
-        told = release.reject(main, registered.name, registered.version, answer.name, answer.reason)
-    else:
-        starter = release.started_by(main, registered.name, registered.version) if policy.separate_duties else None
-        told = release.approve(
-            main, registered.name, registered.version, answer.name, answer.reason,
-            digest=shown["digest"], expected_champion=shown["champion"], forbid=starter,
-            even_if_worse=answer.even_if_worse, even_if_rejected=answer.even_if_rejected,
-        )  # fmt: skip
-    asked.unlink(missing_ok=True)
-    return _told(told)
+    with locks.locked(root, name):
+        return approval.released(main, root)

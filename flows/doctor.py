@@ -73,7 +73,7 @@ def examine(root: Path) -> Iterator[Check]:
         "disk",
         free >= FREE_DISK,
         f"{free / 1e9:.1f} GB free",
-        f"make room: {FREE_DISK / 1e9:.0f} GB are wanted; `slmops prune`, `dvc gc -w`",
+        f"make room: {FREE_DISK / 1e9:.0f} GB are wanted; `slmops prune`; while nothing runs, `dvc gc --all-branches`",
     )
     yield from _packages(root)
     converter = Path(sysconfig.get_path("data")) / "share" / "llama.cpp" / "convert_hf_to_gguf.py"

@@ -12,8 +12,6 @@ from flows.report import plots
 from tasks.errors import PipelineError
 from tasks.stage import folder
 
-REPORT = "/artifacts/report.html"
-
 
 def show(root: Path, name: str, rows: Sequence[results.Row], registered: str) -> None:
     """Put the result of the run in the workspace `root` on the page of the flow run that calls this."""
@@ -22,17 +20,17 @@ def show(root: Path, name: str, rows: Sequence[results.Row], registered: str) ->
     for key, (title, svg) in plots(folder(root, "package"), folder(root, "distill")).items():
         picture = base64.b64encode(svg.encode()).decode()
         create_image_artifact(f"data:image/svg+xml;base64,{picture}", key=key, description=title)
-    if page := tracking.page(workspace.main_root(root), root, REPORT):
-        create_link_artifact(page, "Report", key="report", description="report.html, as MLflow keeps it")
+    if found := tracking.pages(workspace.main_root(root), root):
+        create_link_artifact(found[1], "Report", key="report", description="report.html, as MLflow keeps it")
 
 
 def links(root: Path) -> str:
     """Where a run's report and its numbers are, in Markdown. A browser opens no file:// link from a page of a server."""
-    main = workspace.main_root(root)
-    page = tracking.page(main, root)
-    if not page:
+    found = tracking.pages(workspace.main_root(root), root)
+    if not found:
         return f"The report is the file `{root / 'report.html'}`."
-    return f"[Report]({tracking.page(main, root, REPORT)}) · [Run in MLflow]({page})"
+    run, report = found
+    return f"[Report]({report}) · [Run in MLflow]({run})"
 
 
 def plain_errors() -> None:

@@ -6,7 +6,8 @@ do is DVC's decision alone, so a retry, a second run and `dvc repro` all take up
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,7 +20,7 @@ from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.tasks import exponential_backoff
 
-from flows import fan_out, pages, release, results, tracking, versioning, workspace
+from flows import fan_out, locks, pages, release, results, tracking, versioning, workspace
 from flows.display import Display
 from flows.report import write_report
 from tasks import params
@@ -106,29 +107,55 @@ class Desk:
         self.tracker.fail(STAGES[order.stage], order.variant, text, status)
 
 
-def run(root: Path, name: str) -> Result:
-    """Run the pipeline under Prefect in the workspace `root`, which the caller has locked.
+def run(root: Path, name: str, by: str | None = None) -> Result:
+    """Run the pipeline under Prefect in the workspace `root`, which the caller has locked. `by`: who started it, by default
+    this login.
 
     Raises:
         PipelineError: what the first failing stage raised.
     """
     runner: Any = fan_out.runner(params.load(root / "params.yaml").machine)
-    result: Result = slmops.with_options(task_runner=runner)(str(root), name)
+    result: Result = slmops.with_options(task_runner=runner)(str(root), name, by)
     return result
 
 
 @flow(name="slmops", flow_run_name="{name}", persist_result=False, validate_parameters=False)
-def slmops(root: str, name: str) -> Result:
+def slmops(root: str, name: str, by: str | None = None) -> Result:
     """From an open model to a packaged and registered edge model, in the workspace `root`."""
     started = time.monotonic()
     pages.plain_errors()
     here = Path(root)
     main = workspace.main_root(here)
     checked = params.load(here / "params.yaml")
+    with opened(here, name, checked) as desk:
+        with desk.display:
+            _stages(desk, name, checked)
+            rows = results.rows(here, checked)
+            desk.display.table(rows)
+        report = here / "report.html"
+        write_report(folder(here, "package"), folder(here, "distill"), report, params=checked)
+        desk.tracker.settle(MLFLOW_S)
+        version, registered = release.register_if_passed(here, main, by)
+        if version:
+            chosen = folder(here, "validate", results.bundle(here)["chosen"])
+            tracking.tell_model(main, here, version.name, version.version, chosen)
+        pages.show(here, name, rows, registered)
+    result = Result(desk.done, rows, registered, report, covered(desk.spans))
+    ended = {"slmops.dvc_lock": versioning.lock_digest(here), "slmops.registered": registered}
+    spent = {"wall_s": time.monotonic() - started, "work_s": result.work_s}
+    desk.tracker.close("FINISHED", ended, spent, (report, folder(here, "package") / "bundle.json"))
+    return result
+
+
+@contextmanager
+def opened(root: Path, name: str, checked: params.Params) -> Iterator[Desk]:
+    """The desk of the run that works in the workspace `root`. Closing its MLflow run is the caller's part, unless an error
+    leaves the block: that closes it as what it came to.
+    """
     tags = {
         "slmops.flow_run": str(runtime.flow_run.id),
-        "slmops.git_commit": workspace.git(here, "rev-parse", "HEAD"),
-        "slmops.workspace": str(here),
+        "slmops.git_commit": workspace.git(root, "rev-parse", "HEAD"),
+        "slmops.workspace": str(root),
     }
     display, logger = Display(), get_run_logger()
 
@@ -136,29 +163,12 @@ def slmops(root: str, name: str) -> Result:
         display.say(text)
         logger.warning("%s", text)
 
-    tracker = tracking.Tracker(main, name, checked, tags, say)
+    tracker = tracking.Tracker(workspace.main_root(root), name, checked, tags, say)
     try:
-        with display:
-            desk = Desk(here, display, tracker)
-            _stages(desk, name, checked)
-            rows = results.rows(here, checked)
-            display.table(rows)
-        report = here / "report.html"
-        write_report(folder(here, "package"), folder(here, "distill"), report, params=checked)
-        tracker.settle(MLFLOW_S)
-        version, registered = release.register_if_passed(here, main)
-        if version:
-            chosen = folder(here, "validate", results.bundle(here)["chosen"])
-            tracking.tell_model(main, here, version.name, version.version, chosen)
-        pages.show(here, name, rows, registered)
+        yield Desk(root, display, tracker)
     except BaseException as error:
         _close_failed(tracker, error)
         raise
-    result = Result(desk.done, rows, registered, report, _covered(desk.spans))
-    ended = {"slmops.dvc_lock": versioning.lock_digest(here), "slmops.registered": registered}
-    spent = {"wall_s": time.monotonic() - started, "work_s": result.work_s}
-    tracker.close("FINISHED", ended, spent, (report, folder(here, "package") / "bundle.json"))
-    return result
 
 
 def _close_failed(tracker: tracking.Tracker, error: BaseException) -> None:
@@ -221,6 +231,27 @@ def _stages(desk: Desk, run: str, checked: params.Params) -> None:
         raise (ours or failed)[0]
 
 
+def one(desk: Desk, order: Order, checked: params.Params) -> None:
+    """Bring one stage up to date, in this thread.
+
+    Raises:
+        PipelineError: what the stage raised.
+    """
+
+    def post(message: fan_out.Message) -> None:
+        if message[1] is not None:
+            desk.take(order, message[1])
+
+    try:
+        outcome = _task(order.name, checked)(order, post)
+    except BaseException as error:
+        if order.name in desk.began:  # it had no time for a word
+            status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            desk.fail(order.name, str(error) or type(error).__name__, status)
+        raise
+    desk.end(order, outcome)
+
+
 def _behind(changed: frozenset[str], variants: tuple[str, ...]) -> set[Key]:
     """The stages that are out of date or follow from one that is. All others need no call of DVC."""
     found: set[Key] = set()
@@ -268,7 +299,7 @@ def bring(order: Order, post: fan_out.Post) -> versioning.Outcome:
     if order.up_to_date:
         return versioning.Outcome("unchanged", 0.0, 0.0)
     try:
-        with workspace.joined(order.root, name) as locks:
+        with locks.joined(order.root, name) as descriptors:
             return versioning.repro(
                 order.root,
                 order.stage,
@@ -276,7 +307,7 @@ def bring(order: Order, post: fan_out.Post) -> versioning.Outcome:
                 log=order.root / ".runs" / "logs" / order.run / f"{name}.log",
                 on_event=_teller(name, post),
                 env=_threads(order.parallel) if order.variant else {},
-                keep_open=locks,
+                keep_open=descriptors,
             )
     except PipelineError as error:
         post((name, {"event": "fail", "text": str(error)}))
@@ -317,7 +348,7 @@ def _threads(parallel: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}
 
 
-def _covered(spans: list[tuple[float, float]]) -> float:
+def covered(spans: list[tuple[float, float]]) -> float:
     """Seconds covered by at least one span."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):

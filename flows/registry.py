@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flows import tracking
+from flows import mlflow_store
 from tasks.errors import ArtifactError, ConfigError
 from tasks.package.bundle import Bundle, bundle_digest, verify
 
@@ -28,13 +28,13 @@ def opened(main: Path) -> Iterator[Any]:
     """
     from mlflow.exceptions import MlflowException
 
-    tracking.check_server(tracking.uri(main))
+    mlflow_store.check_server(mlflow_store.uri(main))
     place = main / "registry"
     place.mkdir(exist_ok=True)
     with (place / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            yield tracking.client(main)
+            yield mlflow_store.client(main)
         except MlflowException as error:
             raise ConfigError(f"MLflow refused: {str(error).splitlines()[0]}") from error
 
@@ -107,9 +107,9 @@ def log_version(main: Path, name: str, place: Path, digest: str, tags: dict[str,
 
     import mlflow
 
-    mlflow.set_tracking_uri(tracking.uri(main))
-    mlflow.set_registry_uri(tracking.uri(main))
-    mlflow.set_experiment(experiment_id=tracking.experiment(tracking.client(main), main))
+    mlflow.set_tracking_uri(mlflow_store.uri(main))
+    mlflow.set_registry_uri(mlflow_store.uri(main))
+    mlflow.set_experiment(experiment_id=mlflow_store.experiment(mlflow_store.client(main), main))
     with tempfile.TemporaryDirectory() as temporary:
         pointer = Path(temporary) / "pointer.json"
         pointer.write_text(json.dumps({"folder": str(place), "digest": digest}))
@@ -119,7 +119,7 @@ def log_version(main: Path, name: str, place: Path, digest: str, tags: dict[str,
             artifacts={"pointer": str(pointer)},
             pip_requirements=[f"{part}=={installed(part)}" for part in ("mlflow", "llama-cpp-python")],
         )
-    client = tracking.client(main)
+    client = mlflow_store.client(main)
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     made = client.create_model_version(name, source=f"models:/{logged.model_id}", model_id=logged.model_id, tags=tags)

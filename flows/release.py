@@ -12,10 +12,12 @@ before an alias moves, so that one that was stopped in between can be made again
 
 import getpass
 import json
+from collections.abc import Container
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from flows import audit, comparison, registry, workspace
 from flows.comparison import Comparison
@@ -25,6 +27,7 @@ from tasks.stage import folder
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 POLICY = "policy"  # who approves where no person does
+GRACE = timedelta(minutes=10)  # in which an answer that was given in time reaches the registry
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,12 @@ class Registered:
                 "`slmops history` shows why"
             )
         how = "registered" if self.fresh else "was registered before"
-        return f"{self.name} version {self.version} {how} (bundle {self.digest[:12]}): `slmops approve {self.version} --by NAME --reason TEXT` releases it"
+        return f"{self.name} version {self.version} {how} (bundle {self.digest[:12]}): `slmops approve {self.version} --model {self.name} --by NAME --reason TEXT` releases it"
 
 
-def register(root: Path, main: Path) -> Registered:
-    """Register the bundle in the workspace `root` as `candidate`; the same bundle is the same version.
+def register(root: Path, main: Path, by: str | None = None) -> Registered:
+    """Register the bundle in the workspace `root` as `candidate`; the same bundle is the same version. What was decided on,
+    or is older than the candidate, does not become it. `by`: who started the run, by default this login.
 
     Raises:
         ArtifactError: there is no bundle, or it does not match its manifest.
@@ -79,20 +83,21 @@ def register(root: Path, main: Path) -> Registered:
             version = registry.log_version(main, bundle.name, place, digest, tags)
         decided = audit.decisions(main, bundle.name, version, digest)
         if not decided:  # new, or stopped before it was on record
-            by = getpass.getuser()
-            audit.record(client, main, "register", bundle.name, version, digest=digest, by=by, reason=bundle.reason)
-        rejected = bool(decided) and decided[-1]["action"] == "reject"
-        if not rejected:
+            who = _signed(by, "starts a run")[0] if by else getpass.getuser()
+            audit.record(client, main, "register", bundle.name, version, digest=digest, by=who, reason=bundle.reason)
+        last = decided[-1]["action"] if decided else "register"
+        newest = registry.aliased(client, bundle.name, CANDIDATE) or version
+        if last == "register" and int(newest) <= int(version):
             client.set_registered_model_alias(bundle.name, CANDIDATE, version)
-        return Registered(bundle.name, version, digest, fresh, rejected)
+        return Registered(bundle.name, version, digest, fresh, last == "reject")
 
 
-def register_if_passed(root: Path, main: Path) -> tuple[Registered | None, str]:
+def register_if_passed(root: Path, main: Path, by: str | None = None) -> tuple[Registered | None, str]:
     """`register` for a run, where a model that did not pass is a result and no error; with one line for a person."""
     bundle = verify(folder(root, "package"))
     if bundle.chosen is None:
         return None, f"not registered: {bundle.reason}"
-    registered = register(root, main)
+    registered = register(root, main, by)
     return registered, registered.text()
 
 
@@ -212,42 +217,68 @@ def reject(main: Path, name: str, version: str, by: str, reason: str) -> str:
         found = registry.find_version(client, name, version)
         if registry.aliased(client, name, CHAMPION) == version:
             raise ConfigError(f"{name} version {version} is the champion: `slmops rollback` takes it back")
+        last = _last(main, name, found)
+        if (last["action"], last["by"], last["reason"]) == ("reject", by, reason):  # told twice: here and in the form
+            return f"{name} version {version} is rejected already"
         _reject(client, main, name, version, str(found.tags["bundle_digest"]), by, reason)
     return f"{name} version {version} is rejected"
 
 
-def ask(main: Path, asked: Registered, hours: float, place: Path) -> None:
-    """Write the question of whether to approve a version to `place`, with all that an answer is held against.
+def ask(main: Path, asked: Registered, hours: float, place: Path, *, flow_run: str, refused: str = "") -> None:
+    """Write the question of whether to approve a version to `place`, with all that an answer is held against. Asked
+    again, it ends when the first question would have; `refused` says why a decision was not carried out.
 
     Raises:
-        ArtifactError: its bundle moved or changed.
+        ArtifactError: its bundle moved or changed, and nobody was asked before.
         StageError: the MLflow server does not answer.
     """
-    seen = compare(main, asked.name, asked.version)
+    before = json.loads(place.read_bytes()) if place.exists() else {}
+    try:
+        seen = compare(main, asked.name, asked.version)
+    except ArtifactError:
+        if not before:
+            raise
+        shown = {key: before[key] for key in ("digest", "champion", "text")}
+    else:
+        shown = {"digest": seen.digest, "champion": seen.champion, "text": seen.markdown(asked.name)}
     question = {
+        "id": uuid4().hex[:12],
+        "flow_run": flow_run,
         "name": asked.name,
         "version": asked.version,
-        "digest": seen.digest,
-        "champion": seen.champion,
-        "text": seen.markdown(asked.name),
-        "decisions": len(audit.decisions(main, asked.name, asked.version, seen.digest)),
+        **shown,
+        "refused": refused,
+        "decisions": len(audit.decisions(main, asked.name, asked.version, shown["digest"])),
         "hours": hours,
-        "expires": (datetime.now(UTC) + timedelta(hours=hours)).isoformat(),
+        "expires": before.get("expires") or (datetime.now(UTC) + timedelta(hours=hours)).isoformat(),
     }
     workspace.replace(place, json.dumps(question))
 
 
-def expire(main: Path) -> list[str]:
+def questions(main: Path) -> dict[Path, dict[str, Any]]:
+    """All that someone was asked and that is not settled yet, by the file that holds it."""
+    found = {}
+    for place in sorted((main / ".runs").glob(f"*/{workspace.QUESTION}")):
+        try:
+            found[place] = json.loads(place.read_bytes())
+        except FileNotFoundError:
+            continue  # settled at this moment
+    return found
+
+
+def expire(main: Path, ended: Container[str] = ()) -> list[str]:
     """Reject, as the policy, each version about which someone was asked and nobody decided in time; a line each.
+
+    Of the flow runs `ended` it is known that they got no answer. To others an answer may be under way: a while more.
 
     Raises:
         ArtifactError: the record is damaged.
         StageError: the MLflow server does not answer.
     """
     said = []
-    for place in sorted((main / ".runs").glob(f"*/{workspace.QUESTION}")):
-        question = json.loads(place.read_bytes())
-        if datetime.now(UTC) < datetime.fromisoformat(question["expires"]):
+    for place, question in questions(main).items():
+        grace = timedelta() if question["flow_run"] in ended else GRACE
+        if datetime.now(UTC) < datetime.fromisoformat(question["expires"]) + grace:
             continue
         name, version, digest = question["name"], question["version"], question["digest"]
         with registry.opened(main) as client:

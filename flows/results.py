@@ -9,6 +9,7 @@ from typing import Any
 
 from flows.charts import number
 from tasks.errors import ArtifactError
+from tasks.package.choose import failing
 from tasks.params import Params
 from tasks.stage import folder
 
@@ -102,7 +103,7 @@ def _value(numbers: dict[str, Any], name: str) -> float:
 
 def told(verdict: Mapping[str, Any]) -> str:
     """What did not hold of a variant's verdict, or was not decided; "" where all did."""
-    return "; ".join(_told(check) for check in verdict["checks"] if check["ok"] is not True or check.get("undecided"))
+    return "; ".join(_told(check) for check in failing(verdict))
 
 
 def _told(check: Mapping[str, Any]) -> str:

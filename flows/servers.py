@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -30,10 +30,11 @@ from tasks.errors import ConfigError, PipelineError
 POOL = "slmops"
 MARK = "SLMOPS_UP"
 # In processes of their own: Prefect reads its settings when it is imported, and each is 100 MB to keep.
-APPLY = "import sys; from pathlib import Path; from flows import deployments; print(*deployments.apply(Path(sys.argv[1])), sep='\\n')"
-DELIVER = (
-    "import sys; from pathlib import Path; from flows import tracking; tracking.deliver_left(Path(sys.argv[1]), print)"
+APPLY = (
+    "import sys; from pathlib import Path; from flows import deployments; "
+    "print(*deployments.apply(*map(Path, sys.argv[1:])), sep='\\n')"
 )
+DELIVER = "import sys; from pathlib import Path; from flows import mlflow_store; mlflow_store.deliver_left(Path(sys.argv[1]), print)"
 DELIVER_S = 15.0  # from one attempt to the next
 
 
@@ -234,16 +235,20 @@ def _deliverer(main: Path, env: dict[str, str]) -> Callable[[], None]:
     return look
 
 
-def apply_deployments(main: Path, env: dict[str, str]) -> None:
-    """Have `flows.deployments` bring the server's deployments in step, and tell what it applied.
+def apply_deployments(main: Path, env: Mapping[str, str], place: Path | None = None) -> None:
+    """Have `flows.deployments` bring the server's deployments in step, and tell what it applied. `place`: the checkout
+    as workers see it.
 
     Raises:
         PipelineError: it failed; with its last lines.
     """
-    done = subprocess.run([sys.executable, "-c", APPLY, str(main)], cwd=main, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", APPLY, str(main), str(place or main)]
+    done = subprocess.run(command, cwd=main, env=env, capture_output=True, text=True)
     if done.returncode != 0:
         last = "\n".join(f"  {line}" for line in done.stderr.splitlines()[-supervise.TAIL :])
-        raise PipelineError(f"the deployments were not applied:\n{last}\nmend that and run `slmops up` again")
+        raise PipelineError(
+            f"the deployments were not applied:\n{last}\nmend that, then `slmops deploy` or `slmops up`"
+        )
     _tell(f"deployments: {', '.join(done.stdout.split()) or 'none'}")
 
 

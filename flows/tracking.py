@@ -8,15 +8,13 @@ import json
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from flows import spool
+from flows import mlflow_store, spool
 from flows.versioning import Outcome, address
 from tasks import manifest
 from tasks.errors import StageError
@@ -24,7 +22,6 @@ from tasks.params import Params
 from tasks.stage import Stage
 from tasks.stage import folder as stage_folder
 
-EXPERIMENT = "slmops"
 FLUSH_S = 2.0
 VIEW = "workflowType=machine_learning"  # in addresses: else MLflow's pages open on traces, which are not ours
 SECTIONS = ("acquire", "task", "finetune", "distill", "quantize", "validate", "package")
@@ -32,46 +29,7 @@ ARTIFACTS = ("history.json", "models.json", "pruning.json", "metrics.json", "mea
              "lineage.json", "bundle.json", "report.json", "MODEL_CARD.md")  # fmt: skip
 RETRY_S = 2.0  # between two attempts to reach an MLflow that is away
 PATIENCE_S = 10.0  # for one that is away at the end of a run
-WAITS = "what it is to be told waits in {folder} for the next `slmops run` or `slmops up`"
 DEADLINE_S = 120.0  # for one that answers, but slowly
-
-
-def uri(main: Path) -> str:
-    """The server that MLFLOW_TRACKING_URI names, else the database beside the main checkout."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{main / 'mlflow.db'}"
-
-
-def check_server(where: str) -> None:
-    """Ask a tracking server for its health, before any work starts.
-
-    Raises:
-        StageError: it does not answer within seconds.
-    """
-    if not where.startswith(("http://", "https://")):
-        return
-    try:
-        with urllib.request.urlopen(f"{where.rstrip('/')}/health", timeout=5) as answer:
-            answer.read()
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise _down(where, getattr(error, "reason", error)) from None
-
-
-def _down(where: str, why: object) -> StageError:
-    return StageError(
-        f"the MLflow server at {where} does not answer ({why}): start it, or unset MLFLOW_TRACKING_URI to use the "
-        "embedded database; finished stages are kept"
-    )
-
-
-def client(main: Path) -> Any:
-    """An MLflow client of the store that `uri` names."""
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri(main), registry_uri=uri(main))
-
-
-class Down(Exception):
-    """MLflow does not answer, or cannot do its work now."""
 
 
 class Tracker:
@@ -91,6 +49,7 @@ class Tracker:
             StageError: the disk is full.
         """
         self._main, self._params, self._tags, self._say = main, params, dict(tags), say
+        self._where = mlflow_store.uri(main)
         self._points: dict[str, list[tuple[str, float, int, int]]] = {}
         self._flushed: dict[str, float] = {}
         self._away = ""  # why MLflow does not answer now
@@ -98,7 +57,7 @@ class Tracker:
         self._spool = spool.Spool(main, self._tags["slmops.flow_run"], patience_s=PATIENCE_S)
         self._start("run", name, {})
         self._write("run", params=self._section_params(SECTIONS))
-        self._store = _Store(main, self._spool)
+        self._store = mlflow_store.Store(main, self._spool)
         # A daemon: a process that ends by a bug before `close` must not wait for it. The next one closes its runs.
         self._deliverer = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
         self._deliverer.start()
@@ -113,7 +72,7 @@ class Tracker:
     def point(self, stage: Stage, variant: str | None, metric: str, value: float, step: int) -> None:
         """One point of a curve; sent in batches."""
         name = address(stage.name, variant)
-        self._points[name].append((metric, value, step, _now()))
+        self._points[name].append((metric, value, step, mlflow_store.now()))
         if time.monotonic() - self._flushed[name] > FLUSH_S:
             self._flush(name)
 
@@ -134,15 +93,15 @@ class Tracker:
         self._files(name, (folder / file for file in ARTIFACTS))
         if stage.name == "acquire":
             self._spool.add(do="data", run=name, sets=_datasets(folder))
-        self._spool.add(do="end", run=name, status="FINISHED", at=_now())
+        self._spool.add(do="end", run=name, status="FINISHED", at=mlflow_store.now())
         self._raise_refusal()
 
-    def fail(self, stage: Stage, variant: str | None, error: object, status: str) -> None:
+    def fail(self, stage: Stage, variant: str | None, text: str, status: str) -> None:
         """Close the child run of a stage that failed (FAILED) or was stopped (KILLED)."""
         name = address(stage.name, variant)
         self._flush(name)
-        self._write(name, tags={"slmops.error": str(error)[:5000]})
-        self._spool.add(do="end", run=name, status=status, at=_now())
+        self._write(name, tags={"slmops.error": text[:5000]})
+        self._spool.add(do="end", run=name, status=status, at=mlflow_store.now())
 
     def settle(self, seconds: float) -> None:
         """Give MLflow that long to take all that was told so far: what comes next needs it."""
@@ -159,7 +118,7 @@ class Tracker:
         try:
             self._write("run", metrics=metrics, tags=tags)
             self._files("run", files)
-            self._spool.add(do="end", run="run", status=status, at=_now())
+            self._spool.add(do="end", run="run", status=status, at=mlflow_store.now())
             deadline = time.monotonic() + DEADLINE_S
             while self._spool.behind() and self._deliverer.is_alive() and time.monotonic() < deadline:
                 if self._away:
@@ -171,26 +130,27 @@ class Tracker:
             self._deliverer.join()
             left = self._spool.behind()
             self._spool.close()
+        waits = mlflow_store.WAITS.format(folder=self._spool.folder)
         if died:
-            raise StageError(
-                f"telling MLflow ended with a bug, see its traceback; {WAITS.format(folder=self._spool.folder)}"
-            )
+            raise StageError(f"telling MLflow ended with a bug, see its traceback; {waits}")
         if left:
-            self._say(f"warning: {_down(uri(self._main), self._away)}; {WAITS.format(folder=self._spool.folder)}")
+            self._say(f"warning: {mlflow_store.down(self._where, self._away)}; {waits}")
         self._raise_refusal()
 
     def _deliver(self) -> None:
         """The background thread: deliver until `close`, try again while MLflow is away."""
         try:
-            deliver_left(self._main, self._say)
+            mlflow_store.deliver_left(self._main, self._say)
         except StageError as error:
             self._say(f"warning: {error}")
         while not self._closing.wait(RETRY_S if self._away else 0.05):
             try:
                 count = self._spool.deliver(self._store)
-            except Down as error:
+            except mlflow_store.Down as error:
                 if not self._away:
-                    self._say(f"warning: {_down(uri(self._main), error)}; the run goes on and tells it when it is back")
+                    self._say(
+                        f"warning: {mlflow_store.down(self._where, error)}; the run goes on and tells it when it is back"
+                    )
                 self._away = str(error)
             else:
                 if self._away:
@@ -199,10 +159,12 @@ class Tracker:
 
     def _raise_refusal(self) -> None:
         if self._store.refused:
-            raise StageError(f"MLflow at {uri(self._main)} refused a record of this run: {self._store.refused}")
+            raise StageError(f"MLflow at {self._where} refused a record of this run: {self._store.refused}")
 
     def _start(self, run: str, name: str, extra: Mapping[str, str]) -> None:
-        self._spool.add(do="start", run=run, name=name, tags={**self._tags, **extra, "slmops.stage": run}, at=_now())
+        self._spool.add(
+            do="start", run=run, name=name, tags={**self._tags, **extra, "slmops.stage": run}, at=mlflow_store.now()
+        )
 
     def _files(self, run: str, files: Iterable[Path]) -> None:
         for file in files:
@@ -231,131 +193,23 @@ class Tracker:
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        points = [(name, value, 0, _now()) for name, value in (metrics or {}).items()]
+        points = [(name, value, 0, mlflow_store.now()) for name, value in (metrics or {}).items()]
         self._spool.add(do="write", run=run, metrics=points, params=dict(params or {}), tags=dict(tags or {}))
 
 
-class _Store:
-    """Tells MLflow the records of one spool. Told twice, each has the effect of once: a point is its name, step, time
-    and value to MLflow, and a run is found again by its flow run and stage.
+def pages(main: Path, root: Path) -> tuple[str, str] | None:
+    """Addresses of MLflow's pages of the newest run in the workspace `root` and of its report; None where no server
+    shows them. Where browsers reach MLflow by another address than this process, SLMOPS_MLFLOW_UI_URL tells it.
     """
-
-    def __init__(self, main: Path, spool: spool.Spool) -> None:
-        self._main, self._spool = main, spool
-        self._client: Any = None
-        self.refused = ""  # the first record that MLflow will never take
-
-    def __call__(self, record: spool.Record) -> None:
-        """Raises:
-        Down: try again later.
-        """
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client = self._client or client(self._main)
-            self._tell(record)
-        except MlflowException as error:
-            said = str(error).splitlines()[0]
-            if error.get_http_status_code() in range(400, 500) and error.get_http_status_code() != 429:
-                self.refused = self.refused or said
-            else:
-                raise Down(said) from error
-        except OSError as error:  # requests' errors among them
-            raise Down(str(error)) from error
-
-    def _tell(self, record: spool.Record) -> None:
-        from mlflow.entities import Metric, Param, RunTag
-
-        if record["do"] == "start":
-            self._spool.memory[record["run"]] = self._start(record)
-            return
-        run_id = self._spool.memory.get(record["run"])
-        if run_id is None:
-            return  # MLflow refused to start it, which is told
-        if record["do"] == "write":
-            self._client.log_batch(
-                run_id,
-                metrics=[Metric(name, value, at, step) for name, value, step, at in record["metrics"]],
-                params=[Param(name, value) for name, value in record["params"].items()],
-                tags=[RunTag(name, value) for name, value in record["tags"].items()],
-            )
-        elif record["do"] == "file":
-            self._client.log_artifact(run_id, str(self._spool.folder / record["file"]))
-        elif record["do"] == "data":
-            self._client.log_inputs(run_id, [_dataset(each) for each in record["sets"]])
-        else:
-            self._client.set_terminated(run_id, record["status"], record["at"])
-
-    def knows(self) -> bool:
-        """Does this MLflow hold the run of the spool, as far as it was told of it? Else it is another MLflow's."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return "run" not in self._spool.memory or bool(client(self._main).get_run(self._spool.memory["run"]))
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise Down(str(error).splitlines()[0]) from error
-
-    def _start(self, record: spool.Record) -> str:
-        place, tags = experiment(self._client, self._main), record["tags"]
-        query = f"tags.`slmops.flow_run` = '{tags['slmops.flow_run']}' and tags.`slmops.stage` = '{record['run']}'"
-        known = self._client.search_runs([place], query, max_results=1)
-        if known:
-            self._client.update_run(known[0].info.run_id, status="RUNNING")
-            return str(known[0].info.run_id)
-        if record["run"] != "run":
-            tags = {**tags, "mlflow.parentRunId": self._spool.memory["run"]}
-        made = self._client.create_run(place, record["at"], tags, record["name"])
-        return str(made.info.run_id)
-
-
-def deliver_left(main: Path, say: Callable[[str], None]) -> None:
-    """Deliver what runs left that were killed or could not reach MLflow; those still open are closed as killed.
-
-    Raises:
-        StageError: MLflow does not answer; what is left waits on.
-    """
-    for name in spool.left(main):
-        try:
-            found = spool.Spool(main, name)
-        except spool.Held:
-            continue  # its run was taken up again
-        ends: dict[str, bool] = {}
-        names: dict[str, str] = {}
-        for record in found.records():
-            if record["do"] == "start":
-                ends[record["run"]], names[record["run"]] = False, record["name"]
-            elif record["do"] == "end":
-                ends[record["run"]] = True
-        for run in [run for run, ended in reversed(ends.items()) if not ended]:
-            found.add(do="end", run=run, status="KILLED", at=_now())
-        store = _Store(main, found)
-        try:
-            if not store.knows():
-                say(f"note: {found.folder} is for another MLflow than {uri(main)}: use that, or delete the folder")
-                continue
-            count = found.deliver(store)
-        except Down as error:
-            raise StageError(f"{_down(uri(main), error)}; {WAITS.format(folder=found.folder)}") from None
-        finally:
-            found.close()
-        say(f"MLflow was told what run {names['run']} left when it ended ({count} records)")
-        if store.refused:
-            say(f"warning: MLflow refused some of it: {store.refused}")
-
-
-def _now() -> int:
-    return int(time.time() * 1000)
-
-
-def page(main: Path, root: Path, part: str = "") -> str:
-    """Address of MLflow's page of the newest run in the workspace `root`, or of a part of it; "" where no server shows it."""
-    where, run = uri(main).rstrip("/"), None
-    if where.startswith(("http://", "https://")):
-        with _answering(main):
-            run = _newest(client(main), main, root)
-    return f"{where}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{part}?{VIEW}" if run else ""
+    where = (os.environ.get("SLMOPS_MLFLOW_UI_URL") or mlflow_store.uri(main)).rstrip("/")
+    if not where.startswith(("http://", "https://")):
+        return None
+    with _answering(main):
+        run = _newest(mlflow_store.client(main), main, root)
+    if not run:
+        return None
+    page = f"{where}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return f"{page}?{VIEW}", f"{page}/artifacts/report.html?{VIEW}"
 
 
 def tell_model(main: Path, root: Path, name: str, version: str, folder: Path) -> None:
@@ -363,13 +217,14 @@ def tell_model(main: Path, root: Path, name: str, version: str, folder: Path) ->
     from mlflow.entities import LoggedModelOutput, Metric
 
     with _answering(main):
-        store = client(main)
+        store = mlflow_store.client(main)
         run = _newest(store, main, root)
         model = store.get_model_version(name, version).source.removeprefix("models:/")  # its model_id is empty
-        now = int(time.time() * 1000)
-        metrics = [Metric(key, value, now, 0, model_id=model) for key, value in _numbers(folder).items()]
+        metrics = [Metric(key, value, mlflow_store.now(), 0, model_id=model) for key, value in _numbers(folder).items()]
         store.log_batch(run.info.run_id, metrics=metrics)
-        store.log_inputs(run.info.run_id, [_dataset(each) for each in _datasets(stage_folder(root, "acquire"))])
+        store.log_inputs(
+            run.info.run_id, [mlflow_store.dataset(each) for each in _datasets(stage_folder(root, "acquire"))]
+        )
         store.log_outputs(run.info.run_id, [LoggedModelOutput(model, 0)])
 
 
@@ -382,24 +237,16 @@ def _answering(main: Path) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException) as error:
-        raise _down(uri(main), str(error).splitlines()[0]) from error
+        raise mlflow_store.down(mlflow_store.uri(main), str(error).splitlines()[0]) from error
 
 
 def _newest(store: Any, main: Path, root: Path) -> Any:
     """The newest pipeline run in a workspace."""
     query = f"tags.`slmops.workspace` = '{root}' and tags.`slmops.stage` = 'run'"
-    found = store.search_runs([experiment(store, main)], query, max_results=1, order_by=["attributes.start_time DESC"])
+    found = store.search_runs(
+        [mlflow_store.experiment(store, main)], query, max_results=1, order_by=["attributes.start_time DESC"]
+    )
     return found[0] if found else None
-
-
-def experiment(client: Any, main: Path) -> str:
-    """Id of the one experiment; made when it is missing."""
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found:
-        return str(found.experiment_id)
-    # A server keeps artifacts where it was told to; the embedded store keeps them beside its database.
-    place = (main / "mlruns").as_uri() if uri(main).startswith("sqlite:") else None
-    return str(client.create_experiment(EXPERIMENT, artifact_location=place))
 
 
 def _flat(prefix: str, value: Any) -> dict[str, str]:
@@ -422,12 +269,6 @@ def _datasets(folder: Path) -> list[dict[str, str]]:
         }
         for file, digest in data.get("sha256", {}).items()
     ]
-
-
-def _dataset(fields: dict[str, str]) -> Any:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    return DatasetInput(Dataset(**fields), tags=[InputTag("mlflow.data.context", fields["name"])])
 
 
 def _numbers(folder: Path) -> dict[str, float]:

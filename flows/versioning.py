@@ -1,5 +1,6 @@
 """Calls of dvc, each in a process of its own. DVC is the only content cache: what is done is not done again."""
 
+import configparser
 import json
 import os
 import signal
@@ -166,9 +167,23 @@ def cache_folder(root: Path) -> Path:
     return (root / _dvc(root, "cache", "dir").strip()).resolve()
 
 
-def share_cache(root: Path, cache: Path) -> None:
-    """Make the workspace `root` use `cache` (its run cache included), for this machine only."""
-    _dvc(root, "cache", "dir", "--local", str(cache))
+def share(root: Path, main: Path) -> None:
+    """Give the worktree `root` the cache (its run cache included), the remotes and the local settings of the checkout
+    `main`, for this machine only: neither an address nor a secret is part of a commit's meaning.
+    """
+    found = configparser.ConfigParser(interpolation=None)
+    found.read([main / ".dvc" / "config", main / ".dvc" / "config.local"], encoding="utf-8")
+    for section in found.values():
+        url = section.get("url", "").strip("'\"")
+        if url and "://" not in url:  # a folder, relative to .dvc
+            section["url"] = str((main / ".dvc" / url).resolve())
+    found.read_dict({"cache": {"dir": str(cache_folder(main))}})
+    target = root / ".dvc" / "config.local"
+    part = target.with_name(".config.local.new")
+    part.unlink(missing_ok=True)
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        found.write(file)
+    part.replace(target)
 
 
 def checkout(root: Path, *targets: str) -> None:
@@ -190,9 +205,37 @@ def checkout(root: Path, *targets: str) -> None:
     _dvc(root, "checkout", *targets)
 
 
-def push(root: Path) -> str:
-    """Send what dvc.lock and the .dvc files name to the default remote; returns what came of it. A workspace
-    without a default remote is in order.
+def restore(root: Path, *stages: str) -> str:
+    """`checkout` for what stages made; what the cache lacks comes from the default remote. Returns what was brought
+    from there, "" if nothing.
+
+    Raises:
+        ConfigError: a stage made nothing yet.
+        ArtifactError: neither cache nor remote has it.
+    """
+    said = ""
+    try:
+        checkout(root, *stages)
+    except StageError as missing:
+        remote = _dvc(root, "config", "core.remote").strip()
+        if not remote:
+            raise ArtifactError(
+                f"what {', '.join(stages)} made is not in the cache, and there is no default DVC remote to bring it from: "
+                f"run that commit again ({missing})"
+            ) from None
+        try:
+            said = f"pulled from the DVC remote {remote}: {_last_line(_dvc(root, 'pull', '--remote', remote, *stages))}"
+        except StageError as error:
+            raise ArtifactError(
+                f"what {', '.join(stages)} made is neither in the cache nor could it be pulled from the DVC remote {remote} "
+                f"({error}): `dvc push` where it was made, or run that commit again"
+            ) from None
+    return said
+
+
+def push(root: Path, *targets: str) -> str:
+    """Send what dvc.lock and the .dvc files name, or of it the targets alone, to the default remote; returns what came of
+    it. A workspace without a default remote is in order.
 
     Raises:
         StageError: the remote cannot be reached or refuses; the cache here keeps everything.
@@ -201,7 +244,7 @@ def push(root: Path) -> str:
     if not remote:
         return "not pushed: no default DVC remote is set (`dvc remote add -d NAME URL` sets one)"
     try:
-        said = _dvc(root, "push", "--remote", remote)
+        said = _dvc(root, "push", "--remote", remote, *targets)
     except StageError as error:
         raise StageError(
             f"{error}: nothing is lost, the cache keeps it all: mend the address or the credentials of the remote "

@@ -1,45 +1,33 @@
-"""Where a run works: the current checkout under a lock, or a git worktree of its own under `.runs/`.
+"""Where a run works: the current checkout under a lock (see locks.py), or a git worktree of its own under `.runs/`.
 
 A worktree run starts from a commit, has its effective params.yaml written into it, shares the DVC cache (so
 what was done anywhere is restored, not redone) and ends as a commit on `runs/<name>` that holds params.yaml
 and dvc.lock. The checkout it was started from, and its index, are never touched.
-
-One run at a time works on a registered model. That is a lock of the kernel's, not a concurrency limit of Prefect's:
-it is free the moment its process is killed (a lease lasts on), holds while the server is away (a lease that could not
-be renewed three times is given up for good), holds for runs without a server, and tells who has it.
 """
 
 import fcntl
 import io
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flows import versioning
+from flows import locks, versioning
 from tasks import params
-from tasks.errors import ConfigError, PipelineError
+from tasks.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-MARK = "SLMOPS_RUN_PID"
-ORPHAN_S = versioning.GRACE_S + 5.0  # in which the stage of a killed run ends
+COMMIT = re.compile(r"\w[\w./~^@{}-]*")  # nothing that git would take for an option
 RESERVED = ("lock", "logs", "models", "prune.lock", "servers", "servers.json", "spool")  # what else lies in .runs/
 FINISHED = ".runs/finished.json"  # in a worktree: the run came to its end
 QUESTION = ".runs/question.json"  # in a worktree: someone is asked to approve what the run registered
-
-
-class Busy(PipelineError):
-    """Another run works in this workspace, or on this model."""
 
 
 @dataclass(frozen=True)
@@ -106,121 +94,6 @@ def check_name(name: str) -> None:
     """
     if not NAME.fullmatch(name) or name in RESERVED or name.endswith((".lock", ".")) or ".." in name:
         raise ConfigError(f"--name {name}: use up to 63 letters, digits, dots, dashes and underscores")
-
-
-@contextmanager
-def locked(root: Path, name: str) -> Iterator[None]:
-    """Hold the workspace for the run `name`; its stages join in (`joined`), and hold it should the run be killed.
-
-    Raises:
-        Busy: another run holds it; the message names that run.
-    """
-    path = root / ".runs" / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + ORPHAN_S
-    with path.open("a+") as handle:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if _holder_lives(path) or time.monotonic() > deadline:
-                    raise Busy(_busy(path, root)) from None
-            time.sleep(0.1)
-        handle.seek(0)
-        left = handle.read()
-        if left:  # its run was killed, or it would have emptied the file
-            _end_orphans(left)
-        handle.truncate(0)
-        holder = {"name": name, "pid": os.getpid(), "started": datetime.now().isoformat(" ", "seconds")}
-        handle.write(json.dumps(holder))
-        handle.flush()
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for its stages to join; no other run can take it
-        except BlockingIOError:  # the moment between the two locks was another's
-            raise Busy(_busy(path, root)) from None
-        try:
-            yield
-        finally:
-            handle.truncate(0)
-
-
-@contextmanager
-def joined(root: Path, stage: str) -> Iterator[tuple[int, int]]:
-    """Hold the workspace with its run while one stage works, in whatever process and on whatever machine. Waits for
-    what a killed worker left at work on this stage. Yields descriptors for dvc to keep open, as it may outlive us.
-    """
-    path = root / ".runs" / "logs" / f"{stage}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (root / ".runs" / "lock").open() as run, path.open("a") as own:
-        fcntl.flock(run, fcntl.LOCK_SH)
-        fcntl.flock(own, fcntl.LOCK_EX)
-        yield run.fileno(), own.fileno()
-
-
-@contextmanager
-def one_at_a_time(main: Path, model: str, name: str, *, wait: bool, tell: Callable[[str], None]) -> Iterator[None]:
-    """Hold the registered model `model` for the run `name`.
-
-    Raises:
-        Busy: another run holds it, and `wait` is false; the message names that run.
-    """
-    path = main / ".runs" / "models" / model
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = f"run {path.read_text() or '(just starting)'} works on {model}"
-            if not wait:
-                raise Busy(f"{holder}: wait for it, or give this run a model of its own (package.name)") from None
-            tell(f"{holder}: waiting for it to end")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        handle.truncate(0)
-        handle.write(name)
-        handle.flush()
-        try:
-            yield
-        finally:
-            handle.truncate(0)
-
-
-def mark() -> None:
-    """Let every process that this one starts carry its id, so that a later run can tell whose orphan it is."""
-    os.environ[MARK] = str(os.getpid())
-
-
-def _end_orphans(left: str) -> None:
-    """End what a killed run left behind: Prefect's server, which would go on for ever. Its stage has ended: dvc, which
-    holds the lock too, is ended with it (see versioning.py).
-    """
-    try:
-        wanted = f"{MARK}={json.loads(left)['pid']}".encode()
-    except (ValueError, KeyError):
-        return  # killed in the middle of the line
-    for entry in Path("/proc").glob("[0-9]*"):  # empty where there is no such thing
-        try:
-            if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                os.kill(int(entry.name), signal.SIGTERM)
-        except (PermissionError, FileNotFoundError, ProcessLookupError):
-            continue  # someone else's, or it ended meanwhile
-
-
-def _holder_lives(path: Path) -> bool:
-    try:
-        return Path(f"/proc/{json.loads(path.read_text())['pid']}").exists() or not Path("/proc").exists()
-    except ValueError:
-        return True  # it is just writing that line
-
-
-def _busy(path: Path, root: Path) -> str:
-    advice = "wait for it, or use `slmops run --worktree`"
-    try:
-        holder = json.loads(path.read_text())
-    except ValueError:
-        return f"another run works in {root}: {advice}"
-    who = f"process {holder['pid']}" + ("" if _holder_lives(path) else " was killed, but its stage still works")
-    return f"run {holder['name']} works in {root} since {holder['started']} ({who}): {advice}"
 
 
 def write_params(root: Path, file: Path | None, overrides: Sequence[str]) -> None:
@@ -294,7 +167,7 @@ def in_place(root: Path, name: str, file: Path | None, overrides: Sequence[str])
         ConfigError: the name or the params are wrong.
     """
     check_name(name)
-    with locked(root, name):
+    with locks.locked(root, name):
         write_params(root, file, overrides)
         yield
 
@@ -314,7 +187,7 @@ def worktree(main: Path, name: str, commit: str, file: Path | None, overrides: S
     check_name(name)
     root, branch = main / ".runs" / name, f"runs/{name}"
     if (root / FINISHED).exists():
-        raise ConfigError(f"run {name} is finished (branch {branch}): choose another --name, or `slmops prune {name}`")
+        raise ConfigError(f"run {name} is finished (branch {branch}): choose another --name")
     fresh = not root.exists()
     if fresh and git(main, "branch", "--list", branch):
         raise ConfigError(f"a run named {name} has ended as branch {branch}: choose another --name")
@@ -323,9 +196,9 @@ def worktree(main: Path, name: str, commit: str, file: Path | None, overrides: S
     if fresh:
         git(main, "worktree", "prune")
         git(main, "worktree", "add", "-q", "-b", branch, str(root), commit)
-    with locked(root, name):
+    with locks.locked(root, name):
         replace(root / "params.yaml", text)
-        versioning.share_cache(root, versioning.cache_folder(main))
+        versioning.share(root, main)
         if pointer:
             versioning.checkout(root, str(pointer))
         yield root
@@ -339,6 +212,8 @@ def planned(
     Raises:
         ConfigError: the commit is unknown, or the params are wrong.
     """
+    if not COMMIT.fullmatch(commit):
+        raise ConfigError(f"--commit {commit}: that names no commit, branch or tag")
     stopped = main / ".runs" / name / "params.yaml"
     if file:
         source = file.read_bytes() if file.is_file() else None
@@ -393,25 +268,17 @@ def finished(main: Path) -> list[str]:
 def runs(main: Path) -> list[Run]:
     """The worktrees under `.runs/`, oldest first."""
     found = []
-    for folder in sorted((main / ".runs").glob("*/params.yaml"), key=lambda path: path.stat().st_mtime):
-        root = folder.parent
+    for file in (main / ".runs").glob("*/params.yaml"):
+        root = file.parent
         marks = {"waiting": QUESTION, "finished": FINISHED}
         ended = next((state for state, mark in marks.items() if (root / mark).exists()), "stopped")
-        state = "running" if _held(root) else ended
-        found.append(Run(root.name, state, root, git(root, "rev-parse", "--short=12", "HEAD")))
-    return found
-
-
-def _held(root: Path) -> bool:
-    path = root / ".runs" / "lock"
-    if not path.exists():
-        return False
-    with path.open() as handle:
+        state = "running" if locks.held(root) else ended
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+            commit = git(root, "rev-parse", "--short=12", "HEAD")
+            found.append((file.stat().st_mtime, Run(root.name, state, root, commit)))
+        except (ConfigError, FileNotFoundError):
+            continue  # removed at this moment
+    return [run for _, run in sorted(found, key=lambda each: each[0])]
 
 
 def prune(main: Path, names: Sequence[str] = ()) -> list[str]:
@@ -441,18 +308,20 @@ def retire(main: Path, keep: int) -> list[str]:
 
     None that works or waits for approval. The registry's bundles are links of their own, so they stay.
     """
-    with (main / ".runs" / "prune.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs may end at once
-        done = [run.name for run in runs(main) if run.state == "finished"]
-        for name in done[:-keep]:
-            discard(main, name, branch=False)
+    done = [run.name for run in runs(main) if run.state == "finished"]
+    for name in done[:-keep]:
+        discard(main, name, branch=False)
     return done[:-keep]
 
 
 def discard(main: Path, name: str, *, branch: bool) -> None:
-    """Remove a worktree, and its branch where the run left no commit on it."""
+    """Remove a worktree, and its branch where the run left no commit on it. One that is gone already is in order."""
     root = main / ".runs" / name
-    git(main, "worktree", "remove", "--force", str(root))
-    shutil.rmtree(root, ignore_errors=True)
-    if branch:
-        git(main, "branch", "-q", "-D", f"runs/{name}")
+    with (main / ".runs" / "prune.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs may end at once
+        if not root.exists():
+            return
+        git(main, "worktree", "remove", "--force", str(root))
+        shutil.rmtree(root, ignore_errors=True)
+        if branch:
+            git(main, "branch", "-q", "-D", f"runs/{name}")

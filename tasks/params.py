@@ -104,8 +104,11 @@ class Acquire(Section):
             getattr(part, name, None) for part in (self.model, self.data) for name in ("path", "unlabelled", "text")
         ]
         for path in filter(None, local):
-            if not path.is_relative_to(self.watch):
-                raise ValueError(f"{path} lies outside watch ({self.watch}): DVC would not see it change")
+            if not path.is_relative_to(self.watch) or ".." in path.parts:
+                raise ValueError(
+                    f"{path} lies outside watch ({self.watch}): DVC would not see it change: move it there, or set watch to "
+                    "a folder that holds all local inputs"
+                )
         return self
 
 
@@ -237,7 +240,7 @@ class Release(Section):
         0.0, description="accuracy by which the policy wants the champion beaten, on the same test rows; 0: not worse"
     )
     expires_hours: Annotated[float, Field(gt=0)] = Field(72.0, description="until a question for approval lapses")
-    separate_duties: bool = Field(False, description="who started a run may not approve it")
+    separate_duties: bool = Field(False, description="who started a run may not approve it; names are taken as given")
 
 
 class Params(Section):

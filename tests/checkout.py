@@ -11,14 +11,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SLMOPS = Path(sys.executable).with_name("slmops")
+WAIT_S, ASK_S = 300.0, 1200.0  # where other work has all the cores
 FILES = ("dvc.yaml", ".dvcignore", ".gitignore", "constraints.txt")
 
 # A toy stage writes the smallest valid output. It waits as TOY_WAIT or the file TOY_WAIT_FILE tells
@@ -94,33 +97,68 @@ def _servers() -> tempfile.TemporaryDirectory[str]:
 @functools.cache
 def empty_store() -> Path:
     """An MLflow database without runs, to be copied."""
-    from flows import tracking
+    from flows import mlflow_store
 
     folder = Path(_servers().name)
-    tracking.client(folder).search_experiments()
+    mlflow_store.client(folder).search_experiments()
     return folder / "mlflow.db"
 
 
 @functools.cache
 def prefect_server() -> str:
     """The address of one Prefect server for the session: each run would otherwise start one of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port, _ = free_ports()
     log = (Path(_servers().name) / "prefect.log").open("wb")
     command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
     process = subprocess.Popen(command, env=environment(Path(), PREFECT_UI_ENABLED="0"), stdout=log, stderr=log)
     atexit.register(process.terminate)
     address = f"http://127.0.0.1:{port}/api"
-    deadline = time.monotonic() + 300
+    wait_for(lambda: answers(f"{address}/health") or process.poll() is not None, "Prefect's server to answer")
+    assert process.poll() is None, "Prefect's server ended"
+    return address
+
+
+def free_ports() -> tuple[int, int]:
+    """Two ports that nobody uses."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], two.getsockname()[1]
+
+
+def answers(url: str) -> bool:
+    """Does a server answer there?"""
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+        return True
+    except OSError:
+        return False
+
+
+def ask(url: str, body: Mapping[str, Any] | None = None) -> Any:
+    """The answer to a GET, or to a POST of `body`. 503: the server's database is busy, so ask again, as clients do."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    deadline = time.monotonic() + ASK_S
     while True:
         try:
-            urllib.request.urlopen(f"{address}/health", timeout=5).close()
-            return address
-        except OSError:
-            assert process.poll() is None, "Prefect's server ended"
-            assert time.monotonic() < deadline, "Prefect's server does not answer"
-            time.sleep(0.1)
+            with urllib.request.urlopen(request, timeout=ASK_S) as answer:
+                text = answer.read()
+            return json.loads(text) if text else None
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
+def wait_for(happened: Callable[[], Any], told: object = "", seconds: float = WAIT_S) -> Any:
+    """What `happened` gives as soon as that is something. `told` (called, if it can be) says what was waited for."""
+    deadline = time.monotonic() + seconds
+    while not (found := happened()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:.0f} s: {told() if callable(told) else told}")
+        time.sleep(0.2)
+    return found
 
 
 def git(root: Path, *arguments: str) -> str:

@@ -1,44 +1,25 @@
 """Deployed runs, driven as a stranger would: plain HTTP to Prefect and MLflow, none of our code on the way in."""
 
+import functools
 import json
 import re
-import time
 import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from checkout import ROOT, git, make_toy, slmops, started
+from checkout import ASK_S, ROOT, ask, git, make_toy, slmops, started, wait_for
 from test_servers import Up, own, start, stop
 
-from flows import servers as up_servers
-from flows import workspace
+from flows import locks, workspace
 from tasks.stages import STAGES
 
-DEADLINE_S = 1200  # where other work has all the cores
 TOYS = {"variants": ["q4_0", "q8_0"]}
 
 pytestmark = pytest.mark.slow
-
-
-def ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    """The answer to a GET, or to a POST of `body`. 503: the server's database is busy, so ask again, as clients do."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    deadline = time.monotonic() + DEADLINE_S
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
-                text = answer.read()
-            return json.loads(text) if text else None
-        except urllib.error.HTTPError as error:
-            if error.code != 503 or time.monotonic() > deadline:
-                raise
-        time.sleep(0.5)
 
 
 class Servers:
@@ -53,19 +34,21 @@ class Servers:
         (found,) = ask(f"{self.prefect}/deployments/filter", {"deployments": {"name": {"any_": [name]}}})
         return dict(found)
 
-    def run(self, name: str, parameters: dict[str, Any]) -> str:
-        where = f"{self.prefect}/deployments/{self.deployment(name)['id']}/create_flow_run"
-        return str(ask(where, {"parameters": parameters, "state": {"type": "SCHEDULED"}})["id"])
+    def run(self, deployment: str, parameters: dict[str, Any], **more: str) -> str:
+        where = f"{self.prefect}/deployments/{self.deployment(deployment)['id']}/create_flow_run"
+        return str(ask(where, {"parameters": parameters, "state": {"type": "SCHEDULED"}, **more})["id"])
 
     def wait(self, run: str, *states: str) -> dict[str, Any]:
-        deadline = time.monotonic() + DEADLINE_S
-        while True:
-            found: dict[str, Any] = ask(f"{self.prefect}/flow_runs/{run}")
-            if found["state_name"] in states:
-                return found
-            assert found["state_type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"), found["state"]
-            assert time.monotonic() < deadline, found["state"]
-            time.sleep(0.5)
+        def there() -> Any:
+            found = ask(f"{self.prefect}/flow_runs/{run}")
+            ended = found["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+            assert found["state_name"] in states or not ended, found["state"]
+            return found["state_name"] in states and found
+
+        found = dict(wait_for(there, f"run {run} to be {' or '.join(states)}", ASK_S))
+        if found["state_name"] == "Suspended":  # a moment before the form is there
+            wait_for(lambda: self.question(run), f"the form of run {run}", ASK_S)
+        return found
 
     def runs(self, deployment: str) -> list[dict[str, Any]]:
         """Oldest first."""
@@ -77,17 +60,39 @@ class Servers:
         (found,) = ask(f"{self.prefect}/artifacts/filter", body)
         return str(found["data"])
 
+    def question(self, run: str) -> str:
+        """What the approval form of a suspended run says; "" where it is not suspended."""
+        details = ask(f"{self.prefect}/flow_runs/{run}")["state"]["state_details"]
+        keys = details.get("run_input_keyset")
+        try:
+            return str(ask(f"{self.prefect}/flow_runs/{run}/input/{keys['description']}")) if keys else ""
+        except urllib.error.HTTPError as error:
+            if error.code != 404:
+                raise
+            return ""
+
     def history(self) -> str:
         env = {name: value for name, value in own(self.root).items() if name.startswith("P")}
         return slmops(self.root, "history", **env).stdout
 
     def apply(self) -> None:
-        """What `up` does with infra/prefect.yaml."""
-        env = {**own(self.root), "PREFECT_API_URL": self.prefect}
-        up_servers.apply_deployments(self.root, env)
+        done = slmops(self.root, "deploy", **own(self.root))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("deployments: train-and-release, retrain-scheduled, ")
+
+    def tracked(self, name: str) -> list[dict[str, Any]]:
+        """The MLflow runs of a worktree run."""
+        place = ask(f"{self.mlflow}/experiments/get-by-name?experiment_name=slmops")["experiment"]["experiment_id"]
+        body = {"experiment_ids": [place], "filter": f"tags.`slmops.workspace` = '{self.root}/.runs/{name}'"}
+        found = ask(f"{self.mlflow}/runs/search", body)["runs"]
+        for run in found:
+            for part in ("tags", "metrics"):
+                run["data"][part] = {each["key"]: each["value"] for each in run["data"].get(part, [])}
+        return list(found)
 
     def decide(self, run: str, **answer: str | bool) -> None:
-        ask(f"{self.prefect}/flow_runs/{run}/resume", {"run_input": answer})
+        told = ask(f"{self.prefect}/flow_runs/{run}/resume", {"run_input": answer})
+        assert told["status"] == "ACCEPT", told
 
     def aliases(self) -> dict[str, str]:
         name = urllib.parse.quote("home-commands")
@@ -95,13 +100,7 @@ class Servers:
         return {each["alias"]: each["version"] for each in found}
 
 
-def until(happened: Callable[[], Any], told: Callable[[], object]) -> Any:
-    """What `happened` gives as soon as that is something."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not (found := happened()):
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.5)
-    return found
+until = functools.partial(wait_for, seconds=ASK_S)
 
 
 def change_bundle(root: Path, word: str) -> None:
@@ -128,7 +127,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 def test_the_form_asks_for_typed_parameters(servers: Servers) -> None:
     deployment = servers.deployment("train-and-release")
     form = deployment["parameter_openapi_schema"]
-    assert {"model", "data", "variants", "gates", "approval", "settings", "commit", "overlap"} == set(
+    assert {"model", "data", "variants", "gates", "budget", "approval", "by", "settings", "commit", "overlap"} == set(
         form["properties"]
     )
     assert "HubModel" in form["definitions"]
@@ -139,12 +138,11 @@ def test_the_form_asks_for_typed_parameters(servers: Servers) -> None:
 
 
 def test_a_run_is_started_and_approved_over_http(servers: Servers) -> None:
-    run = servers.run("train-and-release", {"variants": ["q4_0", "q8_0"], "settings": {"distill.epochs": 2.0}})
+    run = servers.run("train-and-release", {"variants": ["q4_0", "q8_0"], "budget": {"distill_epochs": 2.0}})
     waiting = servers.wait(run, "Suspended")
     assert len(started(servers.root)) == sum(2 if stage.per_variant else 1 for stage in STAGES.values())
     assert servers.aliases() == {"candidate": "1"}
-    key = waiting["state"]["state_details"]["run_input_keyset"]["description"]
-    question = ask(f"{servers.prefect}/flow_runs/{run}/input/{key}")
+    question = servers.question(run)
     assert "Release **home-commands version 1**" in question
     assert "|  | version 1 |" in question
     name = waiting["name"]
@@ -163,9 +161,16 @@ def test_a_run_is_started_and_approved_over_http(servers: Servers) -> None:
 
 
 def test_a_wrong_parameter_is_told_as_ours(servers: Servers) -> None:
-    run = servers.run("train-and-release", {"settings": {"distill.epoch": 2.0}})
-    found = servers.wait(run, "Failed")
-    assert "distill.epoch: unknown key: did you mean 'epochs'?" in found["state"]["message"]
+    for parameters, told in (
+        ({"settings": {"distill.epoch": 2.0}}, "distill.epoch: unknown key: did you mean 'epochs'?"),
+        ({"budget": {"hours": 1}}, "budget: unknown key"),
+        (
+            {"settings": {"acquire.watch": "/etc", "acquire.data.path": "/etc/passwd"}},
+            "only params.yaml may name such a",
+        ),
+    ):
+        found = servers.wait(servers.run("train-and-release", parameters), "Failed")
+        assert told in found["state"]["message"]
 
 
 def test_a_rejected_version_is_no_candidate(servers: Servers) -> None:
@@ -181,11 +186,11 @@ def test_a_rejected_version_is_no_candidate(servers: Servers) -> None:
 def test_a_rejected_version_is_released_only_by_who_says_so_and_rolled_back(servers: Servers) -> None:
     run = servers.run("train-and-release", TOYS)
     servers.wait(run, "Suspended")
+    first = servers.question(run)
     servers.decide(run, decision="approve", name="Ada", reason="not so rude after all")
-    failed = servers.wait(run, "Failed")
-    assert "version 2 was rejected by Ada (rude answers)" in failed["state"]["message"]
-    run = servers.run("train-and-release", TOYS)
-    servers.wait(run, "Suspended")
+    until(lambda: servers.question(run) not in ("", first), lambda: servers.question(run))
+    assert "**Not done: home-commands version 2 was rejected by Ada (rude answers)" in servers.question(run)
+    assert servers.aliases() == {"champion": "1"}
     servers.decide(run, decision="approve", name="Ada", reason="not so rude after all", even_if_rejected=True)
     servers.wait(run, "Completed")
     assert servers.aliases() == {"champion": "2", "previous": "1"}
@@ -194,6 +199,36 @@ def test_a_rejected_version_is_released_only_by_who_says_so_and_rolled_back(serv
     servers.wait(run, "Completed")
     assert servers.aliases() == {"champion": "1", "previous": "2"}
     assert "rollback  version 1    by Ada: too rude" in servers.history()
+
+
+def test_who_starts_a_run_may_not_approve_it_and_the_form_asks_again(servers: Servers) -> None:
+    change_bundle(servers.root, "third")
+    apart = {**TOYS, "settings": {"release.separate_duties": True}}
+    failed = servers.wait(servers.run("train-and-release", apart), "Failed")
+    assert "say who starts this run (by)" in failed["state"]["message"]
+    # Under the name of a run that has finished: it is another all the same.
+    finished = workspace.finished(servers.root)[0]
+    run = servers.run("train-and-release", {**apart, "by": "Ada"}, name=finished)
+    servers.wait(run, "Suspended")
+    first = servers.question(run)
+    servers.decide(run, decision="approve", name="ada", reason="mine")
+    until(lambda: servers.question(run) not in ("", first), lambda: servers.question(run))
+    assert "**Not done: ada started the run of home-commands version 3" in servers.question(run)
+
+    # The run is lost while it waits, and tried again: it asks once more.
+    for state in ({"type": "CRASHED", "name": "Crashed"}, {"type": "SCHEDULED", "name": "AwaitingRetry"}):
+        ask(f"{servers.prefect}/flow_runs/{run}/set_state", {"state": state, "force": True})
+    servers.wait(run, "Suspended")
+
+    # A decision by command ends the run too.
+    decision = ("--model", "home-commands", "--by", "Eve", "--reason", "rude again")
+    done = slmops(servers.root, "reject", "3", *decision, **own(servers.root))
+    place = f"{finished}-{run[:8]}"
+    assert done.stdout == f"home-commands version 3 is rejected\ntold run {place}, which waited for it\n", done.stderr
+    servers.wait(run, "Completed")
+    assert servers.history().count("rude again") == 1
+    assert servers.aliases() == {"champion": "1", "previous": "2"}
+    assert f"{place} finished" in " ".join(slmops(servers.root, "runs").stdout.split())
 
 
 def test_validation_alone_trains_nothing(servers: Servers) -> None:
@@ -205,6 +240,12 @@ def test_validation_alone_trains_nothing(servers: Servers) -> None:
     assert started(servers.root)[len(before) :] == ["validate-q4_0"]
     assert "| q4_0 | pass | 0.900 |" in servers.artifact(run, "result")
     assert yaml.safe_load(git(servers.root, "show", f"runs/{name}:params.yaml"))["validate"]["gates"] == gates
+    tracked = {each["data"]["tags"]["mlflow.runName"]: each for each in servers.tracked(name)}
+    assert {run: each["info"]["status"] for run, each in tracked.items()} == {
+        name: "FINISHED",
+        "validate@q4_0": "FINISHED",
+    }
+    assert tracked["validate@q4_0"]["data"]["metrics"]["accuracy"] == 0.9
     for parameters, told in (
         ({"run": made, "variants": ["q5_1"]}, "quantize@q5_1: not made yet; what was: acquire"),
         ({"run": "nobody"}, f"there is no finished run nobody: name one of .*{made}"),
@@ -216,7 +257,7 @@ def test_validation_alone_trains_nothing(servers: Servers) -> None:
 
 def test_one_run_at_a_time_works_on_a_model(servers: Servers) -> None:
     other = {**TOYS, "settings": {"package.name": "other"}}
-    with workspace.one_at_a_time(servers.root, "home-commands", "by-hand", wait=False, tell=print):
+    with locks.one_at_a_time(servers.root, "home-commands", "by-hand", wait=False, tell=print):
         waits = servers.run("train-and-release", TOYS)
         refused = servers.run("train-and-release", {**TOYS, "overlap": "refuse"})
         failed = servers.wait(refused, "Failed")

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from checkout import SLMOPS, digests, environment, make_toy, prefect_server, slmops, started
-from test_deployments import ask
-from test_pipeline import read, run_toy, runs, wait_for
+from checkout import SLMOPS, ask, digests, environment, make_toy, prefect_server, slmops, started, wait_for
+from test_pipeline import read, run_toy, runs
 from test_servers import DEADLINE_S, start, stop
 
-from flows import servers, tracking
+from flows import mlflow_store, servers
 
 pytest.importorskip("prefect_dask", reason="prefect-dask is not installed: pip install 'slmops[dask]'")
 
@@ -99,8 +98,8 @@ def test_two_worker_processes_give_the_same_digests_as_threads(toy: Path, tmp_pa
     assert sorted(started(on_dask)) == sorted(started(toy))
     assert "quantize-q4_0        done" in said
     assert set(dict(runs(on_dask)).values()) == {"FINISHED"}
-    store = tracking.client(on_dask)
-    (found,) = store.search_runs([tracking.experiment(store, on_dask)], "tags.mlflow.runName = 'distill'")
+    store = mlflow_store.client(on_dask)
+    (found,) = store.search_runs([mlflow_store.experiment(store, on_dask)], "tags.mlflow.runName = 'distill'")
     assert [point.value for point in store.get_metric_history(found.info.run_id, "loss")] == [1, 1 / 2, 1 / 3, 1 / 4]
 
 

@@ -54,7 +54,8 @@ def test_an_unknown_source_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_a_local_input_outside_the_watched_folder_is_refused(tmp_path: Path) -> None:
-    assert "lies outside watch" in problems(tmp_path, "acquire.data.path=elsewhere/rows.jsonl")
+    for path in ("elsewhere/rows.jsonl", "data/../elsewhere/rows.jsonl"):
+        assert "lies outside watch" in problems(tmp_path, f"acquire.data.path={path}")
 
 
 def test_a_gate_needs_exactly_one_limit(tmp_path: Path) -> None:

@@ -7,15 +7,25 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from checkout import SLMOPS, digests, environment, git, holding, make, make_toy, prefect_server, slmops, started
+from checkout import (
+    SLMOPS,
+    digests,
+    environment,
+    git,
+    holding,
+    make,
+    make_toy,
+    prefect_server,
+    slmops,
+    started,
+    wait_for,
+)
 
-from flows import tracking
+from flows import mlflow_store
 from tasks.stages import STAGES
 
 DEADLINE_S = 300
@@ -34,16 +44,9 @@ def dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def runs(root: Path) -> list[tuple[str, str]]:
     """Name and status of every MLflow run, oldest first."""
-    store = tracking.client(root)
-    found = store.search_runs([tracking.experiment(store, root)], order_by=["attributes.start_time ASC"])
+    store = mlflow_store.client(root)
+    found = store.search_runs([mlflow_store.experiment(store, root)], order_by=["attributes.start_time ASC"])
     return [(run.data.tags["mlflow.runName"], run.info.status) for run in found]
-
-
-def wait_for(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 # --- the real stages, on a tiny model ----------------------------------------------------------------
@@ -116,8 +119,8 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
 
     names = dict(runs(toy))
     assert names == dict.fromkeys(("one", *everything, "quantize@q8_0", "quantize@q4_0", "validate@q8_0", "validate@q4_0", "package"), "FINISHED")  # fmt: skip
-    store = tracking.client(toy)
-    by_name = {run.data.tags["mlflow.runName"]: run for run in store.search_runs([tracking.experiment(store, toy)])}
+    store = mlflow_store.client(toy)
+    by_name = {run.data.tags["mlflow.runName"]: run for run in store.search_runs([mlflow_store.experiment(store, toy)])}
     parent, child = by_name["one"], by_name["validate@q4_0"]
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.tags["slmops.cached"] == "false"

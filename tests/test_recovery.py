@@ -6,28 +6,20 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import SLMOPS, environment, make_toy, prefect_server, slmops, started
-from test_deployments import Servers, ask
-from test_servers import DEADLINE_S, Up, database, free_ports, left, start, stop  # noqa: F401 (a fixture)
+from checkout import SLMOPS, answers, ask, environment, free_ports, make_toy, prefect_server, slmops, started, wait_for
+from test_deployments import Servers
+from test_servers import DEADLINE_S, Up, database, left, start, stop  # noqa: F401 (a fixture)
 
-from flows import spool, supervise, tracking, workspace
+from flows import mlflow_store, spool, supervise, workspace
 
 pytestmark = pytest.mark.slow
 TRUE_WITHIN_S = 120.0
 ONE = {"variants": ["q4_0"], "approval": "auto"}
-
-
-def wait_for(true: Callable[[], bool], seconds: float = DEADLINE_S) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.2)
 
 
 def processes(up: Up, words: str) -> list[int]:
@@ -48,8 +40,8 @@ def flow_runs(servers: Servers) -> set[str]:
 
 def tracked(root: Path) -> list[Any]:
     """The MLflow runs, oldest first, read from the database of this checkout."""
-    store = tracking.client(root)
-    return list(store.search_runs([tracking.experiment(store, root)], order_by=["attributes.start_time ASC"]))
+    store = mlflow_store.client(root)
+    return list(store.search_runs([mlflow_store.experiment(store, root)], order_by=["attributes.start_time ASC"]))
 
 
 def statuses(root: Path, name: str) -> list[str]:
@@ -58,7 +50,7 @@ def statuses(root: Path, name: str) -> list[str]:
 
 def curve(root: Path, name: str) -> list[tuple[int, float]]:
     (run,) = [each for each in tracked(root) if each.data.tags["mlflow.runName"] == name]
-    history = tracking.client(root).get_metric_history(run.info.run_id, "loss")
+    history = mlflow_store.client(root).get_metric_history(run.info.run_id, "loss")
     return [(point.step, point.value) for point in history]
 
 
@@ -93,7 +85,9 @@ def test_a_killed_run_ends_truly_within_two_minutes_and_a_retry_takes_it_up(up: 
     killed = time.monotonic()
     for pid in [*processes(up, "prefect worker start"), *processes(up, "prefect.engine")]:
         os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: flow_runs(servers) == {"CRASHED"} and statuses(up.root, name) == ["KILLED"], 4 * TRUE_WITHIN_S)
+    wait_for(
+        lambda: flow_runs(servers) == {"CRASHED"} and statuses(up.root, name) == ["KILLED"], seconds=4 * TRUE_WITHIN_S
+    )
     assert time.monotonic() - killed < TRUE_WITHIN_S
     assert "no sign of life for 75 seconds" in ask(f"{servers.prefect}/flow_runs/{run}")["state"]["message"]
     assert statuses(up.root, "distill") == ["KILLED"]
@@ -131,7 +125,7 @@ def test_a_run_goes_on_when_its_worker_and_its_servers_are_killed(toy: Path) -> 
 def test_a_server_that_hangs_is_restarted(up: Up) -> None:
     (server,) = processes(up, "mlflow server")
     os.killpg(server, signal.SIGSTOP)
-    wait_for(lambda: "mlflow is healthy again" in up.text(), 3 * supervise.SILENT * (supervise.PROBE_S + 5))
+    wait_for(lambda: "mlflow is healthy again" in up.text(), up.text, 3 * supervise.SILENT * (supervise.PROBE_S + 5))
     assert f"mlflow gave no answer {supervise.SILENT} times in a row and was killed" in up.text()
     assert servers_answer(Servers(up))
 
@@ -168,15 +162,9 @@ def mlflow_server(root: Path, port: int) -> "subprocess.Popen[bytes]":
     process = subprocess.Popen(
         [*command, *where], env=environment(root), stdout=log, stderr=log, start_new_session=True
     )
-    deadline = time.monotonic() + DEADLINE_S
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            return process
-        except OSError:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+    wait_for(lambda: answers(f"http://127.0.0.1:{port}/health") or process.poll() is not None)
+    assert process.poll() is None
+    return process
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:
@@ -184,16 +172,19 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
+def run_that_tells(root: Path, port: int, name: str, distill_s: float) -> "subprocess.Popen[str]":
+    """A run that tells the tracking server at that port, and is in `distill` for that long."""
+    env = environment(
+        root, PREFECT_API_URL=prefect_server(), MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}",
+        TOY_WAIT=json.dumps({"distill": distill_s}),
+    )  # fmt: skip
+    return subprocess.Popen([SLMOPS, "run", "--name", name], cwd=root, env=env, stderr=subprocess.PIPE, text=True)
+
+
 def test_mlflow_away_during_a_run_is_told_and_gets_everything_once(toy: Path) -> None:
     port = free_ports()[0]
     server = mlflow_server(toy, port)
-    env = environment(
-        toy, PREFECT_API_URL=prefect_server(), MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}",
-        TOY_WAIT=json.dumps({"distill": 40}),
-    )  # fmt: skip
-    with subprocess.Popen(
-        [SLMOPS, "run", "--name", "away"], cwd=toy, env=env, stderr=subprocess.PIPE, text=True
-    ) as run:
+    with run_that_tells(toy, port, "away", 40) as run:
         try:
             wait_for(lambda: "distill" in started(toy))
             kill(server)
@@ -213,13 +204,7 @@ def test_mlflow_away_during_a_run_is_told_and_gets_everything_once(toy: Path) ->
 def test_mlflow_that_stays_away_stops_the_registration_and_is_told_by_the_next_run(toy: Path) -> None:
     port = free_ports()[0]
     server = mlflow_server(toy, port)
-    env = environment(
-        toy, PREFECT_API_URL=prefect_server(), MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}",
-        TOY_WAIT=json.dumps({"distill": 20}),
-    )  # fmt: skip
-    with subprocess.Popen(
-        [SLMOPS, "run", "--name", "gone"], cwd=toy, env=env, stderr=subprocess.PIPE, text=True
-    ) as run:
+    with run_that_tells(toy, port, "gone", 20) as run:
         wait_for(lambda: "distill" in started(toy))
         kill(server)
         said = run.communicate(timeout=2 * DEADLINE_S)[1]

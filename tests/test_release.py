@@ -14,7 +14,7 @@ import pytest
 from checkout import empty_store
 from conftest import ROOT
 
-from flows import audit, cli, release, tracking
+from flows import audit, cli, mlflow_store, release, workspace
 from tasks import params
 from tasks.errors import ArtifactError, ConfigError, StageError
 from tasks.package import bundle
@@ -95,8 +95,48 @@ def registered(root: Path, accuracy: float, source: str = "a", **more: Any) -> s
 
 
 def aliases(root: Path) -> dict[str, str]:
-    (model,) = tracking.client(root).search_registered_models(f"name = '{NAME}'")
+    (model,) = mlflow_store.client(root).search_registered_models(f"name = '{NAME}'")
     return {alias: str(version) for alias, version in model.aliases.items()}
+
+
+def test_a_refused_decision_asks_again_until_the_first_question_would_have_ended(root: Path) -> None:
+    write_bundle(root)
+    place = root / ".runs" / "a" / workspace.QUESTION
+    place.parent.mkdir(parents=True)
+    questions = []
+    for refused in ("", "someone else must"):
+        release.ask(root, release.register(root, root), 1.0, place, flow_run="f", refused=refused)
+        questions.append(json.loads(place.read_bytes()))
+    first, second = questions
+    assert first.pop("id") != second.pop("id")
+    assert second == {**first, "refused": "someone else must"}
+    # Even where there is nothing whole left to ask about: who decides is told, and can reject it.
+    bundle_place = root / "registry" / NAME / first["digest"][:12]
+    (bundle_place / "llama-server" / "model.gguf").unlink()
+    release.ask(root, release.Registered(NAME, "1", first["digest"], False), 1.0, place, flow_run="f", refused="gone")
+    (found,) = release.questions(root).values()
+    assert (found["refused"], found["digest"], found["text"]) == ("gone", first["digest"], first["text"])
+
+
+def test_an_answer_under_way_has_some_minutes_but_a_run_that_has_failed_none(root: Path) -> None:
+    write_bundle(root)
+    place = root / ".runs" / "a" / workspace.QUESTION
+    place.parent.mkdir(parents=True)
+    release.ask(root, release.register(root, root), 0.0, place, flow_run="f")
+    assert release.expire(root, ["another"]) == []
+    assert release.expire(root, ["f"]) == [f"{NAME} version 1 is rejected: nobody decided within 0 hours"]
+    assert release.questions(root) == {}
+
+
+def test_an_older_version_or_one_that_was_decided_on_does_not_become_the_candidate(root: Path) -> None:
+    for text in ("one", "two", "one"):
+        write_bundle(root, text)
+        release.register(root, root)
+    assert aliases(root) == {"candidate": "2"}
+    release.approve(root, NAME, "2", "Ada", "good")
+    write_bundle(root, "two")
+    release.register(root, root)
+    assert aliases(root) == {"champion": "2"}
 
 
 def test_a_bundle_goes_from_candidate_to_champion_and_back(root: Path) -> None:
@@ -124,7 +164,7 @@ def test_a_bundle_goes_from_candidate_to_champion_and_back(root: Path) -> None:
     lines = release.history(root, NAME).splitlines()
     assert [line.split()[1] for line in lines] == ["register", "approve", "register", "approve", "rollback"]
     assert "version 1    by Eve: wrong answers in the hall" in lines[-1]
-    version = tracking.client(root).get_model_version(NAME, "1")
+    version = mlflow_store.client(root).get_model_version(NAME, "1")
     assert (version.tags["decision"], version.tags["decided_by"]) == ("rollback", "Eve")
     assert version.tags["bundle_digest"] == first.digest
 
@@ -207,7 +247,7 @@ def test_who_started_a_run_may_be_forbidden_to_approve_it(root: Path) -> None:
 
 def test_a_verdict_that_was_withdrawn_refuses(root: Path) -> None:
     version = registered(root, 0.9)
-    tracking.client(root).set_model_version_tag(NAME, version, "verdict", "fail")
+    mlflow_store.client(root).set_model_version_tag(NAME, version, "verdict", "fail")
     with pytest.raises(ConfigError, match="may not be released: its verdict is fail"):
         release.approve(root, NAME, version, "Ada", "good")
     assert "its verdict is fail" in release.auto_approve(root, NAME, version, 0.0)
@@ -306,7 +346,7 @@ def test_accuracies_of_other_rows_are_not_compared(
 def test_a_lost_champion_can_be_replaced_by_a_person_alone(root: Path, edited: bool) -> None:
     release.approve(root, NAME, registered(root, 0.9), "Ada", "good")
     version = registered(root, 0.8)
-    place = Path(tracking.client(root).get_model_version(NAME, "1").tags["bundle"])
+    place = Path(mlflow_store.client(root).get_model_version(NAME, "1").tags["bundle"])
     if edited:  # so that the new one would look better
         text = (place / "bundle.json").read_text()
         (place / "bundle.json").unlink()
@@ -375,7 +415,7 @@ def test_every_decision_is_on_record_and_mirrored(root: Path) -> None:
     actions = [json.loads(line)["action"] for line in lines]
     assert actions == ["register", "approve", "register", "approve", "rollback", "reject"]
 
-    store = tracking.client(root)
+    store = mlflow_store.client(root)
     mirrored = {k: v for n in "12" for k, v in store.get_model_version(NAME, n).tags.items() if "audit" in k}
     assert [mirrored[key].encode() for key in sorted(mirrored)] == lines
     head = audit.parse_head(store.get_registered_model(NAME).tags["slmops.audit_head"])
@@ -430,7 +470,7 @@ def test_lines_from_before_the_chain_still_count(root: Path) -> None:
 
 def test_a_model_made_anew_in_mlflow_takes_over_no_old_decision(root: Path) -> None:
     release.reject(root, NAME, registered(root, 0.8), "Ada", "rude answers")
-    tracking.client(root).delete_registered_model(NAME)
+    mlflow_store.client(root).delete_registered_model(NAME)
     with pytest.raises(ConfigError, match="no version 1: register one"):
         release.compare(root, NAME, "1")
     with pytest.raises(ArtifactError, match="lines 1 to 2 are not known to MLflow"):
@@ -551,7 +591,7 @@ def test_the_champion_answers_through_mlflow(root: Path) -> None:
     registered = release.register(root, root)
     release.approve(root, NAME, registered.version, "Ada", "it knows Paris")
 
-    command = [sys.executable, "-c", ASK, tracking.uri(root)]
+    command = [sys.executable, "-c", ASK, mlflow_store.uri(root)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkout import ROOT, commit, dvc_python, git
+from checkout import ROOT, commit, dvc_python, free_ports, git
 
 from flows import versioning
-from tasks.errors import StageError
+from tasks.errors import ArtifactError, StageError
 from tasks.manifest import sha256
 
 SECRET = "planted-secret-7f3a"
@@ -86,13 +86,6 @@ def refused(root: Path, word: str) -> None:
     assert digests(root) == before
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def serve(command: list[str], port: int, **environment: str) -> subprocess.Popen[bytes]:
     """Start a server and wait until it listens."""
     server = subprocess.Popen(
@@ -113,6 +106,24 @@ def test_without_a_remote_nothing_is_pushed_and_nothing_fails(work: Path) -> Non
     assert versioning.push(work).startswith("not pushed: no default DVC remote")
 
 
+def test_what_the_cache_lacks_is_pulled(work: Path, tmp_path: Path) -> None:
+    assert versioning.restore(work, "make") == ""
+    add_remote(work, str(tmp_path / "store"))
+    versioning.push(work)
+    fresh = tmp_path / "fresh"
+    git(work, "clone", "-q", str(work), str(fresh))
+    assert versioning.restore(fresh, "make").startswith("pulled from the DVC remote store: ")
+    assert digests(fresh) == digests(work)
+
+    for place in (fresh / "build", fresh / ".dvc" / "cache", tmp_path / "store"):
+        shutil.rmtree(place)
+    with pytest.raises(ArtifactError, match=r"neither in the cache nor could it be pulled .* `dvc push` where"):
+        versioning.restore(fresh, "make")
+    dvc(fresh, "remote", "default", "--unset")
+    with pytest.raises(ArtifactError, match="there is no default DVC remote to bring it from"):
+        versioning.restore(fresh, "make")
+
+
 def test_the_project_commits_no_remote_credentials() -> None:
     """DVC would take them from .dvc/config too; they belong in the environment or in .dvc/config.local."""
     settings = (ROOT / ".dvc" / "config").read_text()
@@ -129,7 +140,7 @@ def s3() -> Iterator[tuple[str, dict[str, str]]]:
     """Address of an S3 server with a bucket `models`, and the keys of the one user that may use it."""
     pytest.importorskip("moto", reason="moto is not installed: make setup")
     pytest.importorskip("dvc_s3", reason="dvc-s3 is not installed: pip install 'slmops[s3]'")
-    port = free_port()
+    port = free_ports()[0]
     # Four actions set it up; from then on every request must carry a valid signature.
     server = serve(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
@@ -191,7 +202,7 @@ def test_s3_with_a_wrong_secret_says_what_and_next(work: Path, s3: tuple, keys: 
 
 @pytest.mark.slow
 def test_s3_that_does_not_answer_says_what_and_next(work: Path, s3: tuple, keys: Callable) -> None:
-    add_remote(work, "s3://models/down", endpointurl=f"http://127.0.0.1:{free_port()}")
+    add_remote(work, "s3://models/down", endpointurl=f"http://127.0.0.1:{free_ports()[0]}")
     keys(s3[1])
     refused(work, "Could not connect")
 
@@ -221,7 +232,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, 
     if not sshd:
         pytest.skip("sshd is not installed: apt-get install openssh-server")
     pytest.importorskip("dvc_ssh", reason="dvc-ssh is not installed: pip install 'slmops[ssh]'")
-    home, port = tmp_path / "home", free_port()
+    home, port = tmp_path / "home", free_ports()[0]
     (home / ".ssh").mkdir(parents=True, mode=0o700)
     (tmp_path / "remote").mkdir()
     for name in (tmp_path / "host_key", home / ".ssh" / "id_ed25519"):

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from checkout import ROOT, SLMOPS, environment, git, holding, make_toy, slmops
+from checkout import ROOT, SLMOPS, environment, free_ports, git, holding, make_toy, slmops, wait_for
 
 from flows import server_env, servers, supervise
 from tasks.errors import ConfigError, PipelineError
@@ -42,6 +41,7 @@ if __name__ == "__main__":
     here = str(Path(__file__).parent)
     flow.from_source(here, "sleeper.py:sleeper").deploy("test", work_pool_name="slmops", job_variables={"working_dir": here})
     run_deployment("sleeper/test", timeout=0)
+    run_deployment("sleeper/test", timeout=0)
 """
 
 
@@ -63,13 +63,6 @@ def own(root: Path, **extra: str) -> dict[str, str]:
     return environment(root, **{"PREFECT_HOME": str(root / "prefect"), "PYTHONPATH": path, **extra})
 
 
-def free_ports() -> tuple[int, int]:
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], two.getsockname()[1]
-
-
 def options(*more: str) -> list[str]:
     prefect, mlflow = free_ports()
     return [str(SLMOPS), "up", "--prefect-port", str(prefect), "--mlflow-port", str(mlflow), *more]
@@ -82,11 +75,13 @@ def start(root: Path, *more: str, **extra: str) -> Up:
         process = subprocess.Popen(
             options(*more), cwd=root, env=own(root, **extra), stdout=out, stderr=subprocess.STDOUT, text=True
         )
-    up, deadline = Up(root, process, output), time.monotonic() + DEADLINE_S
-    while "all healthy" not in up.text():
+    up = Up(root, process, output)
+    try:
+        wait_for(lambda: "all healthy" in up.text() or process.poll() is not None, up.text)
         assert process.poll() is None, up.text()
-        assert time.monotonic() < deadline, up.text()
-        time.sleep(0.1)
+    except BaseException:
+        stop(up)
+        raise
     return up
 
 
@@ -215,11 +210,7 @@ def test_another_checkout_must_not_share_prefects_database(plain: Up, tmp_path: 
 def test_a_server_that_dies_is_told_and_comes_back(plain: Up) -> None:
     [victim] = [pid for pid in left(plain.root) if "worker\0start" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(victim, signal.SIGKILL)
-    deadline = time.monotonic() + DEADLINE_S
-    while "worker is healthy again" not in plain.text():
-        assert plain.process.poll() is None, plain.text()
-        assert time.monotonic() < deadline, plain.text()
-        time.sleep(0.1)
+    wait_for(lambda: "worker is healthy again" in plain.text() or plain.process.poll() is not None, plain.text)
     assert "worker ended (killed by SIGKILL); the last lines of " in plain.text()
     assert "worker is started again (1 of 3 times an hour)" in plain.text()
 
@@ -233,18 +224,17 @@ def test_leases_and_runs_are_kept_on_the_disk(plain: Up) -> None:
 
 
 @pytest.mark.slow
-def test_a_deployed_flow_ends_with_its_servers(tmp_path: Path) -> None:
+def test_no_more_flows_run_at_once_than_told_and_all_end_with_their_servers(tmp_path: Path) -> None:
     root = make_toy(tmp_path)
-    up = start(root)
+    up = start(root, "--runs", "1")
     try:
         (root / "sleeper.py").write_text(SLEEPER)
         env = {**own(root), **servers.settings(root)}
         subprocess.run([sys.executable, "sleeper.py"], cwd=root, env=env, check=True, capture_output=True)
-        deadline = time.monotonic() + DEADLINE_S
-        while not (root / "asleep").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for((root / "asleep").exists)
         assert int((root / "asleep").read_text()) in left(root)
+        log = root / ".runs" / "logs" / "servers" / "worker.log"
+        wait_for(lambda: "Flow run limit reached; 1 flow runs in progress" in log.read_text(), log.read_text)
     finally:
         stop(up)
     assert left(root) == []
@@ -253,7 +243,7 @@ def test_a_deployed_flow_ends_with_its_servers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_uses_them_and_its_record_stays_when_they_are_gone(plain: Up) -> None:
-    from flows import tracking
+    from flows import mlflow_store
 
     done = slmops(plain.root, "run", "--name", "under-up", **own(plain.root))
     assert done.returncode == 0, done.stderr
@@ -263,8 +253,8 @@ def test_a_run_uses_them_and_its_record_stays_when_they_are_gone(plain: Up) -> N
     )
     assert [run["name"] for run in json.load(urllib.request.urlopen(request, timeout=20))] == ["under-up"]
     stop(plain)  # last in this module's order for these servers
-    store = tracking.client(plain.root)
-    place = store.get_experiment_by_name(tracking.EXPERIMENT)
+    store = mlflow_store.client(plain.root)
+    place = store.get_experiment_by_name(mlflow_store.EXPERIMENT)
     [parent] = store.search_runs([place.experiment_id], "tags.`slmops.stage` = 'run'")
     assert parent.info.status == "FINISHED"
     assert [file.path for file in store.list_artifacts(parent.info.run_id)] == ["bundle.json", "report.html"]
@@ -367,13 +357,13 @@ def test_deployments_are_applied_and_a_failure_is_told(tmp_path: Path, capsys: p
     package.mkdir()
     (package / "__init__.py").touch()
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "WHERE": "http://127.0.0.1:1/api"}
-    code = "import os\ndef apply(root):\n    return [root.name, os.environ['WHERE']]\n"
+    code = "import os\ndef apply(root, place):\n    return [root.name, place.name, os.environ['WHERE']]\n"
     (package / "deployments.py").write_text(code)
-    servers.apply_deployments(tmp_path, env)
-    assert capsys.readouterr().out == f"deployments: {tmp_path.name}, http://127.0.0.1:1/api\n"
+    servers.apply_deployments(tmp_path, env, Path("/workspace/checkout"))
+    assert capsys.readouterr().out == f"deployments: {tmp_path.name}, checkout, http://127.0.0.1:1/api\n"
 
-    (package / "deployments.py").write_text("def apply(root):\n    raise OSError('no such pool')\n")
-    with pytest.raises(PipelineError, match=r"(?s)were not applied:.*no such pool.*run `slmops up` again"):
+    (package / "deployments.py").write_text("def apply(root, place):\n    raise OSError('no such pool')\n")
+    with pytest.raises(PipelineError, match=r"(?s)were not applied:.*no such pool.*then `slmops deploy`"):
         servers.apply_deployments(tmp_path, env)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from checkout import empty_store
 
-from flows import spool, tracking
+from flows import mlflow_store, spool, tracking
 from flows.versioning import Outcome
 from tasks import manifest, params
-from tasks.errors import StageError
+from tasks.errors import ConfigError, StageError
 from tasks.stages import STAGES
 
 PARAMS = params.load(Path(__file__).parent.parent / "params.yaml")
@@ -39,8 +39,8 @@ def output(root: Path, **metrics: float) -> Path:
 
 
 def found(main: Path) -> dict[str, Any]:
-    store = tracking.client(main)
-    return {run.data.tags["mlflow.runName"]: run for run in store.search_runs([tracking.experiment(store, main)])}
+    store = mlflow_store.client(main)
+    return {run.data.tags["mlflow.runName"]: run for run in store.search_runs([mlflow_store.experiment(store, main)])}
 
 
 def test_a_run_is_a_parent_with_a_nested_child_a_stage(main: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_run_is_a_parent_with_a_nested_child_a_stage(main: Path) -> None:
     assert child.data.metrics["accuracy"] == 0.5
     assert child.data.metrics["ttft_s.p95"] == 0.25
     assert "quiet" not in child.data.metrics
-    store = tracking.client(main)
+    store = mlflow_store.client(main)
     assert len(store.get_metric_history(child.info.run_id, "loss")) == 2500
     assert {file.path for file in store.list_artifacts(child.info.run_id)} == {"measurements.json", "verdict.json"}
     assert [file.path for file in store.list_artifacts(parent.info.run_id)] == ["verdict.json"]
@@ -85,7 +85,7 @@ def test_a_retry_opens_its_run_again(main: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from flows import spool, tracking
+from flows import mlflow_store, spool, tracking
 from tasks import params
 from tasks.stages import STAGES
 tracker = tracking.Tracker(Path(sys.argv[1]), "dead", params.load(Path(sys.argv[2])), {"slmops.flow_run": "f1"})
@@ -143,7 +143,7 @@ def test_what_another_mlflow_was_told_is_not_told_to_this_one(main: Path, capsys
     (main / "mlflow.db").unlink()
     shutil.copy(empty_store(), main / "mlflow.db")
     said: list[str] = []
-    tracking.deliver_left(main, said.append)
+    mlflow_store.deliver_left(main, said.append)
     assert "is for another MLflow than" in said[0]
     assert spool.left(main) == ["f1"]
 
@@ -156,11 +156,11 @@ def test_told_twice_counts_once(main: Path) -> None:
     sets = [{"name": "train", "digest": "d", "source_type": "local", "source": "{}", "profile": "{}"}]
     journal.add(do="data", run="run", sets=sets)
     journal.add(do="end", run="run", status="FINISHED", at=9)
-    tell = tracking._Store(main, journal)
+    tell = mlflow_store.Store(main, journal)
     for record in [*journal.records(), *journal.records()]:
         tell(record)
     (run,) = found(main).values()
-    store = tracking.client(main)
+    store = mlflow_store.client(main)
     assert [point.step for point in store.get_metric_history(run.info.run_id, "loss")] == [1, 2]
     assert len(run.inputs.dataset_inputs) == 1
     assert (run.info.status, run.info.start_time, run.info.end_time) == ("FINISHED", 1, 9)
@@ -171,8 +171,8 @@ def test_a_server_that_does_not_answer_is_told_before_any_work() -> None:
         taken.bind(("127.0.0.1", 0))
         where = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(StageError, match=rf"{where} does not answer .*start it, or unset MLFLOW_TRACKING_URI"):
-            tracking.check_server(where)
-    tracking.check_server("sqlite:///no/server/to/ask.db")
+            mlflow_store.check_server(where)
+    mlflow_store.check_server("sqlite:///no/server/to/ask.db")
 
 
 def test_a_run_goes_on_without_mlflow_and_tells_it_later(main: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,15 +190,15 @@ def test_a_run_goes_on_without_mlflow_and_tells_it_later(main: Path, monkeypatch
     assert "does not answer" in said[0]
     assert f"waits in {main / spool.FOLDER / 'f1'} for the next `slmops run` or `slmops up`" in said[1]
     with pytest.raises(StageError, match=r"does not answer .*waits in"):
-        tracking.deliver_left(main, said.append)
+        mlflow_store.deliver_left(main, said.append)
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    tracking.deliver_left(main, said.append)
+    mlflow_store.deliver_left(main, said.append)
     assert said[-1].startswith("MLflow was told what run r left when it ended (")
     runs = found(main)
     assert {name: run.info.status for name, run in runs.items()} == {"r": "FINISHED", "convert": "FINISHED"}
     assert runs["convert"].data.metrics["loss"] == 0.5
-    files = tracking.client(main).list_artifacts(runs["convert"].info.run_id)
+    files = mlflow_store.client(main).list_artifacts(runs["convert"].info.run_id)
     assert {file.path for file in files} == {"measurements.json", "verdict.json"}
 
 
@@ -222,10 +222,10 @@ def test_a_journal_that_was_cut_off_is_taken_up(tmp_path: Path) -> None:
 
     def tell(record: dict[str, int]) -> None:
         if record["number"] == 2:
-            raise tracking.Down("away")
+            raise mlflow_store.Down("away")
         told.append(record["number"])
 
-    with pytest.raises(tracking.Down):
+    with pytest.raises(mlflow_store.Down):
         first.deliver(tell)
     first._journal.write(b'{"numb')  # and killed
     first.close()
@@ -236,3 +236,15 @@ def test_a_journal_that_was_cut_off_is_taken_up(tmp_path: Path) -> None:
     assert told == [1, 2, 3]
     second.close()
     assert not second.folder.exists()
+
+
+@pytest.mark.parametrize(
+    "where", ["http://ada:planted@127.0.0.1:5000", "http://ada:planted@host:many", "http://planted:x"]
+)
+def test_an_address_with_a_password_is_refused_and_not_repeated(
+    where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", where)
+    with pytest.raises(ConfigError, match="into MLFLOW_TRACKING_USERNAME") as caught:
+        mlflow_store.uri(tmp_path)
+    assert "planted" not in str(caught.value)

@@ -5,11 +5,10 @@ import json
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checkout import wait_for
 from conftest import ROOMS, tiny_rows, write_jsonl
 from gguf_inputs import ROOT, converted, quantized, stage_input
 
@@ -159,11 +158,6 @@ def test_a_measurement_waits_for_work_and_keeps_new_work_out(tmp_path: Path) -> 
         command = [sys.executable, "-c", HOLDER, name, kind, str(tmp_path)]
         running[name] = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT)
 
-    def wait_until(true: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
-        while not true():
-            assert time.monotonic() < deadline, log.read_text()
-
     def queued() -> bool:
         """Whether someone stands in the turnstile, waiting for the lock."""
         with (tmp_path / ".quiet.turnstile").open("a") as turnstile:
@@ -176,14 +170,14 @@ def test_a_measurement_waits_for_work_and_keeps_new_work_out(tmp_path: Path) -> 
     try:
         for name in ("first", "second"):
             start(name, "busy")
-            wait_until(lambda name=name: f"{name} in" in log.read_text())  # side by side
+            wait_for(lambda name=name: f"{name} in" in log.read_text(), log.read_text)  # side by side
         start("measurement", "quiet")
-        wait_until(queued)
+        wait_for(queued, log.read_text)
         start("later", "busy")
         for name in ("first", "second", "measurement", "later"):
-            wait_until(lambda name=name: f"{name} in" in log.read_text())
+            wait_for(lambda name=name: f"{name} in" in log.read_text(), log.read_text)
             running[name].stdin.close()
-            wait_until(lambda name=name: f"{name} out" in log.read_text())
+            wait_for(lambda name=name: f"{name} out" in log.read_text(), log.read_text)
         assert log.read_text().split("\n")[:-1] == [
             "first in", "second in", "first out", "second out", "measurement in", "measurement out", "later in", "later out",
         ]  # fmt: skip

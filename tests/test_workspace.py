@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkout import commit, git, make_toy
+from checkout import commit, dvc_python, git, make_toy
 
-from flows import versioning, workspace
+from flows import locks, versioning, workspace
 from tasks.errors import ArtifactError, ConfigError, StageError
 
 
@@ -30,26 +30,26 @@ def test_the_workspace_is_found_from_any_folder_in_it(root: Path) -> None:
 
 
 def test_the_lock_names_its_holder_and_is_free_again(root: Path) -> None:
-    with workspace.locked(root, "first"):
-        with pytest.raises(workspace.Busy, match=r"run first works in .* \(process \d+\)"), workspace.locked(root, "b"):
+    with locks.locked(root, "first"):
+        with pytest.raises(locks.Busy, match=r"run first works in .* \(process \d+\)"), locks.locked(root, "b"):
             pytest.fail("two runs hold one workspace")
         assert json.loads((root / ".runs" / "lock").read_text())["name"] == "first"
-    with workspace.locked(root, "second"):
+    with locks.locked(root, "second"):
         pass
 
 
 def test_the_lock_of_a_killed_run_is_free_unless_a_child_still_works(root: Path) -> None:
     code = (
-        "import os, subprocess, sys; from pathlib import Path; from flows import workspace\n"
+        "import os, subprocess, sys; from pathlib import Path; from flows import locks\n"
         "root = Path(sys.argv[1])\n"
-        "with workspace.locked(root, 'dead'), workspace.joined(root, 'distill') as locks:\n"
-        "    child = subprocess.Popen(['cat'], stdin=0, stdout=subprocess.DEVNULL, pass_fds=locks)\n"
+        "with locks.locked(root, 'dead'), locks.joined(root, 'distill') as held:\n"
+        "    child = subprocess.Popen(['cat'], stdin=0, stdout=subprocess.DEVNULL, pass_fds=held)\n"
         "    print('ready', flush=True); os.kill(os.getpid(), 9)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert run.stdin is not None
     run.wait(60)
-    with pytest.raises(workspace.Busy, match=r"run dead .* was killed, but its stage still works"), workspace.locked(root, "b"):  # fmt: skip
+    with pytest.raises(locks.Busy, match=r"run dead .* was killed, but its stage still works"), locks.locked(root, "b"):  # fmt: skip
         pytest.fail("a stage of the killed run works in there")
     run.stdin.close()  # the child ends
     assert run.stdout is not None
@@ -60,9 +60,9 @@ def test_the_lock_of_a_killed_run_is_free_unless_a_child_still_works(root: Path)
 def _until_free(root: Path) -> None:
     for _ in range(1000):
         try:
-            with workspace.locked(root, "next"):
+            with locks.locked(root, "next"):
                 return
-        except workspace.Busy:
+        except locks.Busy:
             continue
     pytest.fail("the lock never became free")
 
@@ -239,13 +239,45 @@ def ended(root: Path, name: str, *overrides: str) -> Path:
     return place
 
 
+def test_a_worktree_uses_the_remotes_and_local_settings_of_its_checkout(root: Path) -> None:
+    for command in (
+        ["remote", "add", "-d", "store", "../store"],  # not committed
+        ["remote", "modify", "--local", "store", "verify", "false"],
+        ["remote", "add", "--local", "cloud", "s3://models/here"],
+        ["remote", "modify", "--local", "cloud", "secret_access_key", '100%, "quoted" # secret'],
+    ):
+        dvc(root, *command)
+    before = dvc(root, "config", "--list")
+    with workspace.worktree(root, "shares", "HEAD", None, []) as place:
+        assert dvc(place, "config", "core.remote") == "store\n"
+        remotes = [line.split()[:2] for line in dvc(place, "remote", "list").splitlines()]
+        assert remotes == [["store", str(root.parent / "store")], ["cloud", "s3://models/here"]]
+        secret = "remote.cloud.secret_access_key="
+        (ours,) = [line for line in before.splitlines() if line.startswith(secret)]
+        assert ours in dvc(place, "config", "--list").splitlines()
+        assert (place / ".dvc" / "config.local").stat().st_mode & 0o077 == 0
+        assert "config.local" not in git(place, "status", "--porcelain")
+
+
+def dvc(root: Path, *arguments: str) -> str:
+    done = subprocess.run([*dvc_python(), *arguments], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_commit_that_git_would_take_for_an_option_is_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match="names no commit, branch or tag"):
+        workspace.planned(root, "one", f"--output={root}/x", None, [])
+    assert workspace.planned(root, "one", "HEAD~0", None, [])
+
+
 def test_one_run_at_a_time_holds_a_model(root: Path) -> None:
     told: list[str] = []
 
     def hold(model: str, name: str, *, wait: bool = False) -> AbstractContextManager[None]:
-        return workspace.one_at_a_time(root, model, name, wait=wait, tell=told.append)
+        return locks.one_at_a_time(root, model, name, wait=wait, tell=told.append)
 
-    busy = pytest.raises(workspace.Busy, match="run first works on lamps: wait for it")
+    busy = pytest.raises(locks.Busy, match="run first works on lamps: wait for it")
     with hold("lamps", "first"), hold("doors", "beside"), busy, hold("lamps", "second"):
         pytest.fail("two runs work on one model")
     with hold("lamps", "second"):
@@ -255,8 +287,8 @@ def test_one_run_at_a_time_holds_a_model(root: Path) -> None:
 
 def test_the_model_of_a_killed_run_is_free_at_once_for_who_waits(root: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from flows import workspace\n"
-        "with workspace.one_at_a_time(Path(sys.argv[1]), 'lamps', 'dead', wait=False, tell=print):\n"
+        "import sys, time; from pathlib import Path; from flows import locks\n"
+        "with locks.one_at_a_time(Path(sys.argv[1]), 'lamps', 'dead', wait=False, tell=print):\n"
         "    print('ready', flush=True); time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE) as run:
@@ -269,7 +301,7 @@ def test_the_model_of_a_killed_run_is_free_at_once_for_who_waits(root: Path) -> 
             told.append(text)
             run.kill()
 
-        with workspace.one_at_a_time(root, "lamps", "next", wait=True, tell=tell):
+        with locks.one_at_a_time(root, "lamps", "next", wait=True, tell=tell):
             assert (root / ".runs" / "models" / "lamps").read_text() == "next"
     assert told == ["run dead works on lamps: waiting for it to end"]
 
@@ -278,7 +310,7 @@ def test_old_worktrees_go_but_none_that_works_or_waits(root: Path) -> None:
     for name in ("a", "b", "c", "d"):
         ended(root, name)
     workspace.replace(root / ".runs" / "b" / workspace.QUESTION, "{}")
-    with workspace.locked(root / ".runs" / "a", "a"):
+    with locks.locked(root / ".runs" / "a", "a"):
         assert workspace.retire(root, 1) == ["c"]
     assert [(run.name, run.state) for run in workspace.runs(root)] == [
         ("a", "finished"), ("b", "waiting"), ("d", "finished"),

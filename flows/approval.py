@@ -1,0 +1,123 @@
+"""Approval in Prefect's UI: the flow run that registered a version is suspended until someone decides, or the time is over.
+
+A suspended flow holds no process and begins anew when the decision is there. What it asks is kept in a file of its
+worktree (`release.ask`), so that a run which is lost while it waits, and tried again, asks again, and so that a
+decision made by command, or none in time, is held against what was asked.
+"""
+
+import json
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from uuid import UUID
+
+from httpx import TransportError
+from prefect import get_client, runtime
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.flow_runs import suspend_flow_run
+from prefect.input import RunInput, keyset_from_base_key, read_flow_run_input
+from prefect.logging import get_run_logger
+from pydantic import Field
+
+from flows import pages, release, workspace
+from tasks import params
+from tasks.errors import ArtifactError, ConfigError
+
+
+class Decision(RunInput):
+    """The approval form."""
+
+    decision: Literal["approve", "reject"] = Field(description="approve: it becomes the champion")
+    name: str = Field(title="Your name", description="kept in the history, as is the reason", min_length=1)
+    reason: str = Field(min_length=1)
+    even_if_worse: bool = Field(False, description="approve it although the champion is more accurate")
+    even_if_rejected: bool = Field(False, description="approve it although it was rejected before")
+
+
+def released(main: Path, root: Path) -> str:
+    """Register what a finished run made, and release it as the policy says; one line for a person."""
+    policy = params.load(root / "params.yaml").release
+    registered, said = release.register_if_passed(root, main)
+    if registered is None:
+        return told(said)
+    if policy.approval == "auto":
+        return told(release.auto_approve(main, registered.name, registered.version, policy.margin))
+    asked = root / workspace.QUESTION
+    ask = partial(
+        release.ask, main, registered, policy.expires_hours, asked, flow_run=str(runtime.flow_run.id)
+    )  # fmt: skip
+    if not asked.exists():
+        ask()
+    while True:
+        shown = json.loads(asked.read_bytes())
+        keys = keyset_from_base_key(f"suspended-{shown['id']}")
+        given = read_flow_run_input(keys["response"])
+        if given is None and read_flow_run_input(keys["schema"]):  # the run ended while it waited, and is tried again
+            ask()
+            continue
+        decision = Decision(**given) if given else _answer(root, shown)
+        try:
+            line = _decide(main, registered, shown, decision, policy.separate_duties)
+        except (ArtifactError, ConfigError) as error:  # as to a person: told, and asked again
+            get_run_logger().warning("%s", error)
+            ask(refused=str(error))
+        else:
+            asked.unlink(missing_ok=True)
+            return told(line)
+
+
+def answer(flow_run: str, **decision: str) -> bool:
+    """Have a suspended flow run go on with a decision that was made elsewhere; whether the server took it."""
+    try:
+        with get_client(sync_client=True) as client:
+            client.resume_flow_run(UUID(flow_run), run_input=decision)
+    except (TransportError, PrefectHTTPStatusError):  # it is away, or the run is another server's
+        return False
+    return True
+
+
+def expire(main: Path) -> list[str]:
+    """Record as rejected what nobody decided on in time; a line each. Prefect has failed the runs that waited.
+
+    Raises:
+        PipelineError: the registry or its record cannot be written.
+    """
+    asked = [UUID(question["flow_run"]) for question in release.questions(main).values()]
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=asked))) if asked else []
+    return release.expire(main, {str(run.id) for run in found if run.state and run.state.is_failed()})
+
+
+def _answer(root: Path, shown: dict[str, Any]) -> Decision:
+    """What a person answers to the question `shown`; until then the flow is suspended."""
+    refused = f"**Not done: {shown['refused']}**\n\n" if shown["refused"] else ""
+    form = Decision.with_initial_data(description=f"{refused}{pages.links(root)}\n\n{shown['text']}")
+    left = datetime.fromisoformat(shown["expires"]) - datetime.now(UTC)
+    answer: Decision = suspend_flow_run(wait_for_input=form, timeout=max(1, int(left.total_seconds())), key=shown["id"])
+    return answer
+
+
+def _decide(
+    main: Path, asked: release.Registered, shown: dict[str, Any], answer: Decision, separate_duties: bool
+) -> str:
+    """Have the registry do what was decided; one line for a person.
+
+    Raises:
+        PipelineError: it refuses.
+    """
+    if answer.decision == "reject":
+        return release.reject(main, asked.name, asked.version, answer.name, answer.reason)
+    starter = release.started_by(main, asked.name, asked.version) if separate_duties else None
+    return release.approve(
+        main, asked.name, asked.version, answer.name, answer.reason,
+        digest=shown["digest"], expected_champion=shown["champion"], forbid=starter,
+        even_if_worse=answer.even_if_worse, even_if_rejected=answer.even_if_rejected,
+    )  # fmt: skip
+
+
+def told(text: str) -> str:
+    """Put a line into the run's log; the same line."""
+    get_run_logger().info("%s", text)
+    return text

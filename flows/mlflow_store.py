@@ -1,0 +1,202 @@
+"""Where MLflow is, and what delivers to it what spools hold: idempotent, so that a record told twice counts once."""
+
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from flows import spool
+from tasks.errors import ConfigError, StageError
+
+EXPERIMENT = "slmops"
+WAITS = "what it is to be told waits in {folder} for the next `slmops run` or `slmops up`"
+
+
+def uri(main: Path) -> str:
+    """The server that MLFLOW_TRACKING_URI names, else the database beside the main checkout.
+
+    Raises:
+        ConfigError: that address is malformed, or holds a password, which would be shown wherever it is told.
+    """
+    where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{main / 'mlflow.db'}"
+    try:
+        parts = urlsplit(where)
+        right = parts.password is None and parts.port != 0
+    except ValueError:
+        right = False
+    if not right:
+        raise ConfigError(
+            "MLFLOW_TRACKING_URI is malformed or holds a password: write http://host:port, and the user and password "
+            "into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return where
+
+
+def check_server(where: str) -> None:
+    """Ask a tracking server for its health, before any work starts.
+
+    Raises:
+        StageError: it does not answer within seconds.
+    """
+    if not where.startswith(("http://", "https://")):
+        return
+    try:
+        with urllib.request.urlopen(f"{where.rstrip('/')}/health", timeout=5) as answer:
+            answer.read()
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise down(where, getattr(error, "reason", error)) from None
+
+
+def down(where: str, why: object) -> StageError:
+    """The error for a server that does not answer."""
+    return StageError(
+        f"the MLflow server at {where} does not answer ({why}): start it, or unset MLFLOW_TRACKING_URI to use the "
+        "embedded database; finished stages are kept"
+    )
+
+
+def client(main: Path) -> Any:
+    """An MLflow client of the store that `uri` names."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri(main), registry_uri=uri(main))
+
+
+class Down(Exception):
+    """MLflow does not answer, or cannot do its work now."""
+
+
+class Store:
+    """Tells MLflow the records of one spool. Told twice, each has the effect of once: a point is its name, step, time
+    and value to MLflow, and a run is found again by its flow run and stage.
+    """
+
+    def __init__(self, main: Path, spool: spool.Spool) -> None:
+        self._main, self._spool = main, spool
+        self._client: Any = None
+        self.refused = ""  # the first record that MLflow will never take
+
+    def __call__(self, record: spool.Record) -> None:
+        """Raises:
+        Down: try again later.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client = self._client or client(self._main)
+            self._tell(record)
+        except MlflowException as error:
+            said = str(error).splitlines()[0]
+            if error.get_http_status_code() in range(400, 500) and error.get_http_status_code() != 429:
+                self.refused = self.refused or said
+            else:
+                raise Down(said) from error
+        except OSError as error:  # requests' errors among them
+            raise Down(str(error)) from error
+
+    def _tell(self, record: spool.Record) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        if record["do"] == "start":
+            self._spool.memory[record["run"]] = self._start(record)
+            return
+        run_id = self._spool.memory.get(record["run"])
+        if run_id is None:
+            return  # MLflow refused to start it, which is told
+        if record["do"] == "write":
+            self._client.log_batch(
+                run_id,
+                metrics=[Metric(name, value, at, step) for name, value, step, at in record["metrics"]],
+                params=[Param(name, value) for name, value in record["params"].items()],
+                tags=[RunTag(name, value) for name, value in record["tags"].items()],
+            )
+        elif record["do"] == "file":
+            self._client.log_artifact(run_id, str(self._spool.folder / record["file"]))
+        elif record["do"] == "data":
+            self._client.log_inputs(run_id, [dataset(each) for each in record["sets"]])
+        else:
+            self._client.set_terminated(run_id, record["status"], record["at"])
+
+    def knows(self) -> bool:
+        """Does this MLflow hold the run of the spool, as far as it was told of it? Else it is another MLflow's."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return "run" not in self._spool.memory or bool(client(self._main).get_run(self._spool.memory["run"]))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise Down(str(error).splitlines()[0]) from error
+
+    def _start(self, record: spool.Record) -> str:
+        place, tags = experiment(self._client, self._main), record["tags"]
+        query = f"tags.`slmops.flow_run` = '{tags['slmops.flow_run']}' and tags.`slmops.stage` = '{record['run']}'"
+        known = self._client.search_runs([place], query, max_results=1)
+        if known:
+            self._client.update_run(known[0].info.run_id, status="RUNNING")
+            return str(known[0].info.run_id)
+        if record["run"] != "run":
+            tags = {**tags, "mlflow.parentRunId": self._spool.memory["run"]}
+        made = self._client.create_run(place, record["at"], tags, record["name"])
+        return str(made.info.run_id)
+
+
+def deliver_left(main: Path, say: Callable[[str], None]) -> None:
+    """Deliver what runs left that were killed or could not reach MLflow; those still open are closed as killed.
+
+    Raises:
+        StageError: MLflow does not answer; what is left waits on.
+    """
+    for name in spool.left(main):
+        try:
+            found = spool.Spool(main, name)
+        except spool.Held:
+            continue  # its run was taken up again
+        ends: dict[str, bool] = {}
+        names: dict[str, str] = {}
+        for record in found.records():
+            if record["do"] == "start":
+                ends[record["run"]], names[record["run"]] = False, record["name"]
+            elif record["do"] == "end":
+                ends[record["run"]] = True
+        for run in [run for run, ended in reversed(ends.items()) if not ended]:
+            found.add(do="end", run=run, status="KILLED", at=now())
+        store = Store(main, found)
+        try:
+            if not store.knows():
+                say(f"note: {found.folder} is for another MLflow than {uri(main)}: use that, or delete the folder")
+                continue
+            count = found.deliver(store)
+        except Down as error:
+            raise StageError(f"{down(uri(main), error)}; {WAITS.format(folder=found.folder)}") from None
+        finally:
+            found.close()
+        say(f"MLflow was told what run {names['run']} left when it ended ({count} records)")
+        if store.refused:
+            say(f"warning: MLflow refused some of it: {store.refused}")
+
+
+def experiment(client: Any, main: Path) -> str:
+    """Id of the one experiment; made when it is missing."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found:
+        return str(found.experiment_id)
+    # A server keeps artifacts where it was told to; the embedded store keeps them beside its database.
+    place = (main / "mlruns").as_uri() if uri(main).startswith("sqlite:") else None
+    return str(client.create_experiment(EXPERIMENT, artifact_location=place))
+
+
+def dataset(fields: dict[str, str]) -> Any:
+    """MLflow's form of one file of the data."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    return DatasetInput(Dataset(**fields), tags=[InputTag("mlflow.data.context", fields["name"])])
+
+
+def now() -> int:
+    """Milliseconds of the epoch, as MLflow counts."""
+    return int(time.time() * 1000)
