@@ -194,7 +194,8 @@ def test_a_bug_in_a_stage_is_told_with_its_log(toy: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_ends_truly(toy: Path, number: signal.Signals) -> None:
-    command = [SLMOPS, "run", "--name", "stopped"]
+    # Where pytest itself runs in a shell's background, SIGINT is ignored, and would be by what it starts.
+    command = ["env", "--default-signal=INT", SLMOPS, "run", "--name", "stopped"]
     env = environment(toy, PREFECT_API_URL=prefect_server(), TOY_WAIT=json.dumps({"distill": 600}))
     with subprocess.Popen(command, cwd=toy, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         wait_for(lambda: "distill" in started(toy))
