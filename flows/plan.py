@@ -1,12 +1,11 @@
 """`slmops plan`: what a run will make and what it will take, told before any work from the config alone.
 
-Sizes are exact for GGUF (see shape.py). Times are estimates: work in floating-point operations divided by a
-speed that a one-second matrix product measures here, times the share of it that each kind of work was seen to
-reach with a 135M model on two cores with AVX512-BF16.
+Sizes are exact for GGUF (see shape.py). Times are estimates: work in floating-point operations divided by a speed
+that matrix products measure here in the arithmetic that the work uses, times the share of it that each kind of work
+was seen to reach with a 135M model on two cores.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,13 +18,12 @@ from tasks import params
 from tasks.models import size_class
 from tasks.package.memory import minimum_ram
 
-PROBE_S = 1.0
-# Speed of real work relative to the float32 matrix product of the probe.
-TRAIN_BF16, TRAIN_FP32 = 3.0, 0.8
-FORWARD_BF16 = 3.3
-PREFILL, DECODE_BYTES_PER_S = 1.6, 2.2e10  # llama.cpp: prompts are bound by arithmetic, answers by memory
+PROBE_S = 0.5
+# Speed of real work relative to the matrix product of the probe. Above 1 where most of the model need not be computed.
+TRAIN, FORWARD = 0.95, 2.9
+PREFILL, DECODE_BYTES_PER_S = 0.8, 1.5e10  # llama.cpp, float32: prompts are bound by arithmetic, answers by memory
 TOKENS_A_ROW = 60  # where the data cannot be read before acquire
-CHARACTERS_A_TOKEN = 3.5
+CHARACTERS_A_TOKEN = 2.8
 OVERHEAD_S = {"acquire": 15.0, "convert": 10.0, "quantize": 3.0, "validate": 8.0, "package": 10.0}
 
 
@@ -67,7 +65,7 @@ def show(root: Path, path: Path, overrides: Sequence[str]) -> None:
     from rich.table import Table
 
     checked = params.load(path, overrides)
-    plan = predict(root, checked, _probe())
+    plan = predict(root, checked, *_probe(checked.finetune.precision))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
@@ -97,8 +95,10 @@ def show(root: Path, path: Path, overrides: Sequence[str]) -> None:
         console.print("warning: the disk is too small for this run: make room first", style="bold")
 
 
-def predict(root: Path, checked: params.Params, flops: float) -> Plan:
-    """The plan for a machine that multiplies float32 matrices at `flops` operations a second."""
+def predict(root: Path, checked: params.Params, training: float, plain: float) -> Plan:
+    """The plan for a machine that multiplies matrices at `training` operations a second in the arithmetic of training, and
+    at `plain` in float32.
+    """
     base = shape.read(checked.acquire, root)
     student = base.pruned(checked.distill.max_parameters)
     sizes: dict[str, int] = {
@@ -110,7 +110,7 @@ def predict(root: Path, checked: params.Params, flops: float) -> Plan:
         )
         for variant, size in sizes.items()
     }
-    work = _work(checked, base, student, sizes, _rows(root, checked), flops)
+    work = _work(checked, base, student, sizes, _rows(root, checked), training, plain)
     # bf16 folders of base, teacher and student, the checkpoint (fp32 weights and two moments), two F16 files.
     models = 2 * 2 * base.parameters + 2 * student.parameters + 12 * base.parameters
     files = 2 * base.parameters + 2 * student.parameters + sum(sizes.values())
@@ -118,12 +118,16 @@ def predict(root: Path, checked: params.Params, flops: float) -> Plan:
 
 
 def _work(
-    checked: params.Params, base: shape.Shape, student: shape.Shape, sizes: dict[str, int], rows: _Rows, flops: float
+    checked: params.Params,
+    base: shape.Shape,
+    student: shape.Shape,
+    sizes: dict[str, int],
+    rows: _Rows,
+    training: float,
+    plain: float,
 ) -> list[Work]:
     train = rows.count["train"]
-    bf16 = checked.finetune.precision != "fp32" and _has_bf16()
-    training = flops * (TRAIN_BF16 if bf16 else TRAIN_FP32)
-    forward = flops * (FORWARD_BF16 if bf16 else 1.0)
+    forward, training = training * FORWARD, training * TRAIN
     taught = train + min(checked.distill.unlabelled_rows, rows.count["unlabelled"])
     test = rows.count["test"] * rows.tokens
 
@@ -151,7 +155,7 @@ def _work(
     count = len(sizes)
     found.append(Work("quantize", None, None, count * (OVERHEAD_S["quantize"] + 4 * student.parameters / 1e9)))
     prompts = test + checked.validate_.windows * checked.validate_.context * 3
-    each = 2 * student.parameters * prompts / (flops * PREFILL)
+    each = 2 * student.parameters * prompts / (plain * PREFILL)
     answers = sum(rows.count["test"] * 16 * size / DECODE_BYTES_PER_S for size in sizes.values())
     found.append(Work("validate", None, prompts * count, count * (OVERHEAD_S["validate"] + each) + answers))
     found.append(Work("package", None, None, OVERHEAD_S["package"]))
@@ -198,24 +202,22 @@ def _row(line: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _probe() -> float:
-    """Floating-point operations a second of a float32 matrix product on all cores."""
-    import numpy
+def _probe(precision: str) -> tuple[float, float]:
+    """Floating-point operations a second of a matrix product on all cores: in the arithmetic of training, and in float32."""
+    import torch
 
-    side, done = 1024, 0
-    a = numpy.ones((side, side), dtype=numpy.float32)
-    a @ a  # the first product starts the threads
+    from tasks.training import bf16_is_native
+
+    half = precision == "bf16" or (precision == "auto" and bf16_is_native(torch.device("cpu")))
+    plain = _product(torch.ones(1024, 1024))
+    return _product(torch.ones(1024, 1024, dtype=torch.bfloat16)) if half else plain, plain
+
+
+def _product(matrix: Any) -> float:
+    side, done = len(matrix), 0
+    matrix @ matrix  # the first product starts the threads
     started = time.perf_counter()
     while time.perf_counter() - started < PROBE_S:
-        a @ a
+        matrix @ matrix
         done += 1
     return 2 * side**3 * done / (time.perf_counter() - started)
-
-
-def _has_bf16() -> bool:
-    """Whether the processor multiplies bf16 (AVX512-BF16, AMX or the Arm equivalent)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return os.uname().machine == "arm64"
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))

@@ -91,10 +91,13 @@ def _more_bits(block: int, layers: int) -> bool:
 
 
 def _onnx_size(shape: Shape, onnx: Onnx) -> int:
-    """ModelBuilder's int4: four bits and a share of a float32 scale per weight; the embedding stays float32."""
+    """ModelBuilder's int4 for all matrices, the output's too, and eight bits for the embedding, each with a float32 scale a
+    block.
+    """
     embedding = next(tensor.elements for tensor in shape.tensors if tensor.name == "token_embd.weight")
     matrices = sum(tensor.elements for tensor in shape.tensors if tensor.matrix) - (0 if shape.tied else embedding)
-    return int(matrices * (4 + 32 / onnx.block_size) / 8 + 4 * embedding) + 2 * shape.header
+    scale = 32 / onnx.block_size
+    return int((matrices * (4 + scale) + embedding * (8 + scale)) / 8) + 2 * shape.header
 
 
 def read(acquire: Acquire, root: Path) -> Shape:

@@ -117,7 +117,7 @@ def test_the_student_is_the_largest_that_is_small_enough(smollm: shape.Shape) ->
 
 def test_a_plan_tells_all_of_a_run_before_any_work(tmp_path: Path) -> None:
     checked = params.load(ROOT / "params.yaml", ["finetune.epochs=2.0", "finetune.batch_tokens=1000"])
-    slow, fast = (plan.predict(ROOT, checked, flops) for flops in (1e10, 1e12))
+    slow, fast = (plan.predict(ROOT, checked, flops, flops) for flops in (1e10, 1e12))
     assert list(slow.sizes) == list(checked.quantize.variants)
     assert [work.stage for work in slow.work] == ["acquire", "finetune", "distill", "convert", "quantize", "validate", "package"]  # fmt: skip
     tuned = slow.work[1]
