@@ -16,6 +16,7 @@ from flows import quiet
 from tasks.errors import ConfigError
 
 SCHEMAS = ("prefect", "mlflow")
+LATE = "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS"
 PREFECT_SECRET = "PREFECT_SERVER_API_AUTH_STRING"  # user:password
 MLFLOW_SECRET, MLFLOW_USER = "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_AUTH_ADMIN_USERNAME"
 # Each process gets what it needs of these, and a flow that runs under the worker none of the servers' own. With
@@ -79,6 +80,8 @@ def prefect(options: Options, url: str, auth: dict[str, str]) -> dict[str, str]:
         # Else any page in a browser on this machine could start flows.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{options.prefect_port}",
         "PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL", "/api"),  # the host that the browser asked
+        # Runs wait for their turn here, so none is late after 15 s; and to mark hundreds as late blocks SQLite for minutes.
+        LATE: os.environ.get(LATE, "3600"),
     }
     if auth:
         env[PREFECT_SECRET] = auth[PREFECT_SECRET]
