@@ -143,7 +143,7 @@ def servers(root: Path, home: Path) -> Iterator[dict[str, str]]:
     """`slmops up` in a checkout, on free ports: what .runs/servers.json tells of it."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
     env |= {"PREFECT_HOME": str(home), "PYTHONPATH": os.pathsep.join(filter(None, (str(root), env.get("PYTHONPATH"))))}
-    ports = [f"--{name}-port={free_ports()[0]}" for name in ("prefect", "mlflow")]
+    ports = [f"--{name}-port={port}" for name, port in zip(("prefect", "mlflow"), free_ports(), strict=True)]
     command = [sys.executable, "-m", "flows.cli", "up", *ports]
     process = subprocess.Popen(command, cwd=root, env=env)
     try:

@@ -1,6 +1,7 @@
 """Calls of dvc, each in a process of its own. DVC is the only content cache: what is done is not done again."""
 
 import configparser
+import io
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import IO, Any, Literal
 
 import yaml
 
-from flows import quiet
+from flows import quiet, server_env
 from tasks import errors
 from tasks.errors import ArtifactError, ConfigError, PipelineError, StageError
 from tasks.manifest import sha256
@@ -178,12 +179,9 @@ def share(root: Path, main: Path) -> None:
         if url and "://" not in url:  # a folder, relative to .dvc
             section["url"] = str((main / ".dvc" / url).resolve())
     found.read_dict({"cache": {"dir": str(cache_folder(main))}})
-    target = root / ".dvc" / "config.local"
-    part = target.with_name(".config.local.new")
-    part.unlink(missing_ok=True)
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        found.write(file)
-    part.replace(target)
+    text = io.StringIO()
+    found.write(text)
+    server_env.write(root / ".dvc" / "config.local", text.getvalue())
 
 
 def checkout(root: Path, *targets: str) -> None:
