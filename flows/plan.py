@@ -7,18 +7,15 @@ was seen to reach with a 135M model on two cores.
 
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flows import shape
-from tasks import params
-from tasks.models import size_class
+from tasks import models, params
 from tasks.package.memory import minimum_ram
 
-PROBE_S = 0.5
 # Speed of real work relative to the matrix product of the probe. Above 1 where most of the model need not be computed.
 TRAIN, FORWARD = 0.95, 2.9
 PREFILL, DECODE_BYTES_PER_S = 0.8, 1.5e10  # llama.cpp, float32: prompts are bound by arithmetic, answers by memory
@@ -65,13 +62,14 @@ def show(root: Path, path: Path, overrides: Sequence[str]) -> None:
     from rich.table import Table
 
     checked = params.load(path, overrides)
-    plan = predict(root, checked, *_probe(checked.finetune.precision))
+    rates = [models.product_rate(dtype) for dtype in (models.arithmetic(checked.finetune.precision), "float32")]
+    plan = predict(root, checked, *rates)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
     for name, model in (("teacher", plan.base), ("student", plan.student)):
         console.print(
-            f"{name}: {model.architecture}, {model.parameters / 1e6:.1f} M parameters ({size_class(model.parameters)}), "
+            f"{name}: {model.architecture}, {model.parameters / 1e6:.1f} M parameters ({models.size_class(model.parameters)}), "
             f"{model.layers} layers"
         )
     table = Table("variant", title="Student's files", title_justify="left")
@@ -200,24 +198,3 @@ def _row(line: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         return {}
     return dict(found)
-
-
-def _probe(precision: str) -> tuple[float, float]:
-    """Floating-point operations a second of a matrix product on all cores: in the arithmetic of training, and in float32."""
-    import torch
-
-    from tasks.training import bf16_is_native
-
-    half = precision == "bf16" or (precision == "auto" and bf16_is_native(torch.device("cpu")))
-    plain = _product(torch.ones(1024, 1024))
-    return _product(torch.ones(1024, 1024, dtype=torch.bfloat16)) if half else plain, plain
-
-
-def _product(matrix: Any) -> float:
-    side, done = len(matrix), 0
-    matrix @ matrix  # the first product starts the threads
-    started = time.perf_counter()
-    while time.perf_counter() - started < PROBE_S:
-        matrix @ matrix
-        done += 1
-    return 2 * side**3 * done / (time.perf_counter() - started)

@@ -138,7 +138,7 @@ class Training(Section):
     freeze_embeddings: bool = Field(True, description="leave the (tied) embedding as it is: faster, forgets less")
     evaluations: Positive = Field(4, description="validation passes over the run; the best one is kept")
     patience: Positive = Field(2, description="validation passes without improvement before stopping")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: the faster one of this machine")
     seed: int = 17
 
 

@@ -1,4 +1,4 @@
-"""One training loop for fine-tuning and distillation: bf16 with fp32 master weights, resumable, deterministic.
+"""One training loop for fine-tuning and distillation: bf16 or fp32 with fp32 master weights, resumable, deterministic.
 
 Only the hidden states of target positions reach the vocabulary projection, and only the log-probabilities of
 wanted tokens leave it: with answers shorter than prompts that saves most of the head's work and memory. Rows are padded on the right, so causal attention never sees
@@ -161,13 +161,14 @@ def train(
     import torch
 
     torch.manual_seed(settings.seed)
-    half = settings.precision == "bf16" or (settings.precision == "auto" and bf16_is_native(model.device))
+    dtype = models.arithmetic(settings.precision)
+    events.note(f"{label}: computes in {dtype}")
     models.cast(model, torch.float32)
     if settings.freeze_embeddings:
         model.get_input_embeddings().weight.requires_grad_(False)
         model.get_output_embeddings().weight.requires_grad_(False)
     masters = [p.detach().clone() for p in model.parameters() if p.requires_grad]
-    models.cast(model, torch.bfloat16 if half else torch.float32).train()
+    models.cast(model, getattr(torch, dtype)).train()
     weights = [p for p in model.parameters() if p.requires_grad]
     need_space(scratch, 14 * sum(m.numel() for m in masters))
     optimizer = torch.optim.AdamW(
@@ -224,22 +225,6 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / (rising + 1)
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
-
-
-def bf16_is_native(device: Any) -> bool:
-    """Whether bf16 arithmetic is faster than fp32 here: a GPU that has it, or a CPU with AVX512-BF16 or AMX."""
-    import torch
-
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "bf16" in _cpu_flags()
-
-
-def _cpu_flags() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
 
 
 class _State:

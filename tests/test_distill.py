@@ -190,7 +190,7 @@ def test_the_chain_from_source_to_student(source: Path, values: params.Params, t
     assert metrics["accuracy"] == report["distilled"]["accuracy"]
     lines = (tmp_path / "student/predictions.jsonl").read_text().splitlines()
     assert len(lines) == 12
-    student = models.load_model(tmp_path / "student/model")
+    student = models.load_model(tmp_path / "student/model", "bfloat16")
     assert student.config.num_hidden_layers == report["distilled"]["layers"] < 4
 
 

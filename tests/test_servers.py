@@ -386,9 +386,10 @@ def test_what_ignores_sigterm_or_left_its_group_is_ended_too(tmp_path: Path, mon
     )
     supervisor.start(shell(tmp_path, "stubborn", stubborn))
     supervisor.wait("stubborn")
-    assert len(supervise.marked(f"SLMOPS_TEST={tmp_path}")) >= 3
+    mark = f"SLMOPS_TEST={tmp_path}"
+    wait_for(lambda: len(supervise.marked(mark)) >= 4, lambda: str(supervise.marked(mark)))  # two shells, two sleeps
     supervisor.stop()
-    assert supervise.marked(f"SLMOPS_TEST={tmp_path}") == []
+    assert supervise.marked(mark) == []
 
 
 def test_what_dies_too_often_ends_all(tmp_path: Path) -> None:

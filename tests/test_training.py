@@ -121,6 +121,21 @@ def test_training_learns(model: Any, rows: list[Encoded], tmp_path: Path, precis
     assert history[-1]["validation_loss"] < 0.7 * before
 
 
+@pytest.mark.parametrize(("ratio", "chosen"), [(2.0, "float32"), (1.1, "bfloat16"), (0.1, "bfloat16")])
+def test_the_faster_arithmetic_of_this_machine_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, ratio: float, chosen: str
+) -> None:
+    if torch.cuda.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("asks the CPU's rates only where they decide")
+    monkeypatch.setattr(models, "product_rate", {"float32": ratio, "bfloat16": 1.0}.__getitem__)
+    assert models.arithmetic("auto") == chosen
+    assert [models.arithmetic("bf16"), models.arithmetic("fp32")] == ["bfloat16", "float32"]
+
+
+def test_a_rate_of_products_is_measured_once() -> None:
+    assert models.product_rate("float32") == models.product_rate("float32") > 1e8
+
+
 def test_frozen_embeddings_stay_and_the_rest_moves(model: Any, rows: list[Encoded], tmp_path: Path) -> None:
     mine = copy.deepcopy(model)
     values = SETTINGS.model_copy(update={"precision": "fp32", "freeze_embeddings": True, "epochs": 1.0})

@@ -31,7 +31,8 @@ def distill(params: Params, *, source: Path, teacher: Path, out: Path, scratch: 
     encoded = {name: encode_all(tokenizer, rows, task.max_length) for name, rows in splits.items()}
     judge = _Judge(tokenizer, splits["test"], encoded["test"], models.stop_ids(teacher / "model", tokenizer), params)
 
-    model = models.load_model(teacher / "model")
+    dtype = models.arithmetic(settings.precision)
+    model = models.load_model(teacher / "model", dtype)
     judge.add("teacher", model)
     rows = encoded["train"] + _answered(model, tokenizer, source, judge.stops, params, scratch)
     lookup = cache_targets(model, rows, settings, scratch / "targets.safetensors")
@@ -49,8 +50,8 @@ def distill(params: Params, *, source: Path, teacher: Path, out: Path, scratch: 
     )
     models.save(model, tokenizer, out / "model")
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n")
-    judge.add("distilled", models.load_model(out / "model"))
-    judge.add("base", models.load_model(source / "model"))
+    judge.add("distilled", models.load_model(out / "model", dtype))
+    judge.add("base", models.load_model(source / "model", dtype))
     judge.write(out)
     teacher_facts, student = judge.models["teacher"], judge.models["distilled"]
     base = judge.models["base"]["accuracy"]
