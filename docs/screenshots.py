@@ -186,7 +186,7 @@ def take(page: Page, root: Path, state: dict[str, str], out: Path) -> None:
     prefect, mlflow = state["prefect"], state["mlflow"]
     deployment, run = start_run(prefect, {})
     page.open(f"{prefect}/deployments/deployment/{deployment}/run", "Run Name", "Any parameter by its dotted name")
-    page.picture(out / "form.png", 1480)
+    page.picture(out / "form.png", 1600)
 
     name = wait_for_run(prefect, run, "Suspended")
     page.open(f"{prefect}/runs/flow-run/{run}", "Suspended", "Job Variables")

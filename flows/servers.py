@@ -29,6 +29,7 @@ from tasks.errors import ConfigError, PipelineError
 
 POOL = "slmops"
 MARK = "SLMOPS_UP"
+NICE = ("nice", "-n", "10")  # the worker and its runs: the servers answer people while models train
 # In processes of their own: Prefect reads its settings when it is imported, and each is 100 MB to keep.
 APPLY = (
     "import sys; from pathlib import Path; from flows import deployments; "
@@ -190,15 +191,24 @@ def _bring_up(
         "--limit",
         str(options.runs),
     )
+    python = (sys.executable, "-m")
     commands = {
-        "prefect": ("prefect", "server", "start", *where, str(options.prefect_port)),
-        "mlflow": ("mlflow", "server", *where, str(options.mlflow_port), "--workers=1", "--no-serve-artifacts", *basic),
-        "worker": ("prefect", "worker", "start", *pool),
+        "prefect": (*python, "prefect", "server", "start", *where, str(options.prefect_port)),
+        "mlflow": (
+            *python,
+            "mlflow",
+            "server",
+            *where,
+            str(options.mlflow_port),
+            "--workers=1",
+            "--no-serve-artifacts",
+            *basic,
+        ),
+        "worker": (*NICE, *python, "prefect", "worker", "start", *pool),
     }
 
     def start(name: str, env: dict[str, str], healthy: Callable[[float], bool], needs: str | None = None) -> None:
-        command = (sys.executable, "-m", *commands[name])
-        supervisor.start(supervise.Server(name, command, env, logs / f"{name}.log", healthy, needs))
+        supervisor.start(supervise.Server(name, commands[name], env, logs / f"{name}.log", healthy, needs))
 
     start("prefect", server_env.prefect(options, prefect, auth), prefect_healthy)
     start("mlflow", server_env.mlflow(_folder(main), main, options, auth), mlflow_healthy)

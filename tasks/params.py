@@ -167,7 +167,7 @@ class Distill(Training):
 
 # --- quantize, validate, package ---------------------------------------------------------------------
 
-Variant = Literal["f16", "q8_0", "q5_1", "q4_k_m", "q4_0", "onnx-int4"]
+Variant = Literal["f16", "q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0", "onnx-int4"]
 
 
 class Onnx(Section):

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+DEFAULTS = ROOT / "tests" / "params.yaml"
 SLMOPS = Path(sys.executable).with_name("slmops")
 WAIT_S, ASK_S = 300.0, 1200.0  # where other work has all the cores
 FILES = ("dvc.yaml", ".dvcignore", ".gitignore", "constraints.txt")
@@ -186,7 +187,7 @@ def make(root: Path, params: Mapping[str, object]) -> Path:
 
 def make_toy(root: Path) -> Path:
     """A checkout whose stages are toys: for what is around the stages."""
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw = yaml.safe_load(DEFAULTS.read_text())
     raw["acquire"]["data"]["path"] = "data/rows"
     raw["quantize"]["variants"] = ["q8_0", "q4_0"]
     (root / "data" / "rows").mkdir(parents=True)

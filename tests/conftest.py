@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkout import DEFAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -78,7 +79,7 @@ def tiny_params(tmp_path: Path, tiny_model_folder: Path) -> dict:
     shutil.copytree(tiny_model_folder, data / "model")
     for split, rooms in {"train": ROOMS[:6], "validation": ROOMS[6:8], "test": ROOMS[8:]}.items():
         write_jsonl(data / "rows" / f"{split}.jsonl", tiny_rows(rooms))
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw = yaml.safe_load(DEFAULTS.read_text())
     raw["acquire"] = {
         "watch": "data",
         "model": {"source": "local", "path": "data/model", "licence": "apache-2.0"},

@@ -4,6 +4,8 @@ import functools
 import shutil
 from pathlib import Path
 
+from checkout import DEFAULTS
+
 from tasks import params
 from tasks.convert import convert
 from tasks.quantize import quantize
@@ -24,7 +26,7 @@ def converted(model: Path) -> Path:
     source = stage_input(model, home / "source")
     out = home / "out"
     out.mkdir()
-    convert(params.load(ROOT / "params.yaml"), teacher=source, student=source, out=out)
+    convert(params.load(DEFAULTS), teacher=source, student=source, out=out)
     return out
 
 
@@ -34,7 +36,5 @@ def quantized(model: Path, variant: str) -> Path:
     files = converted(model)
     out = files.with_name("quantize") / variant
     out.mkdir(parents=True)
-    quantize(
-        params.load(ROOT / "params.yaml"), student=files.with_name("source"), converted=files, variant=variant, out=out
-    )
+    quantize(params.load(DEFAULTS), student=files.with_name("source"), converted=files, variant=variant, out=out)
     return out

@@ -4,21 +4,21 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from checkout import DEFAULTS, ROOT
 
 from tasks import params
 from tasks.errors import ConfigError
 
 
 def problems(tmp_path: Path, *overrides: str) -> str:
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(DEFAULTS.read_text())
     with pytest.raises(ConfigError) as caught:
         params.load(tmp_path / "params.yaml", overrides)
     return str(caught.value)
 
 
-def test_the_shipped_file_is_valid() -> None:
-    assert params.load(ROOT / "params.yaml").package.name == "home-commands"
+def test_the_file_of_this_checkout_is_valid() -> None:
+    assert params.load(ROOT / "params.yaml").quantize.variants
 
 
 def test_all_errors_come_at_once_with_key_paths_and_the_nearest_name(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_an_override_that_cannot_be_applied_is_a_config_error(tmp_path: Path, ov
 
 
 def test_a_digest_covers_exactly_the_named_sections() -> None:
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw = yaml.safe_load(DEFAULTS.read_text())
     before = params.check(raw, "x")
     raw["validate"]["windows"] = 3
     after = params.check(raw, "x")
@@ -84,7 +84,7 @@ def test_a_digest_covers_exactly_the_named_sections() -> None:
 
 
 def test_a_stage_sees_only_its_sections() -> None:
-    view = params.load(ROOT / "params.yaml").only(["finetune", "validate"])
+    view = params.load(DEFAULTS).only(["finetune", "validate"])
     assert view.finetune.enabled
     assert view.validate_.windows
     with pytest.raises(AttributeError):

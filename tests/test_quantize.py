@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from gguf_inputs import ROOT, converted, quantized
+from checkout import DEFAULTS
+from gguf_inputs import converted, quantized
 
 from tasks import manifest, params
 from tasks.errors import StageError
 from tasks.quantize import BACKENDS, quantize
 
-PARAMS = params.load(ROOT / "params.yaml")
+PARAMS = params.load(DEFAULTS)
 
 
 def make(tiny: Path, variant: str, out: Path) -> Path:
@@ -27,7 +28,7 @@ def test_there_is_a_backend_for_every_variant() -> None:
     assert set(BACKENDS) == set(get_args(params.Variant))
 
 
-@pytest.mark.parametrize("variant", ["f16", "q8_0", "q5_1", "q4_k_m", "q4_0"])
+@pytest.mark.parametrize("variant", ["f16", "q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0"])
 def test_equal_input_gives_equal_bytes(
     tiny_model_folder: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import empty_store
+from checkout import DEFAULTS, empty_store
 from conftest import ROOT
 
 from flows import audit, cli, mlflow_store, release, workspace
@@ -388,10 +388,10 @@ def test_the_policy_does_not_bring_back_what_people_took_back(root: Path) -> Non
 
 
 def test_the_policy_section_changes_no_stage_and_may_be_absent(tmp_path: Path) -> None:
-    text = (ROOT / "params.yaml").read_text()
+    text = DEFAULTS.read_text()
     (tmp_path / "params.yaml").write_text(text[: text.index("release:")])
     policy = params.load(tmp_path / "params.yaml").release
-    assert policy == params.load(ROOT / "params.yaml").release == params.Release()
+    assert policy == params.load(DEFAULTS).release == params.Release()
     assert (policy.approval, policy.margin, policy.expires_hours, policy.separate_duties) == (
         "manual",
         0.0,
@@ -400,7 +400,7 @@ def test_the_policy_section_changes_no_stage_and_may_be_absent(tmp_path: Path) -
     )
     assert not [name for name, stage in STAGES.items() for key in stage.sections if key.startswith("release")]
     with pytest.raises(ConfigError, match=r"release\.aproval: unknown key: did you mean 'approval'"):
-        params.load(ROOT / "params.yaml", ["release.aproval=auto"])
+        params.load(DEFAULTS, ["release.aproval=auto"])
 
 
 # --- the record ----------------------------------------------------------------------------------------------
@@ -539,7 +539,7 @@ def test_the_command_line_decides_and_verifies(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (root / "dvc.yaml").touch()
-    shutil.copy(ROOT / "params.yaml", root)
+    shutil.copy(DEFAULTS, root)
     monkeypatch.chdir(root)
     monkeypatch.setattr("flows.quiet.apply", lambda *settings: None)  # it would stay set for other tests
 

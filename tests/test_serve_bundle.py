@@ -29,12 +29,12 @@ def model(tiny_model_folder: Path) -> Path:
 def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
     """The llama-server bundle, started by its own start command on a free port."""
     import yaml
-    from conftest import ROOT
+    from checkout import DEFAULTS
 
     root = tmp_path_factory.mktemp("serve")
     folders = inputs(root / "build", model)
     add_variant(root / "build", "f16", to_gguf(model))
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw = yaml.safe_load(DEFAULTS.read_text())
     package(settings(raw, ["f16"], targets=["llama-server"]), **folders, out=root / "out")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from checkout import DEFAULTS
 
 from tasks import manifest, params, stage
 from tasks.errors import ArtifactError, ConfigError, StageError
@@ -32,7 +32,7 @@ ROWS = {
         Stage("finetune", read, ("finetune",), {"first": "acquire"}),
     )
 }
-VALUES = params.load(ROOT / "params.yaml")
+VALUES = params.load(DEFAULTS)
 
 
 def run(root: Path, name: str, rows: dict[str, Stage] = ROWS) -> manifest.Manifest:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import empty_store
+from checkout import DEFAULTS, empty_store
 
 from flows import mlflow_store, spool, tracking
 from flows.versioning import Outcome
@@ -17,7 +17,7 @@ from tasks import manifest, params
 from tasks.errors import ConfigError, StageError
 from tasks.stages import STAGES
 
-PARAMS = params.load(Path(__file__).parent.parent / "params.yaml")
+PARAMS = params.load(DEFAULTS)
 RAN = Outcome("ran", 1.5, 2.0)
 
 
@@ -99,7 +99,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_process_that_never_closed_its_run_ends_all_the_same(main: Path) -> None:
-    params_yaml = str(Path(__file__).parent.parent / "params.yaml")
+    params_yaml = str(DEFAULTS)
     code = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "raise TypeError('a bug')")
     done = subprocess.run([sys.executable, "-c", code, str(main), params_yaml, "told"], timeout=300)
     assert done.returncode == 1
@@ -107,7 +107,7 @@ def test_a_process_that_never_closed_its_run_ends_all_the_same(main: Path) -> No
 
 
 def kill_a_run(main: Path, told: str) -> None:
-    arguments = [str(main), str(Path(__file__).parent.parent / "params.yaml"), told]
+    arguments = [str(main), str(DEFAULTS), told]
     assert subprocess.run([sys.executable, "-c", KILLED, *arguments]).returncode == -9
 
 

@@ -58,7 +58,7 @@ def until(answers: list[list[int]], stops: list[int]) -> list[list[int]]:
     return [answer[: next((i for i, token in enumerate(answer) if token in stops), LIMIT)] for answer in answers]
 
 
-@pytest.mark.parametrize("variant", ["q8_0", "q5_1", "q4_k_m", "q4_0"])
+@pytest.mark.parametrize("variant", ["q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0"])
 def test_answers_are_those_of_plain_greedy_decoding(lively: Path, prompts: list[list[int]], variant: str) -> None:
     file = quantized(lively, variant) / "model.gguf"
     plain = plain_greedy(file, prompts)

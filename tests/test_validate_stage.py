@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkout import wait_for
+from checkout import DEFAULTS, wait_for
 from conftest import ROOMS, tiny_rows, write_jsonl
 from gguf_inputs import ROOT, converted, quantized, stage_input
 
@@ -35,7 +35,7 @@ def inputs(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def settings(**changes: object) -> params.Params:
-    return params.load(ROOT / "params.yaml").only(("task", "validate")).model_copy(
+    return params.load(DEFAULTS).only(("task", "validate")).model_copy(
         update={
             "validate_": params.Validate(
                 context=64, windows=3, repeats=3, bootstrap=200,

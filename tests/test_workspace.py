@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkout import commit, dvc_python, git, make_toy
+from checkout import DEFAULTS, commit, dvc_python, git, make_toy
 
 from flows import locks, versioning, workspace
 from tasks.errors import ArtifactError, ConfigError, StageError
@@ -68,7 +68,7 @@ def _until_free(root: Path) -> None:
 
 
 def test_overrides_are_written_with_every_comment_kept(root: Path) -> None:
-    source = Path(__file__).parent.parent / "params.yaml"
+    source = DEFAULTS
     text, checked = workspace.effective(
         source.read_bytes(), "params.yaml", ["distill.epochs=3.5", "package.choose=fastest"]
     )

@@ -16,6 +16,7 @@ BACKENDS: Mapping[Variant, Backend] = {
     "f16": ggml_types.keep,
     "q8_0": partial(ggml_types.quantize, "q8_0"),
     "q5_1": partial(ggml_types.quantize, "q5_1"),
+    "q5_0": partial(ggml_types.quantize, "q5_0"),
     "q4_k_m": partial(ggml_types.quantize, "q4_k_m"),
     "q4_0": partial(ggml_types.quantize, "q4_0"),
     "onnx-int4": model_builder.build,

@@ -17,8 +17,8 @@ from tasks.manifest import sha256
 from tasks.params import Onnx
 from tasks.stage import disk_full, need_space, require_file
 
-TYPES = {"q8_0": "Q8_0", "q5_1": "Q5_1", "q4_k_m": "Q4_K_M", "q4_0": "Q4_0"}  # as in llama_ftype
-SHARE = {"q8_0": 0.55, "q5_1": 0.5, "q4_k_m": 0.5, "q4_0": 0.45}  # of the F16 file's bytes, at most
+TYPES = {"q8_0": "Q8_0", "q5_1": "Q5_1", "q5_0": "Q5_0", "q4_k_m": "Q4_K_M", "q4_0": "Q4_0"}  # as in llama_ftype
+SHARE = {"q8_0": 0.55, "q5_1": 0.5, "q5_0": 0.5, "q4_k_m": 0.5, "q4_0": 0.45}  # of the F16 file's bytes, at most
 SOURCE = "run the convert stage again"
 
 
