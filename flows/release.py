@@ -39,6 +39,7 @@ class Registered:
     digest: str
     fresh: bool
     rejected: bool = False
+    champion: bool = False
 
     def text(self) -> str:
         """One line for a person."""
@@ -47,6 +48,8 @@ class Registered:
                 f"{self.name} version {self.version} was registered before and rejected (bundle {self.digest[:12]}): "
                 "`slmops history` shows why"
             )
+        if self.champion:
+            return f"{self.name} version {self.version} was registered before (bundle {self.digest[:12]}) and is the champion"
         how = "registered" if self.fresh else "was registered before"
         return f"{self.name} version {self.version} {how} (bundle {self.digest[:12]}): `slmops approve {self.version} --model {self.name} --by NAME --reason TEXT` releases it"
 
@@ -89,7 +92,8 @@ def register(root: Path, main: Path, by: str | None = None) -> Registered:
         newest = registry.aliased(client, bundle.name, CANDIDATE) or version
         if last == "register" and int(newest) <= int(version):
             client.set_registered_model_alias(bundle.name, CANDIDATE, version)
-        return Registered(bundle.name, version, digest, fresh, last == "reject")
+        champion = registry.aliased(client, bundle.name, CHAMPION) == version
+        return Registered(bundle.name, version, digest, fresh, last == "reject", champion)
 
 
 def register_if_passed(root: Path, main: Path, by: str | None = None) -> tuple[Registered | None, str]:

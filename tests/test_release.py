@@ -281,6 +281,7 @@ def test_a_rejected_version_comes_back_only_by_someone_who_says_so(root: Path) -
 
     release.approve(root, NAME, version, "Bob", "they were jokes", even_if_rejected=True)
     assert aliases(root) == {"champion": "1"}
+    assert release.register(root, root).text().endswith("and is the champion")
     assert "they were jokes (no champion to compare with; over the rejection by Ada)" in release.history(root, NAME)
     with pytest.raises(ConfigError, match="is the champion: `slmops rollback`"):
         release.reject(root, NAME, version, "Ada", "rude answers")
