@@ -62,8 +62,8 @@ def show(root: Path, path: Path, overrides: Sequence[str]) -> None:
     from rich.table import Table
 
     checked = params.load(path, overrides)
-    rates = [models.product_rate(dtype) for dtype in (models.arithmetic(checked.finetune.precision), "float32")]
-    plan = predict(root, checked, *rates)
+    rates = models.product_rates()
+    plan = predict(root, checked, rates[models.arithmetic(checked.finetune.precision)], rates["float32"])
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
