@@ -50,7 +50,8 @@ DEADLINE_S = 4 * 3600.0
 
 
 def main() -> None:
-    count, clients = map(int, [*sys.argv[1:], *("200", "1")[len(sys.argv) - 1 :]])
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    clients = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     with tempfile.TemporaryDirectory(prefix="slmops-queue-") as name:
         root = Path(name) / "checkout"
         root.mkdir()

@@ -110,9 +110,9 @@ def predict(root: Path, checked: params.Params, training: float, plain: float) -
     }
     work = _work(checked, base, student, sizes, _rows(root, checked), training, plain)
     # bf16 folders of base, teacher and student, the checkpoint (fp32 weights and two moments), two F16 files.
-    models = 2 * 2 * base.parameters + 2 * student.parameters + 12 * base.parameters
+    folders = 2 * 2 * base.parameters + 2 * student.parameters + 12 * base.parameters
     files = 2 * base.parameters + 2 * student.parameters + sum(sizes.values())
-    return Plan(base, student, sizes, ram, work, int(1.1 * (models + files)))
+    return Plan(base, student, sizes, ram, work, int(1.1 * (folders + files)))
 
 
 def _work(
