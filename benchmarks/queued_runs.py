@@ -4,9 +4,10 @@ On the real server and worker of `slmops up`. The deployment's flow has the task
 does any work. How many run at once is the worker's limit (`slmops up --runs`): each is a process that imports Prefect.
 While they run the server is asked, again and again, what its UI asks: the list of runs. Prints a table.
 
-    python benchmarks/queued_runs.py [RUNS [CLIENTS AT A TIME]]
+    python benchmarks/queued_runs.py [RUNS [CLIENTS AT A TIME]] [--database postgresql://USER@HOST/NAME]
 """
 
+import argparse
 import collections
 import os
 import resource
@@ -50,15 +51,19 @@ DEADLINE_S = 4 * 3600.0
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    clients = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=int, nargs="?", default=200)
+    parser.add_argument("clients", type=int, nargs="?", default=1)
+    parser.add_argument("--database", help="as that of `slmops up` (default: SQLite); an empty one")
+    args = parser.parse_args()
+    where = ("--database", args.database) if args.database else ()
     with tempfile.TemporaryDirectory(prefix="slmops-queue-") as name:
         root = Path(name) / "checkout"
         root.mkdir()
         make_toy(root)
-        up = start(root)
+        up = start(root, *where)
         try:
-            measure(root, count, clients)
+            measure(root, args.runs, args.clients)
         finally:
             stop(up)
             print(up.text())  # a server that was started again is told here

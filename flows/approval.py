@@ -1,7 +1,7 @@
 """Approval in Prefect's UI: the flow run that registered a version is suspended until someone decides, or the time is over.
 
 A suspended flow holds no process and begins anew when the decision is there. What it asks is kept in a file of its
-worktree (`release.ask`), so that a run which is lost while it waits, and tried again, asks again, and so that a
+worktree (`questions.ask`), so that a run which is lost while it waits, and tried again, asks again, and so that a
 decision made by command, or none in time, is held against what was asked.
 """
 
@@ -19,9 +19,10 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput, keyset_from_base_key, read_flow_run_input
 from prefect.logging import get_run_logger
+from prefect.states import AwaitingRetry
 from pydantic import Field
 
-from flows import pages, release, workspace
+from flows import pages, questions, release, workspace
 from tasks import params
 from tasks.errors import ArtifactError, ConfigError
 
@@ -46,7 +47,7 @@ def released(main: Path, root: Path) -> str:
         return told(release.auto_approve(main, registered.name, registered.version, policy.margin))
     asked = root / workspace.QUESTION
     ask = partial(
-        release.ask, main, registered, policy.expires_hours, asked, flow_run=str(runtime.flow_run.id)
+        questions.ask, main, registered, policy.expires_hours, asked, flow_run=str(runtime.flow_run.id)
     )  # fmt: skip
     if not asked.exists():
         ask()
@@ -79,15 +80,19 @@ def answer(flow_run: str, **decision: str) -> bool:
 
 
 def expire(main: Path) -> list[str]:
-    """Record as rejected what nobody decided on in time; a line each. Prefect has failed the runs that waited.
+    """Record as rejected what nobody decided on in time; a line each. Prefect has failed the runs that waited. A run that
+    crashed while it waited, or was taken for crashed for a beat in the moment of its suspension, asks again.
 
     Raises:
         PipelineError: the registry or its record cannot be written.
     """
-    asked = [UUID(question["flow_run"]) for question in release.questions(main).values()]
+    asked = [UUID(question["flow_run"]) for question in questions.unsettled(main).values()]
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=asked))) if asked else []
-    return release.expire(main, {str(run.id) for run in found if run.state and run.state.is_failed()})
+        for run in [run for run in found if run.state and run.state.is_crashed()]:
+            client.set_flow_run_state(run.id, AwaitingRetry())
+            told(f"run {run.name} crashed while its question was open: it asks again")
+    return questions.expire(main, {str(run.id) for run in found if run.state and run.state.is_failed()})
 
 
 def _answer(root: Path, shown: dict[str, Any]) -> Decision:

@@ -237,10 +237,10 @@ def register(args: argparse.Namespace) -> int:
 
 def approve(args: argparse.Namespace) -> int:
     """`slmops approve VERSION`."""
-    from flows import release
+    from flows import questions, release
 
     main, name = _model(args)
-    for line in release.expire(main):
+    for line in questions.expire(main):
         print(line)
     starter = release.started_by(main, name, str(args.version)) if _checked(args).release.separate_duties else None
     print(
@@ -265,9 +265,9 @@ def reject(args: argparse.Namespace) -> int:
 
 def _wake(main: Path, name: str, args: argparse.Namespace, decision: str) -> None:
     """Let the deployed runs that wait for this decision end."""
-    from flows import release
+    from flows import questions
 
-    for place, question in release.questions(main).items():
+    for place, question in questions.unsettled(main).items():
         if (question["name"], question["version"]) != (name, str(args.version)):
             continue
         run = place.parent.parent.name
@@ -290,10 +290,10 @@ def rollback(args: argparse.Namespace) -> int:
 
 def history(args: argparse.Namespace) -> int:
     """`slmops history`."""
-    from flows import release
+    from flows import questions, release
 
     main, name = _model(args)
-    release.expire(main)
+    questions.expire(main)
     print(release.history(main, name))
     return 0
 

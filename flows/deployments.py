@@ -23,7 +23,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, State
 from pydantic import BaseModel, Field
 
-from flows import approval, automations, locks, pages, pipeline, release, results, versioning, workspace
+from flows import approval, automations, files, locks, pages, pipeline, release, results, versioning, workspace
 from tasks import params
 from tasks.errors import ConfigError
 
@@ -231,7 +231,8 @@ def rollback(
 
 @flow(name="expire-approvals", persist_result=True)
 def expire_approvals() -> str:
-    """Record as rejected what nobody decided on in time. Prefect fails a suspended run then, and that starts this one.
+    """Record as rejected what nobody decided on in time, and have runs that crashed while they waited ask again. That such
+    a run failed, as Prefect has it when its time is over, or crashed starts this one.
 
     Raises:
         PipelineError: the registry or its record cannot be written.
@@ -256,7 +257,7 @@ def _here() -> tuple[Path, str]:
 @contextmanager
 def _worktree(main: Path, name: str, commit: str, overrides: list[str]) -> Iterator[Path]:
     with workspace.worktree(main, name, commit, None, overrides) as place:
-        workspace.replace(place / OWNER, str(runtime.flow_run.id))
+        files.write(place / OWNER, str(runtime.flow_run.id))
         yield place
 
 

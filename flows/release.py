@@ -11,13 +11,9 @@ before an alias moves, so that one that was stopped in between can be made again
 """
 
 import getpass
-import json
-from collections.abc import Container
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from flows import audit, comparison, registry, workspace
 from flows.comparison import Comparison
@@ -27,7 +23,6 @@ from tasks.stage import folder
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 POLICY = "policy"  # who approves where no person does
-GRACE = timedelta(minutes=10)  # in which an answer that was given in time reaches the registry
 
 
 @dataclass(frozen=True)
@@ -224,75 +219,20 @@ def reject(main: Path, name: str, version: str, by: str, reason: str) -> str:
         last = _last(main, name, found)
         if (last["action"], last["by"], last["reason"]) == ("reject", by, reason):  # told twice: here and in the form
             return f"{name} version {version} is rejected already"
-        _reject(client, main, name, version, str(found.tags["bundle_digest"]), by, reason)
+        record_rejection(client, main, name, version, str(found.tags["bundle_digest"]), by, reason)
     return f"{name} version {version} is rejected"
 
 
-def ask(main: Path, asked: Registered, hours: float, place: Path, *, flow_run: str, refused: str = "") -> None:
-    """Write the question of whether to approve a version to `place`, with all that an answer is held against. Asked
-    again, it ends when the first question would have; `refused` says why a decision was not carried out.
-
-    Raises:
-        ArtifactError: its bundle moved or changed, and nobody was asked before.
-        StageError: the MLflow server does not answer.
-    """
-    before = json.loads(place.read_bytes()) if place.exists() else {}
-    try:
-        seen = compare(main, asked.name, asked.version)
-    except ArtifactError:
-        if not before:
-            raise
-        shown = {key: before[key] for key in ("digest", "champion", "text")}
-    else:
-        shown = {"digest": seen.digest, "champion": seen.champion, "text": seen.markdown(asked.name)}
-    question = {
-        "id": uuid4().hex[:12],
-        "flow_run": flow_run,
-        "name": asked.name,
-        "version": asked.version,
-        **shown,
-        "refused": refused,
-        "decisions": len(audit.decisions(main, asked.name, asked.version, shown["digest"])),
-        "hours": hours,
-        "expires": before.get("expires") or (datetime.now(UTC) + timedelta(hours=hours)).isoformat(),
-    }
-    workspace.replace(place, json.dumps(question))
-
-
-def questions(main: Path) -> dict[Path, dict[str, Any]]:
-    """All that someone was asked and that is not settled yet, by the file that holds it."""
-    found = {}
-    for place in sorted((main / ".runs").glob(f"*/{workspace.QUESTION}")):
-        try:
-            found[place] = json.loads(place.read_bytes())
-        except FileNotFoundError:
-            continue  # settled at this moment
-    return found
-
-
-def expire(main: Path, ended: Container[str] = ()) -> list[str]:
-    """Reject, as the policy, each version about which someone was asked and nobody decided in time; a line each.
-
-    Of the flow runs `ended` it is known that they got no answer. To others an answer may be under way: a while more.
+def record_rejection(client: Any, main: Path, name: str, version: str, digest: str, by: str, reason: str) -> None:
+    """Put a rejection on record, then take `candidate` and `previous` from the version. `client`: of `registry.opened`.
 
     Raises:
         ArtifactError: the record is damaged.
-        StageError: the MLflow server does not answer.
     """
-    said = []
-    for place, question in questions(main).items():
-        grace = timedelta() if question["flow_run"] in ended else GRACE
-        if datetime.now(UTC) < datetime.fromisoformat(question["expires"]) + grace:
-            continue
-        name, version, digest = question["name"], question["version"], question["digest"]
-        with registry.opened(main) as client:
-            there = registry.by_digest(client, name, digest) == version  # no one deleted it
-            if there and len(audit.decisions(main, name, version, digest)) == question["decisions"]:
-                reason = f"nobody decided within {question['hours']:g} hours"
-                _reject(client, main, name, version, digest, POLICY, reason)
-                said.append(f"{name} version {version} is rejected: {reason}")
-            place.unlink(missing_ok=True)
-    return said
+    audit.record(client, main, "reject", name, version, digest=digest, by=by, reason=reason)
+    for alias in (CANDIDATE, PREVIOUS):
+        if registry.aliased(client, name, alias) == version:
+            client.delete_registered_model_alias(name, alias)
 
 
 def rollback(main: Path, name: str, by: str, reason: str) -> str:
@@ -372,13 +312,6 @@ def _signed(by: str, reason: str) -> tuple[str, str]:
     if not (by + reason).isprintable():
         raise ConfigError("--by and --reason hold characters that no one can see: write plain text")
     return by, reason
-
-
-def _reject(client: Any, main: Path, name: str, version: str, digest: str, by: str, reason: str) -> None:
-    audit.record(client, main, "reject", name, version, digest=digest, by=by, reason=reason)
-    for alias in (CANDIDATE, PREVIOUS):
-        if registry.aliased(client, name, alias) == version:
-            client.delete_registered_model_alias(name, alias)
 
 
 def _which(champion: str) -> str:

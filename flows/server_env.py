@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from flows import quiet
+from flows import files, quiet
 from tasks.errors import ConfigError
 
 SCHEMAS = ("prefect", "mlflow")
@@ -113,7 +113,7 @@ def mlflow(folder: Path, main: Path, options: Options, auth: dict[str, str]) -> 
     }
     if auth:
         config = folder / "mlflow-auth.ini"
-        write(config, AUTH_CONFIG.format(folder=folder))
+        files.write(config, AUTH_CONFIG.format(folder=folder), private=True)
         key = os.environ.get("MLFLOW_FLASK_SERVER_SECRET_KEY") or secrets.token_hex(32)
         env |= {"MLFLOW_AUTH_CONFIG_PATH": str(config), "MLFLOW_FLASK_SERVER_SECRET_KEY": key}
         env |= {name: auth[name] for name in (MLFLOW_SECRET, MLFLOW_USER)}
@@ -222,12 +222,3 @@ def _with_driver(database: str, driver: str) -> str:
 def _database_password() -> dict[str, str]:
     password = os.environ.get("PGPASSWORD")
     return {"PGPASSWORD": password} if password else {}
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file for this user alone, all of it or nothing."""
-    part = path.with_name(f".{path.name}.new")
-    part.unlink(missing_ok=True)
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as handle:
-        handle.write(text)
-    part.replace(path)

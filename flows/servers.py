@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from flows import server_env, spool, supervise
+from flows import files, server_env, spool, supervise
 from flows.server_env import MLFLOW_SECRET, MLFLOW_USER, PREFECT, PREFECT_SECRET, Options
 from tasks.errors import ConfigError, PipelineError
 
@@ -35,8 +35,7 @@ APPLY = (
     "import sys; from pathlib import Path; from flows import deployments; "
     "print(*deployments.apply(*map(Path, sys.argv[1:])), sep='\\n')"
 )
-DELIVER = "import sys; from pathlib import Path; from flows import mlflow_store; mlflow_store.deliver_left(Path(sys.argv[1]), print)"
-DELIVER_S = 15.0  # from one attempt to the next
+CLOSE_S = 15.0  # from one attempt to close what killed runs left to the next
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def up(main: Path, options: Options) -> None:
             signal.signal(number, signal.default_int_handler)
         try:
             env = _bring_up(supervisor, main, options, auth, began)
-            supervisor.watch(_deliverer(main, {**env, MARK: str(main)}))
+            supervisor.watch(_closer(main, {**env, MARK: str(main)}))
         except KeyboardInterrupt:
             _tell("stopping")
         finally:
@@ -218,26 +217,28 @@ def _bring_up(
     supervisor.wait("worker")
     apply_deployments(main, worker_env)
     state = State(os.getpid(), datetime.now().isoformat(" ", "seconds"), prefect, mlflow, bool(auth))
-    server_env.write(_state(main), json.dumps(asdict(state), indent=1) + "\n")
+    files.write(_state(main), json.dumps(asdict(state), indent=1) + "\n", private=True)
     if not server_env.is_loopback(options.host):
         _tell("note: passwords go over the network in the clear: put a proxy with TLS in front, or use a tunnel")
     _tell(f"{state.text()}\nlogs     {logs}\nall healthy after {time.monotonic() - began:.1f} s; Ctrl-C stops them")
     return worker_env
 
 
-def _deliverer(main: Path, env: dict[str, str]) -> Callable[[], None]:
-    """To be called again and again: has MLflow told what killed or cut-off runs left, and their runs closed."""
+def _closer(main: Path, env: dict[str, str]) -> Callable[[], None]:
+    """To be called again and again: has closed with the servers what killed or cut-off runs left (see aftermath.py)."""
     process: subprocess.Popen[str] | None = None
-    tried = 0.0
+    tried, told = 0.0, ""
 
     def look() -> None:
-        nonlocal process, tried
+        nonlocal process, tried, told
         if process and process.poll() is not None:
-            _tell(process.communicate()[0].strip())
-            process = None
-        if process is None and time.monotonic() - tried > DELIVER_S and spool.left(main):
+            said, process = process.communicate()[0].strip(), None
+            if said not in ("", told):  # the same trouble is told once
+                _tell(said)
+            told = said
+        if process is None and time.monotonic() - tried > CLOSE_S and spool.left(main):
             tried = time.monotonic()
-            command = [sys.executable, "-c", DELIVER, str(main)]
+            command = [sys.executable, "-m", "flows.aftermath", str(main)]
             process = subprocess.Popen(
                 command, cwd=main, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )

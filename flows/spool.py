@@ -18,6 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from flows import files
 from tasks.errors import PipelineError
 from tasks.stage import disk_full
 
@@ -107,9 +108,7 @@ class Spool:
 
     def _count(self, arrived: int) -> None:
         self._delivered += arrived
-        part = self.folder / "delivered.new"
-        part.write_text(json.dumps({"bytes": self._delivered, "memory": self.memory}))
-        part.replace(self.folder / "delivered.json")
+        files.write(self.folder / "delivered.json", json.dumps({"bytes": self._delivered, "memory": self.memory}))
 
     def close(self) -> None:
         """Give it up; a journal that arrived whole is removed."""

@@ -16,7 +16,7 @@ from typing import IO, Any, Literal
 
 import yaml
 
-from flows import quiet, server_env
+from flows import files, quiet
 from tasks import errors
 from tasks.errors import ArtifactError, ConfigError, PipelineError, StageError
 from tasks.manifest import sha256
@@ -181,7 +181,7 @@ def share(root: Path, main: Path) -> None:
     found.read_dict({"cache": {"dir": str(cache_folder(main))}})
     text = io.StringIO()
     found.write(text)
-    server_env.write(root / ".dvc" / "config.local", text.getvalue())
+    files.write(root / ".dvc" / "config.local", text.getvalue(), private=True)
 
 
 def checkout(root: Path, *targets: str) -> None:

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flows import locks, versioning
+from flows import files, locks, versioning
 from tasks import params
 from tasks.errors import ConfigError
 
@@ -113,7 +113,7 @@ def write_params(root: Path, file: Path | None, overrides: Sequence[str]) -> Non
             "commit them, or `git checkout params.yaml`, or use --worktree"
         )
     if replaces or overrides:
-        replace(target, text)
+        files.write(target, text)
 
 
 def effective(source: bytes | None, where: str, overrides: Sequence[str]) -> tuple[str, params.Params]:
@@ -149,13 +149,6 @@ def _with_overrides(text: str, overrides: Sequence[str]) -> str:
     out = io.StringIO()
     yaml.dump(raw, out)
     return out.getvalue()
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file, all of it or nothing."""
-    part = path.with_name(f".{path.name}.new")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 @contextmanager
@@ -197,7 +190,7 @@ def worktree(main: Path, name: str, commit: str, file: Path | None, overrides: S
         git(main, "worktree", "prune")
         git(main, "worktree", "add", "-q", "-b", branch, str(root), commit)
     with locks.locked(root, name):
-        replace(root / "params.yaml", text)
+        files.write(root / "params.yaml", text)
         versioning.share(root, main)
         if pointer:
             versioning.checkout(root, str(pointer))

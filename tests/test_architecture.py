@@ -82,7 +82,7 @@ def test_what_stages_share_imports_no_stage(path: Path) -> None:
 def test_only_flows_touch_the_orchestrators() -> None:
     for tool, owners in {
         "mlflow": {"mlflow_store", "registry", "served_model", "tracking"},
-        "prefect": {"approval", "automations", "deployments", "fan_out", "pages", "pipeline"},
+        "prefect": {"aftermath", "approval", "automations", "deployments", "fan_out", "pages", "pipeline"},
     }.items():
         users = {path.stem for path in FLOWS if tool in {name.split(".")[0] for name in imports(path)}}
         assert users <= owners, tool

@@ -35,7 +35,9 @@ def processes(up: Up, words: str) -> list[int]:
 
 
 def flow_runs(servers: Servers) -> set[str]:
-    return {run["state_type"] for run in ask(f"{servers.prefect}/flow_runs/filter", {})}
+    """States of the pipeline's runs."""
+    ours = {"flows": {"name": {"any_": ["train-and-release", "slmops"]}}}
+    return {run["state_type"] for run in ask(f"{servers.prefect}/flow_runs/filter", ours)}
 
 
 def tracked(root: Path) -> list[Any]:
@@ -91,6 +93,9 @@ def test_a_killed_run_ends_truly_within_two_minutes_and_a_retry_takes_it_up(up: 
     assert time.monotonic() - killed < TRUE_WITHIN_S
     assert "no sign of life for 75 seconds" in ask(f"{servers.prefect}/flow_runs/{run}")["state"]["message"]
     assert statuses(up.root, "distill") == ["KILLED"]
+    tasks = {each["name"]: each["state_type"] for each in ask(f"{servers.prefect}/task_runs/filter", {})}
+    assert (tasks["finetune"], tasks["distill"], "RUNNING" in tasks.values()) == ("COMPLETED", "CRASHED", False)
+    assert "Prefect was told that these tasks ended with their run: distill" in up.text()
     assert not processes(up, "-m tasks")
     assert [each.state for each in workspace.runs(up.root)] == ["stopped"]
     assert f"MLflow was told what run {name} left" in up.text()

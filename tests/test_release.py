@@ -14,7 +14,7 @@ import pytest
 from checkout import DEFAULTS, empty_store
 from conftest import ROOT
 
-from flows import audit, cli, mlflow_store, release, workspace
+from flows import audit, cli, mlflow_store, questions, release, workspace
 from tasks import params
 from tasks.errors import ArtifactError, ConfigError, StageError
 from tasks.package import bundle
@@ -103,18 +103,18 @@ def test_a_refused_decision_asks_again_until_the_first_question_would_have_ended
     write_bundle(root)
     place = root / ".runs" / "a" / workspace.QUESTION
     place.parent.mkdir(parents=True)
-    questions = []
+    told = []
     for refused in ("", "someone else must"):
-        release.ask(root, release.register(root, root), 1.0, place, flow_run="f", refused=refused)
-        questions.append(json.loads(place.read_bytes()))
-    first, second = questions
+        questions.ask(root, release.register(root, root), 1.0, place, flow_run="f", refused=refused)
+        told.append(json.loads(place.read_bytes()))
+    first, second = told
     assert first.pop("id") != second.pop("id")
     assert second == {**first, "refused": "someone else must"}
     # Even where there is nothing whole left to ask about: who decides is told, and can reject it.
     bundle_place = root / "registry" / NAME / first["digest"][:12]
     (bundle_place / "llama-server" / "model.gguf").unlink()
-    release.ask(root, release.Registered(NAME, "1", first["digest"], False), 1.0, place, flow_run="f", refused="gone")
-    (found,) = release.questions(root).values()
+    questions.ask(root, release.Registered(NAME, "1", first["digest"], False), 1.0, place, flow_run="f", refused="gone")
+    (found,) = questions.unsettled(root).values()
     assert (found["refused"], found["digest"], found["text"]) == ("gone", first["digest"], first["text"])
 
 
@@ -122,10 +122,10 @@ def test_an_answer_under_way_has_some_minutes_but_a_run_that_has_failed_none(roo
     write_bundle(root)
     place = root / ".runs" / "a" / workspace.QUESTION
     place.parent.mkdir(parents=True)
-    release.ask(root, release.register(root, root), 0.0, place, flow_run="f")
-    assert release.expire(root, ["another"]) == []
-    assert release.expire(root, ["f"]) == [f"{NAME} version 1 is rejected: nobody decided within 0 hours"]
-    assert release.questions(root) == {}
+    questions.ask(root, release.register(root, root), 0.0, place, flow_run="f")
+    assert questions.expire(root, ["another"]) == []
+    assert questions.expire(root, ["f"]) == [f"{NAME} version 1 is rejected: nobody decided within 0 hours"]
+    assert questions.unsettled(root) == {}
 
 
 def test_an_older_version_or_one_that_was_decided_on_does_not_become_the_candidate(root: Path) -> None:

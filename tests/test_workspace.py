@@ -10,7 +10,7 @@ import pytest
 import yaml
 from checkout import DEFAULTS, commit, dvc_python, git, make_toy
 
-from flows import locks, versioning, workspace
+from flows import files, locks, versioning, workspace
 from tasks.errors import ArtifactError, ConfigError, StageError
 
 
@@ -309,7 +309,7 @@ def test_the_model_of_a_killed_run_is_free_at_once_for_who_waits(root: Path) -> 
 def test_old_worktrees_go_but_none_that_works_or_waits(root: Path) -> None:
     for name in ("a", "b", "c", "d"):
         ended(root, name)
-    workspace.replace(root / ".runs" / "b" / workspace.QUESTION, "{}")
+    files.write(root / ".runs" / "b" / workspace.QUESTION, "{}")
     with locks.locked(root / ".runs" / "a", "a"):
         assert workspace.retire(root, 1) == ["c"]
     assert [(run.name, run.state) for run in workspace.runs(root)] == [

@@ -14,11 +14,7 @@ Backend = Callable[[Onnx, Path, Path, Path], None]
 
 BACKENDS: Mapping[Variant, Backend] = {
     "f16": ggml_types.keep,
-    "q8_0": partial(ggml_types.quantize, "q8_0"),
-    "q5_1": partial(ggml_types.quantize, "q5_1"),
-    "q5_0": partial(ggml_types.quantize, "q5_0"),
-    "q4_k_m": partial(ggml_types.quantize, "q4_k_m"),
-    "q4_0": partial(ggml_types.quantize, "q4_0"),
+    **{variant: partial(ggml_types.quantize, variant) for variant in ggml_types.SHARE},
     "onnx-int4": model_builder.build,
 }
 

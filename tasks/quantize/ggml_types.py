@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from typing import Any
 from tasks.cores import threads
 from tasks.errors import StageError
 from tasks.manifest import sha256
-from tasks.params import Onnx
+from tasks.params import Onnx, Variant
 from tasks.stage import disk_full, need_space, require_file
 
-TYPES = {"q8_0": "Q8_0", "q5_1": "Q5_1", "q5_0": "Q5_0", "q4_k_m": "Q4_K_M", "q4_0": "Q4_0"}  # as in llama_ftype
-SHARE = {"q8_0": 0.55, "q5_1": 0.5, "q5_0": 0.5, "q4_k_m": 0.5, "q4_0": 0.45}  # of the F16 file's bytes, at most
+# llama_ftype's names in small letters, with the share of the F16 file's bytes that each needs at most.
+SHARE: Mapping[Variant, float] = {"q8_0": 0.55, "q5_1": 0.5, "q5_0": 0.5, "q4_k_m": 0.5, "q4_0": 0.45}
 SOURCE = "run the convert stage again"
 
 
@@ -32,7 +33,7 @@ def keep(_: Onnx, __: Path, f16: Path, out: Path) -> None:
         shutil.copyfile(f16, out / "model.gguf")
 
 
-def quantize(variant: str, _: Onnx, __: Path, f16: Path, out: Path) -> None:
+def quantize(variant: Variant, _: Onnx, __: Path, f16: Path, out: Path) -> None:
     """Write `out`/model.gguf, equal bytes for equal input, and check it by loading it.
 
     The F16 file's sha256, the quantizer and its version, and the type are written under `slmops.*` and
@@ -52,11 +53,11 @@ def quantize(variant: str, _: Onnx, __: Path, f16: Path, out: Path) -> None:
             "general.quantized_by": "slmops",
             "slmops.source.sha256": sha256(f16),
             "slmops.quantizer": quantizer,
-            "slmops.type": TYPES[variant],
+            "slmops.type": variant.upper(),
         }
     )
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{TYPES[variant]}")
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant.upper()}")
     params.nthread = threads()
     params.kv_overrides = overrides
     target = out / "model.gguf"

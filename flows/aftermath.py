@@ -1,0 +1,62 @@
+"""What killed runs left open with the servers, closed: their tasks in Prefect, their runs in MLflow.
+
+`python -m flows.aftermath CHECKOUT` is called by `slmops up` when a run's spool has lost its owner, which the kernel tells
+the moment the run's process ends. That the flow run itself crashed Prefect finds out by its heartbeat; nobody tells its tasks.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from uuid import UUID
+
+from httpx import TransportError
+from prefect import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.states import Crashed
+
+from flows import mlflow_store, spool
+from tasks.errors import PipelineError, StageError
+
+OPEN = [StateType.PENDING, StateType.RUNNING]
+
+
+def close(main: Path, say: Callable[[str], None]) -> None:
+    """Close what is open of every run whose process is gone.
+
+    Raises:
+        StageError: a server does not answer; what was not closed waits for the next call.
+    """
+    for flow_run in spool.left(main):
+        if tasks := _crash_tasks(UUID(flow_run)):
+            say(f"Prefect was told that these tasks ended with their run: {', '.join(tasks)}")
+    mlflow_store.deliver_left(main, say)
+
+
+def _crash_tasks(flow_run: UUID) -> list[str]:
+    """The names of the tasks that were open."""
+    try:
+        with get_client(sync_client=True) as client:
+            found = client.read_task_runs(
+                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run])),
+                task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=OPEN))),
+            )
+            for task in found:
+                client.set_task_run_state(task.id, Crashed(message="The process of its run was killed."), force=True)
+    except (TransportError, PrefectHTTPStatusError) as error:
+        raise StageError(f"Prefect's server does not take the end of a killed run's tasks now: {error}") from error
+    return [task.name for task in found]
+
+
+if __name__ == "__main__":
+    try:
+        close(Path(sys.argv[1]), print)
+    except PipelineError as error:
+        print(f"warning: {error}")
