@@ -32,16 +32,17 @@ from prefect import flow
 from prefect.deployments import run_deployment
 
 @flow
-def sleeper():
+def sleeper(seconds: float):
     Path("asleep.part").write_text(str(os.getpid()))
-    Path("asleep.part").rename("asleep")
-    time.sleep(600)
+    Path("asleep.part").rename(f"asleep-{seconds:.0f}")
+    time.sleep(seconds)
+    Path("awake").touch()
 
 if __name__ == "__main__":
     here = str(Path(__file__).parent)
     flow.from_source(here, "sleeper.py:sleeper").deploy("test", work_pool_name="slmops", job_variables={"working_dir": here})
-    run_deployment("sleeper/test", timeout=0)
-    run_deployment("sleeper/test", timeout=0)
+    for seconds in (20, 600):  # 20: in which the worker looks for work again
+        run_deployment("sleeper/test", parameters={"seconds": seconds}, timeout=0)
 """
 
 
@@ -231,10 +232,9 @@ def test_no_more_flows_run_at_once_than_told_and_all_end_with_their_servers(tmp_
         (root / "sleeper.py").write_text(SLEEPER)
         env = {**own(root), **servers.settings(root)}
         subprocess.run([sys.executable, "sleeper.py"], cwd=root, env=env, check=True, capture_output=True)
-        wait_for((root / "asleep").exists)
-        assert int((root / "asleep").read_text()) in left(root)
-        log = root / ".runs" / "logs" / "servers" / "worker.log"
-        wait_for(lambda: "Flow run limit reached; 1 flow runs in progress" in log.read_text(), log.read_text)
+        wait_for((root / "asleep-600").exists)
+        assert (root / "awake").exists()
+        assert int((root / "asleep-600").read_text()) in left(root)
     finally:
         stop(up)
     assert left(root) == []
