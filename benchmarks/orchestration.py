@@ -1,7 +1,7 @@
 """What orchestration costs: a run of the deployment `train-and-release` from queue to finish, less the stages' own time.
 
 On the real servers of `slmops up`, with toy stages that only wait. Twice: the first run makes everything, the second
-finds all of it in DVC's cache. Prints a table for each: the seconds from the moment the run was queued, a stage's own
+finds all of it in DVC's cache. As many variants as params.yaml has by default. Prints a table for each: the seconds from the moment the run was queued, a stage's own
 seconds (its command's, as it told them), and what was spent around them. Where stages work side by side, a second in
 which at least one works counts as work.
 
@@ -13,13 +13,14 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from checkout import ask, make_toy  # noqa: E402 (the toy checkout of the tests)
+from checkout import DEFAULTS, ask, make_toy  # noqa: E402 (the toy checkout of the tests)
 from test_deployments import Servers  # noqa: E402
 from test_servers import start, stop  # noqa: E402
 
@@ -30,13 +31,13 @@ from tasks.stages import STAGES  # noqa: E402
 LIMITS_S = {"a full run": 25.0, "everything cached": 30.0}
 
 
-def main() -> None:
+def main() -> int:
     work_s = float(sys.argv[1]) if len(sys.argv) > 1 else 2.0
     with tempfile.TemporaryDirectory(prefix="slmops-orchestration-") as name:
         root = Path(name) / "checkout"
         root.mkdir()
         make_toy(root)
-        variants = params.load(root / "params.yaml").quantize.variants
+        variants = params.load(DEFAULTS).quantize.variants
         names = [
             f"{stage.name}-{variant}" if stage.per_variant else stage.name
             for stage in STAGES.values()
@@ -45,17 +46,18 @@ def main() -> None:
         waits = dict.fromkeys(names, work_s)
         up = start(root, TOY_WAIT=json.dumps(waits))
         try:
-            for what, limit in LIMITS_S.items():
-                show(what, limit, root, Servers(up))
+            held = [show(what, limit, root, Servers(up), variants) for what, limit in LIMITS_S.items()]
         finally:
             stop(up)
     print(f"{len(os.sched_getaffinity(0))} cores, load average {os.getloadavg()[0]:.1f} over the last minute")
+    return 0 if all(held) else 1
 
 
-def show(what: str, limit: float, root: Path, servers: Servers) -> None:
-    """Queue a run, wait for its end, and print where the time went."""
+def show(what: str, limit: float, root: Path, servers: Servers, variants: Sequence[str]) -> bool:
+    """Queue a run, wait for its end, and print where the time went; is that within the limit?"""
     queued = time.time()
-    run = servers.wait(servers.run("train-and-release", {"approval": "auto"}), "Completed")
+    asked = {"approval": "auto", "variants": list(variants)}
+    run = servers.wait(servers.run("train-and-release", asked), "Completed")
     inner = ask(f"{servers.prefect}/flow_runs/filter", {"flows": {"name": {"any_": ["slmops"]}}, "sort": "START_TIME_DESC", "limit": 1})[0]  # fmt: skip
     tasks = ask(
         f"{servers.prefect}/task_runs/filter",
@@ -75,6 +77,7 @@ def show(what: str, limit: float, root: Path, servers: Servers) -> None:
     for name, begin, end, seconds in rows:
         print(f"  {name:<24}{begin - queued:8.1f}{end - queued:8.1f}{seconds:8.1f}{end - begin - seconds:8.1f}")
     print(f"  {'queue to finish':<24}{'':8}{total:8.1f}{total - spent:8.1f}{spent:8.1f}   wanted: at most {limit:.0f}\n", flush=True)  # fmt: skip
+    return spent <= limit
 
 
 def own(events: Path) -> float:
@@ -88,4 +91,4 @@ def at(moment: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -50,7 +50,7 @@ if __name__ == "__main__":
 DEADLINE_S = 4 * 3600.0
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=int, nargs="?", default=200)
     parser.add_argument("clients", type=int, nargs="?", default=1)
@@ -63,14 +63,16 @@ def main() -> None:
         make_toy(root)
         up = start(root, *where)
         try:
-            measure(root, args.runs, args.clients)
+            whole = measure(root, args.runs, args.clients)
         finally:
             stop(up)
             print(up.text())  # a server that was started again is told here
     print(f"{len(os.sched_getaffinity(0))} cores, load average {os.getloadavg()[0]:.1f} over the last minute")
+    return 0 if whole else 1
 
 
-def measure(root: Path, count: int, clients: int) -> None:
+def measure(root: Path, count: int, clients: int) -> bool:
+    """Queue the runs and watch them; were all completed, each once?"""
     (root / "idle.py").write_text(FLOW)
     env = {**own(root), **servers.settings(root)}
     subprocess.run([sys.executable, "idle.py"], cwd=root, env=env, check=True, capture_output=True)
@@ -115,7 +117,8 @@ def measure(root: Path, count: int, clients: int) -> None:
     }
     for name, value in rows.items():
         print(f"{name:<40}{value}", flush=True)
+    return states["COMPLETED"] == count and set(ran.values()) == {1} and len(ran) == count
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

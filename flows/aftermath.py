@@ -1,7 +1,8 @@
 """What killed runs left open with the servers, closed: their tasks in Prefect, their runs in MLflow.
 
-`python -m flows.aftermath CHECKOUT` is called by `slmops up` when a run's spool has lost its owner, which the kernel tells
-the moment the run's process ends. That the flow run itself crashed Prefect finds out by its heartbeat; nobody tells its tasks.
+The next run calls it, and `slmops up` (`python -m flows.aftermath CHECKOUT`) as soon as a run's spool has lost its owner,
+which the kernel tells the moment the run's process ends. That the flow run itself crashed Prefect finds out by its
+heartbeat; nobody tells its tasks.
 """
 
 import sys
@@ -20,6 +21,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed
 
 from flows import mlflow_store, spool
@@ -34,7 +36,8 @@ def close(main: Path, say: Callable[[str], None]) -> None:
     Raises:
         StageError: a server does not answer; what was not closed waits for the next call.
     """
-    for flow_run in spool.left(main):
+    # Without an address the run had a server of its own, which ended with it.
+    for flow_run in spool.left(main) if PREFECT_API_URL.value() else ():
         if tasks := _crash_tasks(UUID(flow_run)):
             say(f"Prefect was told that these tasks ended with their run: {', '.join(tasks)}")
     mlflow_store.deliver_left(main, say)

@@ -15,6 +15,7 @@ from uuid import UUID
 from httpx import TransportError
 from prefect import get_client, runtime
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput, keyset_from_base_key, read_flow_run_input
@@ -22,7 +23,7 @@ from prefect.logging import get_run_logger
 from prefect.states import AwaitingRetry
 from pydantic import Field
 
-from flows import pages, questions, release, workspace
+from flows import pages, questions, release, results, workspace
 from tasks import params
 from tasks.errors import ArtifactError, ConfigError
 
@@ -43,6 +44,8 @@ def released(main: Path, root: Path) -> str:
     registered, said = release.register_if_passed(root, main)
     if registered is None:
         return told(said)
+    if registered.champion:  # this very bundle is released already
+        return told(said)
     if policy.approval == "auto":
         return told(release.auto_approve(main, registered.name, registered.version, policy.margin))
     asked = root / workspace.QUESTION
@@ -60,7 +63,7 @@ def released(main: Path, root: Path) -> str:
             continue
         decision = Decision(**given) if given else _answer(root, shown)
         try:
-            line = _decide(main, registered, shown, decision, policy.separate_duties)
+            line = _decide(main, registered, shown, decision)
         except (ArtifactError, ConfigError) as error:  # as to a person: told, and asked again
             get_run_logger().warning("%s", error)
             ask(refused=str(error))
@@ -73,10 +76,10 @@ def answer(flow_run: str, **decision: str) -> bool:
     """Have a suspended flow run go on with a decision that was made elsewhere; whether the server took it."""
     try:
         with get_client(sync_client=True) as client:
-            client.resume_flow_run(UUID(flow_run), run_input=decision)
+            taken = client.resume_flow_run(UUID(flow_run), run_input=decision)
     except (TransportError, PrefectHTTPStatusError):  # it is away, or the run is another server's
         return False
-    return True
+    return bool(taken.status == SetStateStatus.ACCEPT)
 
 
 def expire(main: Path) -> list[str]:
@@ -98,15 +101,16 @@ def expire(main: Path) -> list[str]:
 def _answer(root: Path, shown: dict[str, Any]) -> Decision:
     """What a person answers to the question `shown`; until then the flow is suspended."""
     refused = f"**Not done: {shown['refused']}**\n\n" if shown["refused"] else ""
-    form = Decision.with_initial_data(description=f"{refused}{pages.links(root)}\n\n{shown['text']}")
+    variants = results.markdown(results.rows(root, params.load(root / "params.yaml")))
+    form = Decision.with_initial_data(
+        description=f"{refused}{pages.links(root)}\n\n{shown['text']}\n\nWhat this run made:\n\n{variants}"
+    )
     left = datetime.fromisoformat(shown["expires"]) - datetime.now(UTC)
     answer: Decision = suspend_flow_run(wait_for_input=form, timeout=max(1, int(left.total_seconds())), key=shown["id"])
     return answer
 
 
-def _decide(
-    main: Path, asked: release.Registered, shown: dict[str, Any], answer: Decision, separate_duties: bool
-) -> str:
+def _decide(main: Path, asked: release.Registered, shown: dict[str, Any], answer: Decision) -> str:
     """Have the registry do what was decided; one line for a person.
 
     Raises:
@@ -114,10 +118,9 @@ def _decide(
     """
     if answer.decision == "reject":
         return release.reject(main, asked.name, asked.version, answer.name, answer.reason)
-    starter = release.started_by(main, asked.name, asked.version) if separate_duties else None
     return release.approve(
         main, asked.name, asked.version, answer.name, answer.reason,
-        digest=shown["digest"], expected_champion=shown["champion"], forbid=starter,
+        digest=shown["digest"], expected_champion=shown["champion"],
         even_if_worse=answer.even_if_worse, even_if_rejected=answer.even_if_rejected,
     )  # fmt: skip
 

@@ -72,8 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     add("doctor", doctor, "check that this machine has what is needed")
     add("report", report, "write report.html from the finished stages")
     add("register", register, "register the packaged model as `candidate`")
+    sub = registered("compare", compare, "show a registered version's numbers beside the champion's")
+    sub.add_argument("version", type=int)
     sub = registered("approve", approve, "make a registered version the `champion`")
     sub.add_argument("version", type=int)
+    sub.add_argument("--bundle", metavar="DIGEST", help="only if it is this one, as `compare` shows it")
     sub.add_argument("--even-if-worse", action="store_true", help="than the champion, on the same test rows")
     sub.add_argument("--even-if-rejected", action="store_true", help="by someone before")
     _signed(sub)
@@ -123,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
             if args.params or args.overrides:
                 print("note: params.yaml now holds the effective values of this run", file=sys.stderr)
             model = params.load(here / "params.yaml").package.name
-            with locks.one_at_a_time(main, model, name, wait=False, tell=print):
+            with locks.one_at_a_time(main, model, name):
                 _go(here, name, started)
         return 0
     changed = workspace.uncommitted(main)
@@ -132,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     model = workspace.planned(main, name, args.commit, args.params, args.overrides)[1].package.name
     print(f"run {name}: should it stop, `slmops run --worktree --name {name}` takes it up again", file=sys.stderr)
     with (
-        locks.one_at_a_time(main, model, name, wait=False, tell=print),
+        locks.one_at_a_time(main, model, name),
         workspace.worktree(main, name, args.commit, args.params, args.overrides) as root,
     ):
         registered = _go(root, name, started)
@@ -231,7 +234,16 @@ def register(args: argparse.Namespace) -> int:
     root = workspace.find(Path())
     main = workspace.main_root(root)
     _use_servers(main)
-    print(release.register(root, main).text())
+    print(release.register(root, main, separate_duties=_checked(args).release.separate_duties).text())
+    return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    """`slmops compare VERSION`."""
+    from flows import release
+
+    main, name = _model(args)
+    print(release.compare(main, name, str(args.version)).table(name))
     return 0
 
 
@@ -242,11 +254,11 @@ def approve(args: argparse.Namespace) -> int:
     main, name = _model(args)
     for line in questions.expire(main):
         print(line)
-    starter = release.started_by(main, name, str(args.version)) if _checked(args).release.separate_duties else None
     print(
         release.approve(
             main, name, str(args.version), args.by, args.reason,
-            forbid=starter, even_if_worse=args.even_if_worse, even_if_rejected=args.even_if_rejected,
+            digest=args.bundle, separate_duties=_checked(args).release.separate_duties,
+            even_if_worse=args.even_if_worse, even_if_rejected=args.even_if_rejected,
         )
     )  # fmt: skip
     _wake(main, name, args, "approve")

@@ -52,8 +52,8 @@ class Comparison:
         return self.gain is not None and self.gain < -EQUAL
 
     def better_by(self, margin: float) -> bool:
-        """It is known to be at least that much better, or nothing was released yet; 0: it is not worse."""
-        return not self.champion or (self.gain is not None and self.gain >= margin - EQUAL)
+        """It is known to be better, by at least that much, or nothing was released yet."""
+        return not self.champion or (self.gain is not None and self.gain > EQUAL and self.gain >= margin - EQUAL)
 
     def text(self) -> str:
         """One line for a person."""
@@ -69,12 +69,35 @@ class Comparison:
 
     def markdown(self, name: str) -> str:
         """The question to be decided, with the numbers of both beside each other."""
-        both = bool(self.champion)
-        rows = [["", f"version {self.version}", f"champion, version {self.champion}"], ["---", "---:", "---:"]]
-        for metric, pair in self.metrics.items():
-            rows.append([metric, number(pair.version), "-" if pair.champion is None else number(pair.champion)])
-        table = "\n".join(f"| {' | '.join(row if both else row[:2])} |" for row in rows)
+        head, *rows = self._rows()
+        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return f"Release **{name} version {self.version}** (bundle {self.digest[:12]})?\n\n{self.text()}\n\n{table}"
+
+    def table(self, name: str) -> str:
+        """The same for a terminal."""
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        return "\n".join([f"{name} version {self.version} (bundle {self.digest[:12]}): {self.text()}", *lines])
+
+    def _rows(self) -> list[list[str]]:
+        """The numbers of both, and how they differ, under a head."""
+        rows = [["", f"version {self.version}", f"champion, version {self.champion}", "difference"]]
+        for metric, pair in self.metrics.items():
+            both = ["-", "-"] if pair.champion is None else [number(pair.champion), _signed(pair.difference)]
+            rows.append([metric, number(pair.version), *both])
+        return rows if self.champion else [row[:2] for row in rows]
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{'+' if value > 0 else ''}{number(value)}"
 
 
 def compare(version: str, digest: str, ours: Bundle, champion: str, theirs: Bundle | None) -> Comparison:

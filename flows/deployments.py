@@ -5,22 +5,24 @@ go through params.py as those of any run do, so a wrong one is told in the same 
 is suspended: it holds no process, and begins anew when the decision is there, which is why it finds what it did.
 """
 
-import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from uuid import UUID
 
 import yaml
 from prefect import flow, get_client, runtime
 from prefect.artifacts import create_markdown_artifact
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.exceptions import ObjectAlreadyExists, Pause
 from prefect.logging import get_run_logger
-from prefect.states import Completed, State
+from prefect.states import Completed, Scheduled, State
 from pydantic import BaseModel, Field
 
 from flows import approval, automations, files, locks, pages, pipeline, release, results, versioning, workspace
@@ -28,6 +30,7 @@ from tasks import params
 from tasks.errors import ConfigError
 
 FILE = Path("infra") / "prefect.yaml"
+LOOK_S = 60  # from one look of a waiting run to the next
 OWNER = Path(".runs") / "owner"  # in a worktree: the flow run that it is of
 
 Settings = Annotated[dict[str, Any] | None, Field(examples=[{"finetune.epochs": 0.5}])]
@@ -52,10 +55,11 @@ BUDGET = {
 }
 
 
-def apply(root: Path, place: Path) -> list[str]:
+def apply(root: Path, place: Path, runs: int | None = None) -> list[str]:
     """Bring the server's deployments in step with infra/prefect.yaml, and its automations with theirs; returns the
     deployments' names, none where the file is missing. A work pool that the server lacks is made, one of processes.
-    `place`: where the workers find the checkout.
+    `place`: where the workers find the checkout. `runs`: at work at once in a pool, kept by the server. (A worker's own
+    `--limit` forgets what runs when it is restarted, and ends it when a run is resumed before its old process has ended.)
 
     Raises:
         ConfigError: Prefect refuses the file.
@@ -65,9 +69,12 @@ def apply(root: Path, place: Path) -> list[str]:
     written = yaml.safe_load((root / FILE).read_bytes())["deployments"]
     with get_client(sync_client=True) as client:
         known = {pool.name for pool in client.read_work_pools()}
-        for pool in {each["work_pool"]["name"] for each in written} - known:
+        wanted = {each["work_pool"]["name"] for each in written}
+        for pool in wanted - known:
             with suppress(ObjectAlreadyExists):  # two may deploy at once
                 client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+        for pool in wanted if runs else ():
+            client.update_work_pool(pool, WorkPoolUpdate(concurrency_limit=runs))
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(FILE)]
     env = {**os.environ, "SLMOPS_ROOT": str(place.absolute())}
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
@@ -112,7 +119,7 @@ def train_and_release(
         budget: What training may spend. None: as params.yaml has it, and so for each of its values.
         approval: auto: released when it passed and beats the champion by release.margin. None: as params.yaml has it.
         settings: Any parameter by its dotted name, e.g. {"finetune.epochs": 0.5}. It wins over the fields above.
-        commit: The commit, branch or tag to run.
+        commit: The commit, branch or tag to run. A branch of a remote, as origin/main, is fetched first.
         overlap: While another run works on the same model (package.name).
         by: Your name. Needed where release.separate_duties is on: who starts a run may not approve it.
 
@@ -146,7 +153,7 @@ def retrain_scheduled(settings: Settings = None, commit: Commit = "HEAD", overla
 
     Args:
         settings: Any parameter by its dotted name, e.g. {"finetune.epochs": 0.5}.
-        commit: The commit, branch or tag to run.
+        commit: The commit, branch or tag to run. A branch of a remote, as origin/main, is fetched first.
         overlap: While another run works on the same model (package.name).
 
     Raises:
@@ -191,8 +198,9 @@ def validate_only(
     if run not in known:
         raise ConfigError(f"there is no finished run {run}: name one of {', '.join(known) or '(none yet)'}")
     overrides = _overrides({"quantize.variants": variants, "validate.gates": gates})
+    planned = workspace.planned(main, name, f"runs/{run}", None, overrides)[1]
     locks.mark()
-    with _worktree(main, name, f"runs/{run}", overrides) as place:
+    with _model(main, planned, name), _worktree(main, name, f"runs/{run}", overrides) as place:
         checked = params.load(place / "params.yaml")
         chosen = checked.quantize.variants
         made = ["acquire", "distill", "convert", *(versioning.address("quantize", each) for each in chosen)]
@@ -262,8 +270,13 @@ def _worktree(main: Path, name: str, commit: str, overrides: list[str]) -> Itera
 
 
 def _overrides(chosen: dict[str, Any]) -> list[str]:
-    """JSON is YAML, so a value is data here as it is in params.yaml, never a command."""
-    return [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
+    """As `--set` takes them. A value is data here as it is in params.yaml, never a command."""
+    given = {key: value for key, value in chosen.items() if value is not None}
+    lines = {
+        key: yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
+        for key, value in given.items()
+    }
+    return [f"{key}={line.strip().removesuffix('...').strip()}" for key, line in lines.items()]
 
 
 def _planned(main: Path, name: str, commit: str, overrides: list[str]) -> params.Params:
@@ -272,6 +285,7 @@ def _planned(main: Path, name: str, commit: str, overrides: list[str]) -> params
     Raises:
         ConfigError: they are wrong, or change what only a commit may.
     """
+    workspace.fetch(main, commit)
     committed = workspace.planned(main, name, commit, None, [])[1]
     planned = workspace.planned(main, name, commit, None, overrides)[1]
     if committed.release.separate_duties and not planned.release.separate_duties:
@@ -283,10 +297,28 @@ def _planned(main: Path, name: str, commit: str, overrides: list[str]) -> params
     return planned
 
 
-def _model(main: Path, planned: params.Params, name: str, overlap: Overlap) -> AbstractContextManager[None]:
-    """The lock of the model that a run will work on."""
-    tell = get_run_logger().info
-    return locks.one_at_a_time(main, planned.package.name, name, wait=overlap == "wait", tell=tell)
+@contextmanager
+def _model(main: Path, planned: params.Params, name: str, overlap: Overlap = "wait") -> Iterator[None]:
+    """Hold the model that a run will work on. While another run has it, this one is refused, or is to begin anew in a minute:
+    meanwhile it holds no process, and no place at the worker that an approval or a rollback may need.
+
+    Raises:
+        Busy: another run holds it, and `overlap` is "refuse".
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locks.one_at_a_time(main, planned.package.name, name))
+        except locks.Busy as busy:
+            if overlap == "refuse":
+                raise
+            approval.told(f"{busy}; this run looks again every {LOOK_S} s")
+            again = Scheduled(
+                name="Waiting", message=str(busy), scheduled_time=datetime.now(UTC) + timedelta(seconds=LOOK_S)
+            )
+            with get_client(sync_client=True) as client:
+                client.set_flow_run_state(UUID(runtime.flow_run.id), again)
+            raise Pause(str(busy), state=again) from None  # Prefect's signal of a run that ends to be started again
+        yield
 
 
 def _unchanged(main: Path, place: Path) -> str | None:

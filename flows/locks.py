@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -77,11 +77,11 @@ def joined(root: Path, stage: str) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def one_at_a_time(main: Path, model: str, name: str, *, wait: bool, tell: Callable[[str], None]) -> Iterator[None]:
+def one_at_a_time(main: Path, model: str, name: str) -> Iterator[None]:
     """Hold the registered model `model` for the run `name`.
 
     Raises:
-        Busy: another run holds it, and `wait` is false; the message names that run.
+        Busy: another run holds it; the message names that run.
     """
     path = main / ".runs" / "models" / model
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +90,7 @@ def one_at_a_time(main: Path, model: str, name: str, *, wait: bool, tell: Callab
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = f"run {path.read_text() or '(just starting)'} works on {model}"
-            if not wait:
-                raise Busy(f"{holder}: wait for it, or give this run a model of its own (package.name)") from None
-            tell(f"{holder}: waiting for it to end")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            raise Busy(f"{holder}: wait for it, or give this run a model of its own (package.name)") from None
         handle.truncate(0)
         handle.write(name)
         handle.flush()

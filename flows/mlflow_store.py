@@ -13,6 +13,7 @@ from flows import spool
 from tasks.errors import ConfigError, StageError
 
 EXPERIMENT = "slmops"
+PASSING = {401, 403, 408, 429}  # a password, a host's name, a moment: nothing that the record itself is refused for
 WAITS = "what it is to be told waits in {folder} for the next `slmops run` or `slmops up`"
 
 
@@ -91,10 +92,13 @@ class Store:
             self._tell(record)
         except MlflowException as error:
             said = str(error).splitlines()[0]
-            if error.get_http_status_code() in range(400, 500) and error.get_http_status_code() != 429:
-                self.refused = self.refused or said
-            else:
+            status = error.get_http_status_code()
+            passing = (
+                status >= 500 or status in PASSING or error.error_code == "ENDPOINT_NOT_FOUND"
+            )  # that is no MLflow
+            if passing:
                 raise Down(said) from error
+            self.refused = self.refused or said
         except OSError as error:  # requests' errors among them
             raise Down(str(error)) from error
 

@@ -135,7 +135,9 @@ def slmops(root: str, name: str, by: str | None = None) -> Result:
         report = here / "report.html"
         write_report(folder(here, "package"), folder(here, "distill"), report, params=checked)
         desk.tracker.settle(MLFLOW_S)
-        version, registered = release.register_if_passed(here, main, by)
+        version, registered = release.register_if_passed(
+            here, main, by, separate_duties=checked.release.separate_duties
+        )
         if version:
             chosen = folder(here, "validate", results.bundle(here)["chosen"])
             tracking.tell_model(main, here, version.name, version.version, chosen)
@@ -154,6 +156,8 @@ def opened(root: Path, name: str, checked: params.Params) -> Iterator[Desk]:
     """
     tags = {
         "slmops.flow_run": str(runtime.flow_run.id),
+        "slmops.root_flow_run": str(runtime.flow_run.root_flow_run_id),  # the deployed run that it is a part of
+        "slmops.git_branch": workspace.git(root, "branch", "--show-current"),  # runs/<name> ends with what it made
         "slmops.git_commit": workspace.git(root, "rev-parse", "HEAD"),
         "slmops.workspace": str(root),
     }
@@ -324,8 +328,11 @@ def _teller(name: str, post: fan_out.Post) -> Callable[[versioning.Event], None]
         post((name, event))
         if event["event"] == "note":
             get_run_logger().info("%s", event["text"])
-        elif event["event"] == "progress" and time.monotonic() - last > ARTIFACT_S:
-            last, percent = time.monotonic(), 100 * event["done"] / event["total"]
+        elif event["event"] == "progress":
+            percent = 100 * event["done"] / event["total"] if event["total"] else 100.0
+            if time.monotonic() - last < ARTIFACT_S and not (artifact and percent >= 100):
+                return
+            last = time.monotonic()
             if artifact is None:
                 key = f"progress-{name}".replace("_", "-")  # Prefect's keys know no underscore
                 artifact = create_progress_artifact(percent, key=key, description=event["label"])

@@ -75,7 +75,10 @@ def expire(main: Path, ended: Container[str] = ()) -> list[str]:
         name, version, digest = question["name"], question["version"], question["digest"]
         with registry.opened(main) as client:
             there = registry.by_digest(client, name, digest) == version  # no one deleted it
-            if there and len(audit.decisions(main, name, version, digest)) == question["decisions"]:
+            decided = audit.decisions(main, name, version, digest)
+            # What someone decided on before stays as it is: a question about it was asked by a run that made it again.
+            asked = len(decided) == question["decisions"] and [each["action"] for each in decided[-1:]] == ["register"]
+            if there and asked:
                 reason = f"nobody decided within {question['hours']:g} hours"
                 release.record_rejection(client, main, name, version, digest, release.POLICY, reason)
                 said.append(f"{name} version {version} is rejected: {reason}")

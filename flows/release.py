@@ -22,6 +22,7 @@ from tasks.package.bundle import Bundle, bundle_digest, load, verify
 from tasks.stage import folder
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+INSTEAD = "instead of version "  # in the record of a rollback
 POLICY = "policy"  # who approves where no person does
 
 
@@ -49,9 +50,10 @@ class Registered:
         return f"{self.name} version {self.version} {how} (bundle {self.digest[:12]}): `slmops approve {self.version} --model {self.name} --by NAME --reason TEXT` releases it"
 
 
-def register(root: Path, main: Path, by: str | None = None) -> Registered:
+def register(root: Path, main: Path, by: str | None = None, *, separate_duties: bool = False) -> Registered:
     """Register the bundle in the workspace `root` as `candidate`; the same bundle is the same version. What was decided on,
-    or is older than the candidate, does not become it. `by`: who started the run, by default this login.
+    or is older than the candidate, does not become it. `by`: who started the run, by default this login;
+    `separate_duties`: that one may never approve it.
 
     Raises:
         ArtifactError: there is no bundle, or it does not match its manifest.
@@ -76,9 +78,12 @@ def register(root: Path, main: Path, by: str | None = None) -> Registered:
                 "bundle": str(place),
                 "verdict": verdict,
                 "variant": bundle.chosen,
-                "git_commit": workspace.git(root, "rev-parse", "HEAD"),
+                "git_commit": workspace.git(root, "rev-parse", "HEAD"),  # that the run started from
+                "git_branch": workspace.git(root, "branch", "--show-current"),  # runs/<name> ends with what it made
             }
             version = registry.log_version(main, bundle.name, place, digest, tags)
+        if separate_duties:
+            client.set_model_version_tag(bundle.name, version, "separate_duties", "true")
         decided = audit.decisions(main, bundle.name, version, digest)
         if not decided:  # new, or stopped before it was on record
             who = _signed(by, "starts a run")[0] if by else getpass.getuser()
@@ -91,12 +96,14 @@ def register(root: Path, main: Path, by: str | None = None) -> Registered:
         return Registered(bundle.name, version, digest, fresh, last == "reject", champion)
 
 
-def register_if_passed(root: Path, main: Path, by: str | None = None) -> tuple[Registered | None, str]:
+def register_if_passed(
+    root: Path, main: Path, by: str | None = None, *, separate_duties: bool = False
+) -> tuple[Registered | None, str]:
     """`register` for a run, where a model that did not pass is a result and no error; with one line for a person."""
     bundle = verify(folder(root, "package"))
     if bundle.chosen is None:
         return None, f"not registered: {bundle.reason}"
-    registered = register(root, main, by)
+    registered = register(root, main, by, separate_duties=separate_duties)
     return registered, registered.text()
 
 
@@ -121,14 +128,14 @@ def approve(
     *,
     digest: str | None = None,
     expected_champion: str | None = None,
-    forbid: str | None = None,
+    separate_duties: bool = False,
     even_if_worse: bool = False,
     even_if_rejected: bool = False,
 ) -> str:
     """Make a version the champion, the champion before it `previous`; one line for a person.
 
-    `digest` and `expected_champion` ("": none) are what the decider was shown, where that was earlier. `forbid`
-    is who may not approve: the one who started the run.
+    `digest` (its first twelve digits or more) and `expected_champion` ("": none) are what the decider was shown.
+    `separate_duties`: who started the run may not approve it; so it is, too, where it was so for that run.
 
     Raises:
         ConfigError: there is no such version, it did not pass, it is worse than the champion or was rejected and
@@ -138,15 +145,17 @@ def approve(
         StageError: the MLflow server does not answer.
     """
     by, reason = _signed(by, reason)
-    if forbid is not None and by.casefold() == forbid.strip().casefold():
-        raise ConfigError(
-            f"{by} started the run of {name} version {version} and may not approve it: someone else must "
-            "(release.separate_duties)"
-        )
     with registry.opened(main) as client:
         found = registry.find_version(client, name, version)
+        starter = started_by(main, name, version) or ""
+        apart = separate_duties or found.tags.get("separate_duties") == "true"
+        if apart and by.casefold() == starter.strip().casefold():
+            raise ConfigError(
+                f"{by} started the run of {name} version {version} and may not approve it: someone else must "
+                "(release.separate_duties)"
+            )
         known = str(found.tags["bundle_digest"])
-        if digest is not None and digest != known:
+        if digest is not None and (len(digest) < 12 or not known.startswith(digest)):
             raise ArtifactError(
                 f"{name} version {version} is bundle {known[:12]}, and the decision was on {digest[:12]}: look at it again"
             )
@@ -246,12 +255,17 @@ def rollback(main: Path, name: str, by: str, reason: str) -> str:
     by, reason = _signed(by, reason)
     with registry.opened(main) as client:
         champion, previous = registry.aliased(client, name, CHAMPION), registry.aliased(client, name, PREVIOUS)
+        newest = [each for each in audit.entries(audit.read(audit.place(main))) if each and each["model"] == name][-1:]
+        if champion and champion == previous and (newest[0]["action"], newest[0]["version"]) == ("rollback", champion):
+            taken = str(newest[0]["facts"]).removeprefix(INSTEAD)  # it was stopped between its two steps
+            client.set_registered_model_alias(name, PREVIOUS, taken)
+            return f"{name} version {champion} is the champion again, version {taken} the previous one"
         if not champion or not previous or champion == previous:
             raise ConfigError(
                 f"{name} has no previous champion to go back to: `slmops history` shows what was released"
             )
         digest, _ = registry.intact(registry.find_version(client, name, previous))
-        facts = f"instead of version {champion}"
+        facts = f"{INSTEAD}{champion}"
         audit.record(client, main, "rollback", name, previous, digest=digest, by=by, reason=reason, facts=facts)
         client.set_registered_model_alias(name, CHAMPION, previous)
         client.set_registered_model_alias(name, PREVIOUS, champion)

@@ -33,7 +33,8 @@ NICE = ("nice", "-n", "10")  # the worker and its runs: the servers answer peopl
 # In processes of their own: Prefect reads its settings when it is imported, and each is 100 MB to keep.
 APPLY = (
     "import sys; from pathlib import Path; from flows import deployments; "
-    "print(*deployments.apply(*map(Path, sys.argv[1:])), sep='\\n')"
+    "root, place, *runs = sys.argv[1:]; "
+    "print(*deployments.apply(Path(root), Path(place), *map(int, runs)), sep='\\n')"
 )
 CLOSE_S = 15.0  # from one attempt to close what killed runs left to the next
 
@@ -187,8 +188,6 @@ def _bring_up(
         worker,
         "--install-policy",
         "never",
-        "--limit",
-        str(options.runs),
     )
     python = (sys.executable, "-m")
     commands = {
@@ -215,7 +214,7 @@ def _bring_up(
     start("worker", worker_env, worker_healthy, needs="prefect")
     supervisor.wait("mlflow")
     supervisor.wait("worker")
-    apply_deployments(main, worker_env)
+    apply_deployments(main, worker_env, runs=options.runs)
     state = State(os.getpid(), datetime.now().isoformat(" ", "seconds"), prefect, mlflow, bool(auth))
     files.write(_state(main), json.dumps(asdict(state), indent=1) + "\n", private=True)
     if not server_env.is_loopback(options.host):
@@ -246,14 +245,14 @@ def _closer(main: Path, env: dict[str, str]) -> Callable[[], None]:
     return look
 
 
-def apply_deployments(main: Path, env: Mapping[str, str], place: Path | None = None) -> None:
+def apply_deployments(main: Path, env: Mapping[str, str], place: Path | None = None, runs: int | None = None) -> None:
     """Have `flows.deployments` bring the server's deployments in step, and tell what it applied. `place`: the checkout
-    as workers see it.
+    as workers see it; `runs`: so many may be at work at once.
 
     Raises:
         PipelineError: it failed; with its last lines.
     """
-    command = [sys.executable, "-c", APPLY, str(main), str(place or main)]
+    command = [sys.executable, "-c", APPLY, str(main), str(place or main), *([str(runs)] if runs else [])]
     done = subprocess.run(command, cwd=main, env=env, capture_output=True, text=True)
     if done.returncode != 0:
         last = "\n".join(f"  {line}" for line in done.stderr.splitlines()[-supervise.TAIL :])

@@ -14,7 +14,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from flows import mlflow_store, spool
+from flows import aftermath, mlflow_store, spool
 from flows.versioning import Outcome, address
 from tasks import manifest
 from tasks.errors import StageError
@@ -140,7 +140,7 @@ class Tracker:
     def _deliver(self) -> None:
         """The background thread: deliver until `close`, try again while MLflow is away."""
         try:
-            mlflow_store.deliver_left(self._main, self._say)
+            aftermath.close(self._main, self._say)
         except StageError as error:
             self._say(f"warning: {error}")
         while not self._closing.wait(RETRY_S if self._away else 0.05):

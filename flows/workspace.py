@@ -81,6 +81,17 @@ def main_root(root: Path) -> Path:
     return common.parent if common.name == ".git" else root
 
 
+def fetch(main: Path, commit: str) -> None:
+    """Where `commit` is a branch of a remote (`origin/main`), ask the remote what it is now.
+
+    Raises:
+        ConfigError: git cannot fetch.
+    """
+    remote, _, branch = commit.partition("/")
+    if branch and remote in git(main, "remote").split():
+        git(main, "fetch", "--quiet", remote)
+
+
 def new_name() -> str:
     """A name for a run that the person did not name."""
     return datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -297,14 +308,17 @@ def prune(main: Path, names: Sequence[str] = ()) -> list[str]:
 
 
 def retire(main: Path, keep: int) -> list[str]:
-    """Remove the worktrees of finished runs but for the `keep` newest, as `machine.keep_runs` tells.
+    """Remove the worktrees of finished runs but for the `keep` newest, as `machine.keep_runs` tells, and as many of runs
+    that stopped on the way, which could be taken up.
 
     None that works or waits for approval. The registry's bundles are links of their own, so they stay.
     """
-    done = [run.name for run in runs(main) if run.state == "finished"]
-    for name in done[:-keep]:
-        discard(main, name, branch=False)
-    return done[:-keep]
+    known, removed = runs(main), []
+    for state in ("finished", "stopped"):
+        for name in [run.name for run in known if run.state == state][:-keep]:
+            discard(main, name, branch=state == "stopped")
+            removed.append(name)
+    return removed
 
 
 def discard(main: Path, name: str, *, branch: bool) -> None:

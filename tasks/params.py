@@ -229,7 +229,9 @@ class Machine(Section):
     )
     parallel: Positive = Field(2, description="variants worked on at once, on each machine")
     retries: Annotated[int, Field(ge=0)] = 1
-    keep_runs: Positive = Field(5, description="worktrees of finished runs that are kept; older ones are removed")
+    keep_runs: Positive = Field(
+        5, description="worktrees of finished runs that are kept, and of stopped ones; older ones are removed"
+    )
 
 
 class Release(Section):

@@ -6,6 +6,7 @@ import re
 import urllib.error
 import urllib.parse
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from flows import locks, workspace
 from tasks.stages import STAGES
 
 TOYS = {"variants": ["q4_0", "q8_0"]}
+WORKERS = 2  # runs at a time
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +73,16 @@ class Servers:
                 raise
             return ""
 
+    def log(self, run: str, words: str) -> str:
+        """A run's log as soon as it holds these words."""
+        body = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC"}
+
+        def there() -> str:
+            text = "\n".join(each["message"] for each in ask(f"{self.prefect}/logs/filter", body))
+            return text if words in text else ""
+
+        return str(wait_for(there, f"the log of run {run} to hold {words!r}"))
+
     def history(self) -> str:
         env = {name: value for name, value in own(self.root).items() if name.startswith("P")}
         return slmops(self.root, "history", **env).stdout
@@ -119,9 +131,12 @@ def commit(root: Path) -> None:
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     root = make_toy(tmp_path_factory.mktemp("deployed"))
     assert (root / "infra/prefect.yaml").is_file()
-    up = start(root, TOY_LOG=str(root / "toy.log"))
+    store = f"[core]\n    remote = store\n['remote \"store\"']\n    url = {root.parent / 'store'}\n"
+    (root / ".dvc" / "config.local").write_text(store)
+    up = start(root, "--runs", str(WORKERS), TOY_LOG=str(root / "toy.log"))
     yield Servers(up)
     stop(up)
+    assert "is started again" not in up.text()
 
 
 def test_the_form_asks_for_typed_parameters(servers: Servers) -> None:
@@ -138,17 +153,20 @@ def test_the_form_asks_for_typed_parameters(servers: Servers) -> None:
 
 
 def test_a_run_is_started_and_approved_over_http(servers: Servers) -> None:
-    run = servers.run("train-and-release", {"variants": ["q4_0", "q8_0"], "budget": {"distill_epochs": 2.0}})
+    chosen = {**TOYS, "budget": {"distill_epochs": 2.0}, "settings": {"distill.learning_rate": 7e-05}}
+    run = servers.run("train-and-release", chosen)
     waiting = servers.wait(run, "Suspended")
     assert len(started(servers.root)) == sum(2 if stage.per_variant else 1 for stage in STAGES.values())
     assert servers.aliases() == {"candidate": "1"}
     question = servers.question(run)
     assert "Release **home-commands version 1**" in question
     assert "|  | version 1 |" in question
+    assert "| q4_0 | pass | 0.900 |" in question
     name = waiting["name"]
     effective = yaml.safe_load(git(servers.root, "show", f"runs/{name}:params.yaml"))
     assert effective["quantize"]["variants"] == ["q4_0", "q8_0"]
     assert effective["distill"]["epochs"] == 2.0
+    assert effective["distill"]["learning_rate"] == 7e-05
 
     servers.decide(run, decision="approve", name="Ada", reason="passed all gates")
     servers.wait(run, "Completed")
@@ -157,7 +175,16 @@ def test_a_run_is_started_and_approved_over_http(servers: Servers) -> None:
     assert "approve   version 1    by Ada: passed all gates" in servers.history()
     saved = servers.artifact(run, "saved")
     assert f"on branch runs/{name}" in saved
-    assert "not pushed: no default DVC remote" in saved
+    assert "pushed to the DVC remote store: " in saved
+    assert len([file for file in (servers.root.parent / "store").rglob("*") if file.is_file()]) > len(STAGES)
+    version = ask(f"{servers.mlflow}/model-versions/get?name=home-commands&version=1")["model_version"]
+    assert {"key": "git_branch", "value": f"runs/{name}"} in version["tags"]
+    (parent,) = (each for each in servers.tracked(name) if each["data"]["tags"]["slmops.stage"] == "run")
+    assert parent["data"]["tags"]["slmops.root_flow_run"] == run
+
+    again = servers.wait(servers.run("train-and-release", chosen), "Completed")  # there is nothing to decide
+    servers.log(again["id"], "home-commands version 1 was registered before")
+    assert "reject" not in servers.history()
 
 
 def test_a_wrong_parameter_is_told_as_ours(servers: Servers) -> None:
@@ -171,6 +198,8 @@ def test_a_wrong_parameter_is_told_as_ours(servers: Servers) -> None:
     ):
         found = servers.wait(servers.run("train-and-release", parameters), "Failed")
         assert told in found["state"]["message"]
+        log = servers.log(found["id"], told)
+        assert "Traceback" not in log
 
 
 def test_a_rejected_version_is_no_candidate(servers: Servers) -> None:
@@ -259,19 +288,24 @@ def test_validation_alone_trains_nothing(servers: Servers) -> None:
 
 def test_one_run_at_a_time_works_on_a_model(servers: Servers) -> None:
     other = {**TOYS, "settings": {"package.name": "other"}}
-    with locks.one_at_a_time(servers.root, "home-commands", "by-hand", wait=False, tell=print):
-        waits = servers.run("train-and-release", TOYS)
+    with locks.one_at_a_time(servers.root, "home-commands", "by-hand"):
+        waiting = [servers.run("train-and-release", TOYS) for _ in range(WORKERS)]
+        for run in waiting:
+            waits = servers.wait(run, "Waiting")
+            assert waits["state"]["message"].startswith("run by-hand works on home-commands")
+        # None of them has a place at the worker, which others need.
+        servers.wait(servers.run("rollback", {"model": "home-commands", "by": "Ada", "reason": "back"}), "Completed")
         refused = servers.run("train-and-release", {**TOYS, "overlap": "refuse"})
         failed = servers.wait(refused, "Failed")
         assert "run by-hand works on home-commands: wait for it" in failed["state"]["message"]
         skipped = servers.wait(servers.run("retrain-scheduled", {}), "Skipped")
         assert "run by-hand works on home-commands" in skipped["state"]["message"]
         servers.wait(servers.run("train-and-release", other), "Suspended")
-        assert servers.wait(waits, "Running")
         assert not (servers.root / ".runs" / failed["name"]).exists()
         done = slmops(servers.root, "run", "--worktree", "--name", "terminal", **own(servers.root))
         assert "error: run by-hand works on home-commands" in done.stderr
-    servers.wait(waits, "Suspended")
+    for run in waiting:
+        servers.wait(run, "Suspended")
 
 
 def test_a_question_that_nobody_answers_is_recorded_as_rejected(servers: Servers) -> None:
@@ -327,3 +361,19 @@ def test_a_schedule_fires_skips_runs_and_is_removed(servers: Servers) -> None:
     servers.apply()
     assert servers.deployment("retrain-scheduled")["schedules"] == []
     until(lambda: not ended("Scheduled"), lambda: servers.runs("retrain-scheduled"))
+
+
+def test_a_run_that_its_worker_never_began_is_told(servers: Servers) -> None:
+    file = servers.root / "infra/automations.yaml"
+    raw = yaml.safe_load(file.read_text())
+    (stuck,) = (each for each in raw["automations"] if each["name"] == "stuck-runs")
+    stuck["trigger"]["within"] = 20
+    file.write_text(yaml.safe_dump(raw))
+    servers.apply()
+    tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    where = f"{servers.prefect}/deployments/{servers.deployment('rollback')['id']}/create_flow_run"
+    scheduled = {"type": "SCHEDULED", "state_details": {"scheduled_time": tomorrow}}
+    run = ask(where, {"parameters": {"model": "m", "by": "Ada", "reason": "r"}, "state": scheduled})["id"]
+    ask(f"{servers.prefect}/flow_runs/{run}/set_state", {"state": {"type": "PENDING"}, "force": True})
+    crashed = servers.wait(run, "Crashed")
+    assert "did not begin" in crashed["state"]["message"]

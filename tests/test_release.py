@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -128,6 +129,22 @@ def test_an_answer_under_way_has_some_minutes_but_a_run_that_has_failed_none(roo
     assert questions.unsettled(root) == {}
 
 
+def test_a_question_about_what_was_decided_before_expires_without_a_word(root: Path) -> None:
+    for text in ("one", "two"):
+        write_bundle(root, text)
+        version = release.register(root, root).version
+        release.approve(root, NAME, version, "Ada", "good")
+    place = root / ".runs" / "a" / workspace.QUESTION
+    place.parent.mkdir(parents=True)
+    write_bundle(root, "one")  # the previous champion, made once more
+    again = release.register(root, root)
+    questions.ask(root, again, 0.0, place, flow_run="f")
+    assert questions.expire(root, ["f"]) == []
+    assert questions.unsettled(root) == {}
+    assert aliases(root) == {"champion": "2", "previous": "1"}
+    assert release.history(root, NAME).count("reject") == 0
+
+
 def test_an_older_version_or_one_that_was_decided_on_does_not_become_the_candidate(root: Path) -> None:
     for text in ("one", "two", "one"):
         write_bundle(root, text)
@@ -240,9 +257,15 @@ def test_who_started_a_run_may_be_forbidden_to_approve_it(root: Path) -> None:
     starter = release.started_by(root, NAME, version)
     assert starter
     with pytest.raises(ConfigError, match=r"started the run of .* may not approve it: someone else must"):
-        release.approve(root, NAME, version, f" {starter.upper()} ", "good", forbid=starter)
-    release.approve(root, NAME, version, "someone else", "good", forbid=starter)
+        release.approve(root, NAME, version, f" {starter.upper()} ", "good", separate_duties=True)
+    release.approve(root, NAME, version, "someone else", "good", separate_duties=True)
     assert release.started_by(root, NAME, "7") is None
+
+    # Where it was the rule for the run, no later setting lifts it.
+    write_bundle(root, "apart")
+    other = release.register(root, root, separate_duties=True).version
+    with pytest.raises(ConfigError, match="may not approve it"):
+        release.approve(root, NAME, other, starter, "good", even_if_worse=True)
 
 
 def test_a_verdict_that_was_withdrawn_refuses(root: Path) -> None:
@@ -375,7 +398,9 @@ def test_the_policy_releases_what_beats_the_champion_by_the_margin(root: Path) -
     assert aliases(root) == {"champion": "1", "candidate": "2"}
     assert 0.95 - 0.93 < 0.02
     assert "is the champion, version 1" in release.auto_approve(root, NAME, registered(root, 0.95), 0.02)
-    line = release.history(root, NAME).splitlines()[-1]
+    write_bundle(root, "as good", metrics={"accuracy": 0.95}, source="a")
+    assert "not approved by the policy" in release.auto_approve(root, NAME, release.register(root, root).version, 0.0)
+    line = release.history(root, NAME).splitlines()[-2]
     assert "by policy: it passed all gates and holds the margin of 0.02 (accuracy 0.9500 against 0.9300" in line
 
 
@@ -515,6 +540,30 @@ def test_a_killed_approval_is_on_record_and_can_be_made_again(root: Path, where:
     assert "5 lines, nothing changed" in release.verify_audit(root, NAME)
 
 
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from mlflow import MlflowClient
+from flows import release
+whole = MlflowClient.set_registered_model_alias
+def once(self, *given):
+    whole(self, *given)
+    os.kill(os.getpid(), signal.SIGKILL)
+MlflowClient.set_registered_model_alias = once
+release.rollback(Path(sys.argv[1]), "home-commands", "Ada", "wrong answers")
+"""
+
+
+def test_a_killed_rollback_is_finished_by_the_next(root: Path) -> None:
+    for accuracy in (0.8, 0.9):
+        release.approve(root, NAME, registered(root, accuracy), "Ada", "good")
+    assert subprocess.run([sys.executable, "-c", STOPPED, str(root)], cwd=ROOT).returncode == -signal.SIGKILL
+    assert aliases(root) == {"champion": "1", "previous": "1"}
+    assert release.rollback(root, NAME, "Ada", "wrong answers").startswith(f"{NAME} version 1 is the champion again")
+    assert aliases(root) == {"champion": "1", "previous": "2"}
+    assert release.history(root, NAME).count("rollback") == 1
+
+
 RIVAL = """
 import sys
 from pathlib import Path
@@ -559,8 +608,12 @@ def test_the_command_line_decides_and_verifies(
     assert "--even-if-rejected approves it all the same" in slmops("approve", "1", *signed)[1]
     assert slmops("approve", "1", *signed, "--even-if-rejected")[0] == 0
     registered(root, 0.8)
+    shown = slmops("compare", "2")[1]
+    assert re.search(r"accuracy +0\.800 +0\.900 +-0\.100\n", shown), shown
+    assert "the decision was on 123456789012" in slmops("approve", "2", *signed, "--bundle", "123456789012")[1]
     assert "--even-if-worse releases it all the same" in slmops("approve", "2", *signed)[1]
-    assert slmops("approve", "2", *signed, "--even-if-worse")[0] == 0
+    digest = re.search(r"\(bundle (\w{12})\)", shown)[1]
+    assert slmops("approve", "2", *signed, "--even-if-worse", "--bundle", digest)[0] == 0
 
     code, said = slmops("audit", "verify")
     assert (code, "5 lines, nothing changed" in said) == (0, True)

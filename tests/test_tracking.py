@@ -1,5 +1,6 @@
 """What MLflow is told of a run, on a real store and, for the server, a port where none answers."""
 
+import contextlib
 import json
 import shutil
 import socket
@@ -210,6 +211,33 @@ def test_what_mlflow_refuses_fails_the_run(main: Path) -> None:
     with pytest.raises(StageError, match=r"MLflow at .* refused a record of this run: .*no/such//name"):
         tracker.close("FINISHED", {}, {}, ())
     assert found(main)["convert"].info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("code", "kept"),
+    [
+        ("PERMISSION_DENIED", True),
+        ("UNAUTHENTICATED", True),
+        ("ENDPOINT_NOT_FOUND", True),
+        ("INVALID_PARAMETER_VALUE", False),
+    ],
+)
+def test_what_mlflow_turns_away_for_a_password_or_an_address_is_kept(
+    main: Path, monkeypatch: pytest.MonkeyPatch, code: str, kept: bool
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos import databricks_pb2
+
+    def refuse(*given: Any, **more: Any) -> None:
+        raise MlflowException("turned away", getattr(databricks_pb2, code))
+
+    kill_a_run(main, "told")
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_terminated", refuse)
+        with pytest.raises(StageError, match="turned away") if kept else contextlib.nullcontext():
+            mlflow_store.deliver_left(main, print)
+    assert bool(spool.left(main)) == kept
 
 
 def test_a_journal_that_was_cut_off_is_taken_up(tmp_path: Path) -> None:

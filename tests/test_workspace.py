@@ -271,39 +271,42 @@ def test_a_commit_that_git_would_take_for_an_option_is_refused(root: Path) -> No
     assert workspace.planned(root, "one", "HEAD~0", None, [])
 
 
-def test_one_run_at_a_time_holds_a_model(root: Path) -> None:
-    told: list[str] = []
+def test_a_branch_of_a_remote_is_fetched_before_it_is_run(root: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    git(root, "clone", "-q", str(root), str(clone))
+    git(root, "commit", "-q", "--allow-empty", "-m", "newer")
+    branch = git(root, "branch", "--show-current")
+    for asked, new in (("HEAD", False), (f"origin/{branch}", True)):
+        workspace.fetch(clone, asked)
+        assert (git(clone, "rev-parse", f"origin/{branch}") == git(root, "rev-parse", "HEAD")) == new
 
-    def hold(model: str, name: str, *, wait: bool = False) -> AbstractContextManager[None]:
-        return locks.one_at_a_time(root, model, name, wait=wait, tell=told.append)
+
+def test_one_run_at_a_time_holds_a_model(root: Path) -> None:
+    def hold(model: str, name: str) -> AbstractContextManager[None]:
+        return locks.one_at_a_time(root, model, name)
 
     busy = pytest.raises(locks.Busy, match="run first works on lamps: wait for it")
     with hold("lamps", "first"), hold("doors", "beside"), busy, hold("lamps", "second"):
         pytest.fail("two runs work on one model")
     with hold("lamps", "second"):
         pass
-    assert told == []
 
 
-def test_the_model_of_a_killed_run_is_free_at_once_for_who_waits(root: Path) -> None:
+def test_the_model_of_a_killed_run_is_free_at_once(root: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from flows import locks\n"
-        "with locks.one_at_a_time(Path(sys.argv[1]), 'lamps', 'dead', wait=False, tell=print):\n"
+        "with locks.one_at_a_time(Path(sys.argv[1]), 'lamps', 'dead'):\n"
         "    print('ready', flush=True); time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE) as run:
         assert run.stdout is not None
         run.stdout.readline()
-        # Whoever waits says so first, and the holder is killed only then.
-        told: list[str] = []
-
-        def tell(text: str) -> None:
-            told.append(text)
-            run.kill()
-
-        with locks.one_at_a_time(root, "lamps", "next", wait=True, tell=tell):
+        with pytest.raises(locks.Busy, match="run dead works on lamps"), locks.one_at_a_time(root, "lamps", "next"):
+            pytest.fail("two runs work on one model")
+        run.kill()
+        run.wait()
+        with locks.one_at_a_time(root, "lamps", "next"):
             assert (root / ".runs" / "models" / "lamps").read_text() == "next"
-    assert told == ["run dead works on lamps: waiting for it to end"]
 
 
 def test_old_worktrees_go_but_none_that_works_or_waits(root: Path) -> None:
@@ -320,3 +323,10 @@ def test_old_worktrees_go_but_none_that_works_or_waits(root: Path) -> None:
     with pytest.raises(ConfigError, match="run b waits for approval"):
         workspace.prune(root, ["b"])
     assert workspace.retire(root, 5) == []
+    for name in ("e", "f"):  # runs that stopped on the way
+        with workspace.worktree(root, name, "HEAD", None, []):
+            pass
+    assert workspace.retire(root, 1) == ["a", "e"]
+    assert git(root, "branch", "--list", "runs/*", "--format=%(refname:short)").split() == [
+        f"runs/{each}" for each in "abcdf"
+    ]
