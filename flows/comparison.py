@@ -59,6 +59,8 @@ class Comparison:
         """One line for a person."""
         if not self.champion:
             return "no champion to compare with"
+        if self.champion == self.version:
+            return "it is the champion"
         if not self.comparable:
             return f"not comparable with the champion, version {self.champion}: {self.reason}"
         ours = self.metrics["accuracy"]
@@ -93,7 +95,7 @@ class Comparison:
         for metric, pair in self.metrics.items():
             both = ["-", "-"] if pair.champion is None else [number(pair.champion), _signed(pair.difference)]
             rows.append([metric, number(pair.version), *both])
-        return rows if self.champion else [row[:2] for row in rows]
+        return rows if self.champion not in ("", self.version) else [row[:2] for row in rows]
 
 
 def _signed(value: float | None) -> str:

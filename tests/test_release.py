@@ -335,7 +335,7 @@ def test_a_worse_version_is_released_only_by_someone_who_says_so(root: Path) -> 
         release.approve(root, NAME, version, "Ada", "smaller")
     release.approve(root, NAME, version, "Ada", "smaller", even_if_worse=True)
     assert "smaller (accuracy 0.8500 against 0.9000" in release.history(root, NAME).splitlines()[-1]
-    assert release.compare(root, NAME, version).text().startswith("accuracy 0.8500 against 0.8500")
+    assert release.compare(root, NAME, version).text() == "it is the champion"
 
 
 SPLIT = {"data/train.jsonl": "1", "data/test.jsonl": "2"}
@@ -614,6 +614,7 @@ def test_the_command_line_decides_and_verifies(
     assert "--even-if-worse releases it all the same" in slmops("approve", "2", *signed)[1]
     digest = re.search(r"\(bundle (\w{12})\)", shown)[1]
     assert slmops("approve", "2", *signed, "--even-if-worse", "--bundle", digest)[0] == 0
+    assert "it is the champion" in slmops("compare", "2")[1].splitlines()[0]
 
     code, said = slmops("audit", "verify")
     assert (code, "5 lines, nothing changed" in said) == (0, True)
