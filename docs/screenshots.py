@@ -165,26 +165,26 @@ def start_run(prefect: str, parameters: dict[str, Any]) -> tuple[str, str]:
     return deployment, ask(f"{prefect}/api/deployments/{deployment}/create_flow_run", asked)["id"]
 
 
-def wait_for_run(prefect: str, run: str, state: str) -> str:
-    """Wait until a run is in a state, and return its name; end if it comes to a bad end."""
+def wait_for_run(prefect: str, run: str, *states: str) -> str:
+    """Wait until a run is in one of these states, and return its name; end if it comes to a bad end."""
 
     def there() -> bool:
         found = ask(f"{prefect}/api/flow_runs/{run}")
         if found["state_type"] in ("FAILED", "CRASHED", "CANCELLED"):
             sys.exit(f"error: the run ended as {found['state_name']}: {found['state']['message']}")
-        return bool(found["state_name"] == state)
+        return found["state_name"] in states
 
-    wait_for(there, f"the run to be {state}", RUN_S)
+    wait_for(there, f"the run to be {' or '.join(states)}", RUN_S)
     return str(ask(f"{prefect}/api/flow_runs/{run}")["name"])
 
 
 # --- the pictures ---------------------------------------------------------------------------------
 
 
-def take(page: Page, root: Path, state: dict[str, str], out: Path) -> None:
+def take(page: Page, root: Path, state: dict[str, str], out: Path, parameters: dict[str, Any]) -> None:
     """All pictures, of one run from its form to its report."""
     prefect, mlflow = state["prefect"], state["mlflow"]
-    deployment, run = start_run(prefect, {})
+    deployment, run = start_run(prefect, parameters)
     page.open(f"{prefect}/deployments/deployment/{deployment}/run", "Run Name", "Any parameter by its dotted name")
     page.picture(out / "form.png", 1600)
 
@@ -213,8 +213,9 @@ def take(page: Page, root: Path, state: dict[str, str], out: Path) -> None:
     page.ask("localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false')")  # it hides a third of the page
     page.open(runs, name, width=1400)
     page.picture(out / "mlflow-runs.png", 800)
-    _, other = start_run(prefect, {"settings": {"package.choose": "most_accurate"}})
-    wait_for_run(prefect, other, "Suspended")
+    settings = {**parameters.get("settings", {}), "package.choose": "most_accurate"}
+    _, other = start_run(prefect, {**parameters, "settings": settings})
+    wait_for_run(prefect, other, "Suspended", "Completed")  # completed: it makes the champion again
     body = {"experiment_ids": [place["experiment_id"]], "filter": "tags.`slmops.stage` = 'run'"}
     ids = [each["info"]["run_id"] for each in ask(f"{mlflow}/api/2.0/mlflow/runs/search", body)["runs"]]
     where = f"runs={quote(json.dumps(ids))}&experiments={quote(json.dumps([place['experiment_id']]))}"
@@ -233,12 +234,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=ROOT / ".dvc" / "cache", help="the DVC cache to restore from")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="where the pictures go")
+    parser.add_argument(
+        "--parameters", type=json.loads, default={}, metavar="JSON", help="of the run, as its form has them"
+    )
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="slmops-pictures-", ignore_cleanup_errors=True) as folder:
         root = clone(Path(folder), chosen.cache.resolve())
         with servers(root, Path(folder) / "prefect") as state, chromium(Path(folder) / "browser") as page:
-            take(page, root, state, chosen.out)
+            take(page, root, state, chosen.out, chosen.parameters)
 
 
 if __name__ == "__main__":
