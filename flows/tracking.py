@@ -14,7 +14,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from flows import aftermath, mlflow_store, spool
+from flows import mlflow_store, spool
 from flows.versioning import Outcome, address
 from tasks import manifest
 from tasks.errors import StageError
@@ -139,6 +139,8 @@ class Tracker:
 
     def _deliver(self) -> None:
         """The background thread: deliver until `close`, try again while MLflow is away."""
+        from flows import aftermath  # it imports Prefect
+
         try:
             aftermath.close(self._main, self._say)
         except StageError as error:
