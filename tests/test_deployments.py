@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
@@ -361,6 +362,20 @@ def test_a_schedule_fires_skips_runs_and_is_removed(servers: Servers) -> None:
     servers.apply()
     assert servers.deployment("retrain-scheduled")["schedules"] == []
     until(lambda: not ended("Scheduled"), lambda: servers.runs("retrain-scheduled"))
+
+
+def test_drift_that_is_told_starts_a_retraining(servers: Servers) -> None:
+    before = len(servers.runs("retrain-scheduled"))
+    drift = {
+        "id": str(uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": "slmops.drift",
+        "resource": {"prefect.resource.id": "slmops.model.home-commands"},
+    }
+    ask(f"{servers.prefect}/events", [drift])
+    run = until(lambda: servers.runs("retrain-scheduled")[before:], "a run")[0]
+    found = servers.wait(run["id"], "Skipped", "Suspended")
+    assert found["created_by"]["type"] == "AUTOMATION"
 
 
 def test_a_run_that_its_worker_never_began_is_told(servers: Servers) -> None:
