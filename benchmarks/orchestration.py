@@ -1,9 +1,10 @@
 """What orchestration costs: a run of the deployment `train-and-release` from queue to finish, less the stages' own time.
 
 On the real servers of `slmops up`, with toy stages that only wait. Twice: the first run makes everything, the second
-finds all of it in DVC's cache. As many variants as params.yaml has by default. Prints a table for each: the seconds from the moment the run was queued, a stage's own
-seconds (its command's, as it told them), and what was spent around them. Where stages work side by side, a second in
-which at least one works counts as work.
+finds all of it in DVC's cache. It makes as many variants as params.yaml names by default. Prints a table for each: the
+seconds from the moment the run was queued, a stage's own seconds (its command's, as it told them), and what was spent
+around them. Where stages work side by side, a second in which at least one works counts as work. Exit code 1 above the
+limits.
 
     python benchmarks/orchestration.py [SECONDS A STAGE]
 """

@@ -1,7 +1,7 @@
 """200 runs of one deployment queued at once: is one lost, is one run twice, and does Prefect's server stay responsive?
 
 On the real server and worker of `slmops up`. The deployment's flow has the tasks of the pipeline's stages, and none
-does any work. How many run at once is the worker's limit (`slmops up --runs`): each is a process that imports Prefect.
+does any work. How many run at once is the pool's limit (`slmops up --runs`): each is a process that imports Prefect.
 While they run the server is asked, again and again, what its UI asks: the list of runs. Prints a table.
 
     python benchmarks/queued_runs.py [RUNS [CLIENTS AT A TIME]] [--database postgresql://USER@HOST/NAME]

@@ -36,10 +36,10 @@ def close(main: Path, say: Callable[[str], None]) -> None:
     Raises:
         StageError: a server does not answer; what was not closed waits for the next call.
     """
-    # Without an address the run had a server of its own, which ended with it.
-    for flow_run in spool.left(main) if PREFECT_API_URL.value() else ():
-        if tasks := _crash_tasks(UUID(flow_run)):
-            say(f"Prefect was told that these tasks ended with their run: {', '.join(tasks)}")
+    if PREFECT_API_URL.value():  # else the run had a server of its own, which ended with it
+        for flow_run in spool.left(main):
+            if tasks := _crash_tasks(UUID(flow_run)):
+                say(f"Prefect was told that these tasks ended with their run: {', '.join(tasks)}")
     mlflow_store.deliver_left(main, say)
 
 

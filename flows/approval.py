@@ -42,9 +42,7 @@ def released(main: Path, root: Path) -> str:
     """Register what a finished run made, and release it as the policy says; one line for a person."""
     policy = params.load(root / "params.yaml").release
     registered, said = release.register_if_passed(root, main)
-    if registered is None:
-        return told(said)
-    if registered.champion:  # this very bundle is released already
+    if registered is None or registered.champion:  # nothing passed, or this very bundle is released already
         return told(said)
     if policy.approval == "auto":
         return told(release.auto_approve(main, registered.name, registered.version, policy.margin))

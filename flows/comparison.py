@@ -80,13 +80,8 @@ class Comparison:
         """The same for a terminal."""
         rows = self._rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+        form = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
+        lines = [form.format(*row) for row in rows]
         return "\n".join([f"{name} version {self.version} (bundle {self.digest[:12]}): {self.text()}", *lines])
 
     def _rows(self) -> list[list[str]]:

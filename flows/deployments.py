@@ -271,12 +271,13 @@ def _worktree(main: Path, name: str, commit: str, overrides: list[str]) -> Itera
 
 def _overrides(chosen: dict[str, Any]) -> list[str]:
     """As `--set` takes them. A value is data here as it is in params.yaml, never a command."""
-    given = {key: value for key, value in chosen.items() if value is not None}
-    lines = {
-        key: yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
-        for key, value in given.items()
-    }
-    return [f"{key}={line.strip().removesuffix('...').strip()}" for key, line in lines.items()]
+    return [f"{key}={_one_line(value)}" for key, value in chosen.items() if value is not None]
+
+
+def _one_line(value: Any) -> str:
+    """A value in YAML, where JSON's 7e-05 would be a text."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
+    return text.strip().removesuffix("...").strip()
 
 
 def _planned(main: Path, name: str, commit: str, overrides: list[str]) -> params.Params:

@@ -147,9 +147,8 @@ def approve(
     by, reason = _signed(by, reason)
     with registry.opened(main) as client:
         found = registry.find_version(client, name, version)
-        starter = started_by(main, name, version) or ""
         apart = separate_duties or found.tags.get("separate_duties") == "true"
-        if apart and by.casefold() == starter.strip().casefold():
+        if apart and by.casefold() == (started_by(main, name, version) or "").strip().casefold():
             raise ConfigError(
                 f"{by} started the run of {name} version {version} and may not approve it: someone else must "
                 "(release.separate_duties)"
@@ -255,9 +254,7 @@ def rollback(main: Path, name: str, by: str, reason: str) -> str:
     by, reason = _signed(by, reason)
     with registry.opened(main) as client:
         champion, previous = registry.aliased(client, name, CHAMPION), registry.aliased(client, name, PREVIOUS)
-        newest = [each for each in audit.entries(audit.read(audit.place(main))) if each and each["model"] == name][-1:]
-        if champion and champion == previous and (newest[0]["action"], newest[0]["version"]) == ("rollback", champion):
-            taken = str(newest[0]["facts"]).removeprefix(INSTEAD)  # it was stopped between its two steps
+        if champion and champion == previous and (taken := _taken_back(main, name, champion)):
             client.set_registered_model_alias(name, PREVIOUS, taken)
             return f"{name} version {champion} is the champion again, version {taken} the previous one"
         if not champion or not previous or champion == previous:
@@ -270,6 +267,16 @@ def rollback(main: Path, name: str, by: str, reason: str) -> str:
         client.set_registered_model_alias(name, CHAMPION, previous)
         client.set_registered_model_alias(name, PREVIOUS, champion)
     return f"{name} version {previous} is the champion again, version {champion} the previous one"
+
+
+def _taken_back(main: Path, name: str, champion: str) -> str | None:
+    """The version that a rollback to `champion` took back, if that is the newest decision on the model: it was stopped
+    between its two steps.
+    """
+    decided = [each for each in _decisions(main) if each["model"] == name]
+    if not decided or (decided[-1]["action"], decided[-1]["version"]) != ("rollback", champion):
+        return None
+    return str(decided[-1]["facts"]).removeprefix(INSTEAD)
 
 
 def history(main: Path, name: str) -> str:
@@ -288,9 +295,14 @@ def history(main: Path, name: str) -> str:
 
 def started_by(main: Path, name: str, version: str) -> str | None:
     """Who registered a version, as the record tells it."""
-    found = filter(None, audit.entries(audit.read(audit.place(main))))
     wanted = ("register", name, version)
-    return next((str(e["by"]) for e in reversed([*found]) if (e["action"], e["model"], e["version"]) == wanted), None)
+    found = reversed(_decisions(main))
+    return next((str(e["by"]) for e in found if (e["action"], e["model"], e["version"]) == wanted), None)
+
+
+def _decisions(main: Path) -> list[audit.Entry]:
+    """All lines of the record that can be read, oldest first."""
+    return [entry for entry in audit.entries(audit.read(audit.place(main))) if entry]
 
 
 def verify_audit(main: Path, name: str) -> str:

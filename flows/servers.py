@@ -179,16 +179,7 @@ def _bring_up(
     # What only the command line can tell; the rest, and every secret, is in the environment.
     where = ("--host", options.host, "--port")
     basic = ("--app-name", "basic-auth") if auth else ()
-    pool = (
-        "--pool",
-        POOL,
-        "--type",
-        "process",
-        "--name",
-        worker,
-        "--install-policy",
-        "never",
-    )
+    pool = ("--pool", POOL, "--type", "process", "--name", worker, "--install-policy", "never")
     python = (sys.executable, "-m")
     commands = {
         "prefect": (*python, "prefect", "server", "start", *where, str(options.prefect_port)),
