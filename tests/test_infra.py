@@ -4,18 +4,23 @@ Building the images and starting them takes an engine, a cluster and a GPU: that
 """
 
 import asyncio
+import configparser
 import fnmatch
 import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from checkout import ROOT, commit, git
+from checkout import ROOT, answers, commit, environment, free_ports, git, wait_for
+from test_servers import ask, database  # noqa: F401 (a fixture)
 
 from flows import quiet
 
@@ -55,7 +60,7 @@ def of(stage: list[tuple[str, str]], word: str) -> list[str]:
     return [rest for name, rest in stage if name == word]
 
 
-def environment(stage: list[tuple[str, str]]) -> dict[str, str]:
+def variables(stage: list[tuple[str, str]]) -> dict[str, str]:
     return dict(pair.split("=", 1) for line in of(stage, "ENV") for pair in line.split())
 
 
@@ -88,7 +93,7 @@ def test_nothing_private_reaches_the_builder() -> None:
 
 def test_the_images_are_silent_unprivileged_and_hold_no_secret(build: dict) -> None:
     for name in ("server", "worker"):
-        assert quiet.OFF.items() <= environment(build[name]).items()
+        assert quiet.OFF.items() <= variables(build[name]).items()
         assert of(build[name], "USER") == ["10001"]
         assert [word for word, _ in build[name]].index("USER") > [word for word, _ in build[name]].index("COPY")
         assert of(build[name], "ENTRYPOINT")[0].startswith('["tini"')
@@ -103,7 +108,7 @@ def test_the_images_hold_the_pinned_versions_and_run_on_other_processors(build: 
     worker = " ".join(of(build["build-worker"], "RUN"))
     assert worker.count("CMAKE_ARGS=") == worker.count("-DGGML_NATIVE=OFF") == 2
     assert "infra/setup.sh" in worker
-    extras = environment(build["build-worker"])["SLMOPS_EXTRAS"].split(",")
+    extras = variables(build["build-worker"])["SLMOPS_EXTRAS"].split(",")
     asked = of(build["build-server"], "RUN")[-1].split(".[")[1].split("]")[0].split(",")
     assert {*extras, *asked} <= set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     assert "${SLMOPS_EXTRAS:-all,dev}" in (INFRA / "setup.sh").read_text()
@@ -193,7 +198,7 @@ def test_services_wait_for_the_health_of_those_they_need(compose: dict) -> None:
             assert how == {"condition": "service_healthy"}
             assert "healthcheck" in compose["services"][needed]
         addresses = set(re.findall(r"(?:https?://|@)(\w+)[:/]", str(service.get("environment"))))
-        addresses |= set(re.findall(r"@(\w+)/", str(service.get("command"))))
+        addresses.add(service.get("environment", {}).get("PGHOST"))
         assert addresses & set(compose["services"]) <= set(service.get("depends_on", {}))
 
 
@@ -206,7 +211,7 @@ def test_only_loopback_is_served(compose: dict) -> None:
 def test_secrets_come_from_the_environment_and_are_asked_for(compose: dict) -> None:
     for service in compose["services"].values():
         for name, value in service.get("environment", {}).items():
-            if SECRET_NAME.search(name):
+            if SECRET_NAME.search(name) and not name.endswith("_PATH"):
                 assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value), name
     text = (INFRA / "compose.yaml").read_text()
     assert not re.search(r"://[^/\s$]+:[^/\s@]+@", text), "a password in an address"
@@ -215,9 +220,9 @@ def test_secrets_come_from_the_environment_and_are_asked_for(compose: dict) -> N
 def test_addresses_of_databases_name_a_driver_that_is_in_the_image() -> None:
     """Without one, SQLAlchemy takes its default, which is not installed."""
     pinned = (ROOT / "constraints.txt").read_text()
-    texts = [(INFRA / name).read_text() for name in ("compose.yaml", "kubernetes/kustomization.yaml")]
-    drivers = [re.findall(r"\bpostgresql(\+\w+)?://", text) for text in texts]
-    assert drivers == [["+psycopg2", "+asyncpg"], ["+asyncpg", "+psycopg2"]]
+    names = ("compose.yaml", "mlflow-auth.ini", "kubernetes/kustomization.yaml", "kubernetes/mlflow.yaml")
+    drivers = [re.findall(r"\bpostgresql(\+\w+)?://", (INFRA / name).read_text()) for name in names]
+    assert drivers == [["+psycopg2", "+asyncpg"], ["+psycopg2"], ["+asyncpg"], ["+psycopg2"]]
     assert all(f"\n{name}==" in pinned for name in ("asyncpg", "psycopg2-binary"))
 
 
@@ -311,19 +316,26 @@ def references(pod: dict) -> set[tuple[str, str]]:
     return found
 
 
+def told_secrets() -> dict[str, set[str]]:
+    """The secrets that a person is told to make, and their keys."""
+    told = (INFRA / "kubernetes" / "kustomization.yaml").read_text().replace("\\\n#", "")
+    made = re.findall(r"create secret generic (\S+) (.+)", told)
+    return {name: set(re.findall(r"--from-literal=(\w+)=", keys)) for name, keys in made}
+
+
 def test_what_pods_refer_to_exists_and_secrets_are_told_but_not_contained() -> None:
     have = {(made["kind"], made["metadata"]["name"]) for made in OBJECTS}
     assert not [name for kind, name in have if kind == "Secret"]
-    told = (INFRA / "kubernetes" / "kustomization.yaml").read_text()
+    assert not [key for made in OBJECTS for key in made.get("data", {}) if SECRET_NAME.search(key)]
     for template in pods().values():
         for kind, name in references(template["spec"]):
-            assert f"create secret generic {name} " in told if kind == "Secret" else (kind, name) in have
+            assert name in told_secrets() if kind == "Secret" else (kind, name) in have
         for container in template["spec"]["containers"]:
             for variable in container.get("env", []):
-                named = SECRET_NAME.search(variable["name"]) and not variable["name"].endswith(("_NAME", "_KEY"))
-                assert not named or "valueFrom" in variable, variable["name"]
+                elsewhere = "valueFrom" in variable or variable["name"].endswith(("_NAME", "_KEY", "_PATH"))
+                assert elsewhere or not SECRET_NAME.search(variable["name"]), variable["name"]
                 if source := variable.get("valueFrom"):
-                    assert f"--from-literal={source['secretKeyRef']['key']}=" in told
+                    assert source["secretKeyRef"]["key"] in told_secrets()[source["secretKeyRef"]["name"]]
 
 
 def test_kustomization_has_every_manifest_and_image() -> None:
@@ -370,7 +382,8 @@ def test_variables_are_a_schema_that_holds_their_own_defaults(name: str) -> None
     examples = {key: part["examples"][0] for key, part in schema["properties"].items() if "examples" in part}
     strict.validate(defaults | examples)
     assert not strict.is_valid(defaults | {"image": 1})
-    assert not any(SECRET_NAME.search(key) for key in schema["properties"]["env"]["default"])
+    for key, value in schema["properties"]["env"]["default"].items():
+        assert not SECRET_NAME.search(key) or value == f"{{{{ ${key} }}}}", "what the worker has, not the secret itself"
 
 
 def configured(kind: str, name: str, chosen: dict[str, Any]) -> Any:
@@ -398,7 +411,8 @@ def test_prefect_makes_a_valid_job_of_the_kubernetes_pool(chosen: dict, version:
     assert container["args"] == ["prefect", "flow-run", "execute"]
     assert container["image"] == chosen.get("image", "slmops-worker:0.1.0")
     have = {(made["kind"], made["metadata"]["name"]) for made in OBJECTS}
-    assert references(pod) - {("Secret", "slmops-s3")} <= have
+    assert {name for kind, name in references(pod) if kind == "Secret"} == {"slmops-s3", "slmops-mlflow"}
+    assert {(kind, name) for kind, name in references(pod) if kind != "Secret"} <= have
     assert job["metadata"]["namespace"] == "slmops"
 
 
@@ -436,3 +450,149 @@ def test_pools_and_servers_use_the_same_images(compose: dict) -> None:
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version
     assert {image.split(":")[1] for image in images} == {version[1]}
+
+
+# --- who may use the servers -----------------------------------------------------------------------
+
+PASSWORDS = {"mlflow": "MLFLOW_AUTH_ADMIN_PASSWORD", "prefect": "PREFECT_SERVER_API_AUTH_STRING"}
+
+
+@pytest.fixture(scope="module")
+def users() -> dict[str, str]:
+    """What MLflow in a container is told of its users."""
+    reader = configparser.ConfigParser()
+    reader.read(INFRA / "mlflow-auth.ini")
+    return dict(reader["mlflow"])
+
+
+def servers(compose: dict) -> Iterator[tuple[str, list[str], dict[str, str], set[str]]]:
+    """Of each server, in compose and in Kubernetes: name, command, plain variables, and the names of its secrets."""
+    for name, service in compose["services"].items():
+        given = service["environment"]
+        asked = {key for key, value in given.items() if value.startswith("${")}
+        yield name, service.get("command", []), given, asked
+    for name, template in pods().items():
+        (container,) = template["spec"]["containers"]
+        given = {each["name"]: each["value"] for each in container["env"] if "value" in each}
+        asked = {each["name"] for each in container["env"] if "valueFrom" in each}
+        for source in container.get("envFrom", []):
+            asked |= told_secrets()[source["secretRef"]["name"]] if "secretRef" in source else set()
+        yield name, container["args"], given, asked
+
+
+def test_no_server_listens_without_a_password(compose: dict, build: dict) -> None:
+    listening = [server for server in servers(compose) if "--host=0.0.0.0" in server[1]]
+    assert [server[0] for server in listening] == ["mlflow", "prefect"] * 2
+    for name, command, given, asked in listening:
+        assert PASSWORDS[name] in asked
+        if name == "mlflow":
+            assert "--app-name=basic-auth" in command
+            assert {"PGPASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"} <= asked
+            assert f"infra/mlflow-auth.ini {given['MLFLOW_AUTH_CONFIG_PATH']}" in of(build["server"], "COPY")
+
+
+def test_mlflows_users_are_in_the_database_and_no_password_is_in_the_file(users: dict) -> None:
+    assert users == {"admin_username": "admin", "default_permission": "READ", "database_uri": "postgresql+psycopg2://"}
+
+
+def test_the_worker_and_its_flow_runs_know_the_passwords(compose: dict, users: dict) -> None:
+    services = {name: service["environment"] for name, service in compose["services"].items()}
+    assert services["worker"]["PREFECT_API_AUTH_STRING"] == services["prefect"][PASSWORDS["prefect"]]
+    assert services["worker"]["MLFLOW_TRACKING_PASSWORD"] == services["mlflow"][PASSWORDS["mlflow"]]
+    (settings,) = [made["data"] for made in OBJECTS if made["kind"] == "ConfigMap"]
+    pool = POOLS["docker"]["variables"]["properties"]["env"]["default"]
+    for client in (services["worker"], settings, pool):
+        assert client["MLFLOW_TRACKING_USERNAME"] == users["admin_username"]
+
+
+def test_jobs_in_kubernetes_take_the_passwords_from_secrets() -> None:
+    job = configured("KubernetesWorkerJobConfiguration", "kubernetes", {"env": {"MINE": "1"}}).job_manifest
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    by_name = {variable["name"]: variable for variable in container["env"]}
+    source = {"secretKeyRef": {"name": "slmops-mlflow", "key": PASSWORDS["mlflow"]}}
+    assert by_name["MLFLOW_TRACKING_PASSWORD"]["valueFrom"] == source
+    assert source["secretKeyRef"]["key"] in told_secrets()["slmops-mlflow"]
+    assert by_name["MINE"]["value"] == "1"
+    assert {"configMapRef": {"name": "slmops"}} in container["envFrom"], "it names MLflow's user"
+    assert {"secretRef": {"name": "slmops-mlflow"}} not in container["envFrom"], "the database is the server's alone"
+    # Prefect's worker puts its own password into the job, as a reference where these name one.
+    (worker,) = pods()["worker"]["spec"]["containers"]
+    given = {each["name"]: each.get("value") for each in worker["env"]}
+    prefix = "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET"
+    assert given[f"{prefix}_KEY"] in told_secrets()[given[f"{prefix}_NAME"]]
+
+
+def test_containers_of_the_docker_pool_take_the_passwords_from_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
+
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "planted-mlflow-pw")
+    with temporary_settings({PREFECT_API_AUTH_STRING: "slmops:planted-prefect"}):
+        for chosen in ({}, {"env": {"MINE": "1"}}):
+            env = configured("DockerWorkerJobConfiguration", "docker", chosen).env
+            assert env["PREFECT_API_AUTH_STRING"] == "slmops:planted-prefect"
+            assert (env["MLFLOW_TRACKING_USERNAME"], env["MLFLOW_TRACKING_PASSWORD"]) == ("admin", "planted-mlflow-pw")
+
+
+@pytest.mark.slow
+def test_mlflow_as_compose_starts_it_asks_for_the_password(
+    compose: dict,
+    database: tuple[str, Callable[[], None]],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    port, where = free_ports()[0], urlsplit(database[0])
+    address, log = f"http://127.0.0.1:{port}", tmp_path / "mlflow.txt"
+    here = {"--host": "127.0.0.1", "--artifacts-destination": str(tmp_path)}
+    parts = [part.partition("=") for part in compose["services"]["mlflow"]["command"]]
+    parts = [(name, equals, here.get(name) or value.replace("5000", str(port))) for name, equals, value in parts]
+    command = [sys.executable, "-m", *map("".join, parts)]
+    env = environment(tmp_path, **compose["services"]["mlflow"]["environment"]) | {
+        "PGHOST": "127.0.0.1",
+        "PGPORT": str(where.port),
+        "PGDATABASE": where.path[1:],
+        "PGUSER": unquote(where.username or ""),
+        "PGPASSWORD": unquote(where.password or ""),
+        "MLFLOW_AUTH_CONFIG_PATH": str(INFRA / "mlflow-auth.ini"),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": "",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "planted-key",
+    }
+
+    @contextmanager
+    def started(password: str) -> Iterator[None]:
+        with log.open("a") as out:
+            given = env | {"MLFLOW_AUTH_ADMIN_PASSWORD": password}
+            process = subprocess.Popen(command, cwd=tmp_path, env=given, stdout=out, stderr=out)
+        try:
+            wait_for(lambda: answers(f"{address}/health") or process.poll() is not None, log.read_text)
+            assert process.poll() is None, log.read_text()
+            yield
+        finally:
+            process.terminate()
+            process.wait()
+
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "needs a password to create the admin user" in done.stderr
+
+    asked = f"{address}/api/2.0/mlflow/experiments/search?max_results=1"
+    client = MlflowClient(tracking_uri=address, registry_uri=address)
+    with started("planted-mlflow-pw"):
+        assert ask(asked) == ask(asked, "admin:wrong") == ask(f"{address}/version") == 401
+        assert ask(asked, "admin:planted-mlflow-pw") == 200
+        with pytest.raises(MlflowException, match="401"):
+            client.search_experiments()
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "planted-mlflow-pw")
+        run = client.create_run(client.create_experiment("kept")).info
+        client.log_dict(run.run_id, {"answer": 42}, "answer.json")
+        client.create_registered_model("kept")
+        client.create_model_version("kept", run.artifact_uri, run.run_id)
+    with started("planted-another-pw"):  # it is not taken: the user is there already
+        assert ask(asked) == ask(asked, "admin:planted-another-pw") == 401
+        assert client.get_model_version("kept", "1").run_id == run.run_id
+        assert [each.path for each in client.list_artifacts(run.run_id)] == ["answer.json"]
+    assert not list(tmp_path.rglob("*.db")), "users and runs are in PostgreSQL"
+    assert "planted" not in log.read_text()
