@@ -38,11 +38,12 @@ def main() -> int:
         root = Path(name) / "checkout"
         root.mkdir()
         make_toy(root)
-        variants = params.load(DEFAULTS).quantize.variants
+        defaults = params.load(DEFAULTS)
+        variants = defaults.quantize.variants
         names = [
-            f"{stage.name}-{variant}" if stage.per_variant else stage.name
+            f"{stage.name}-{item}" if item else stage.name
             for stage in STAGES.values()
-            for variant in (variants if stage.per_variant else ("",))
+            for item in stage.items(defaults) or ("",)
         ]
         waits = dict.fromkeys(names, work_s)
         up = start(root, TOY_WAIT=json.dumps(waits))

@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet.apply()
     command: Command = args.command
     try:
+        args.overrides = _expanded(args.overrides)
         return command(args)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -52,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             dest="overrides",
             metavar="KEY=VALUE",
-            help="change one parameter; repeatable. A run that is not in a worktree writes it into params.yaml",
+            help="change one parameter, or with @FILE all that a file names (recipes/ has some); repeatable, the last one counts. "
+            "A run that is not in a worktree writes it into params.yaml",
         )
         return sub
 
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--commit", default="HEAD", help="what a worktree starts from (default: HEAD)")
     sub = add("stage", stage, "run one stage alone, without DVC, Prefect and MLflow")
     sub.add_argument("stage")
-    sub.add_argument("variant", nargs="?")
+    sub.add_argument("item", nargs="?")
     add("plan", plan, "predict sizes, memory and time before any work")
     add("doctor", doctor, "check that this machine has what is needed")
     add("report", report, "write report.html from the finished stages")
@@ -99,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("prune", prune, "remove the worktrees of finished runs; their branches stay")
     sub.add_argument("name", nargs="*", help="of these runs, finished or not")
     return parser
+
+
+def _expanded(overrides: list[str]) -> list[str]:
+    if not any(text.startswith("@") for text in overrides):
+        return overrides  # the parameters' checks take a while to load
+    from tasks import params
+
+    return params.expanded(overrides)
 
 
 def _signed(sub: argparse.ArgumentParser) -> None:
@@ -176,8 +186,8 @@ def _summary(result: "pipeline.Result", wall_s: float) -> str:
     from flows.display import HOW
 
     lines = []
-    for (stage, variant), outcome in result.outcomes.items():
-        name = f"{stage} {variant}" if variant else stage
+    for (stage, item), outcome in result.outcomes.items():
+        name = f"{stage} {item}" if item else stage
         lines.append(f"  {name:<22}{outcome.total_s:8.1f} s  {HOW[outcome.how]}")
     rest = wall_s - result.work_s
     lines.append(f"  {'total':<22}{wall_s:8.1f} s  of it {rest:.1f} s ({rest / wall_s:.0%}) orchestration")
@@ -185,11 +195,11 @@ def _summary(result: "pipeline.Result", wall_s: float) -> str:
 
 
 def stage(args: argparse.Namespace) -> int:
-    """`slmops stage NAME [VARIANT]`."""
+    """`slmops stage NAME [ITEM]`."""
     from flows import workspace
     from tasks.__main__ import main as tasks_main
 
-    argv = [args.stage, *([args.variant] if args.variant else []), "--root", str(workspace.find(Path()))]
+    argv = [args.stage, *([args.item] if args.item else []), "--root", str(workspace.find(Path()))]
     if args.params:
         argv += ["--params", str(args.params)]
     return tasks_main([*argv, *(word for override in args.overrides for word in ("--set", override))])
@@ -222,7 +232,7 @@ def report(args: argparse.Namespace) -> int:
     root = workspace.find(Path())
     checked = params.load(args.params or root / "params.yaml", args.overrides)
     out = root / "report.html"
-    write_report(folder(root, "package"), folder(root, "distill"), out, params=checked)
+    write_report(folder(root, "package"), folder(root, "select"), out, params=checked)
     print(out)
     return 0
 

@@ -5,7 +5,6 @@ go through params.py as those of any run do, so a wrong one is told in the same 
 is suspended: it holds no process, and begins anew when the decision is there, which is why it finds what it did.
 """
 
-import math
 import os
 import subprocess
 import sys
@@ -45,12 +44,14 @@ class Budget(BaseModel):
 
     finetune_epochs: float | None = Field(None, gt=0, description="passes of the teacher over the training rows")
     distill_epochs: float | None = Field(None, gt=0, description="passes of the student over what the teacher answered")
+    seeds: list[int] | None = Field(None, min_length=1, description="one student each; the best one goes on")
     max_parameters: params.Share | None = Field(None, description="the student's, as a share of the teacher's")
 
 
 BUDGET = {
     "finetune_epochs": "finetune.epochs",
     "distill_epochs": "distill.epochs",
+    "seeds": "select.seeds",
     "max_parameters": "distill.max_parameters",
 }
 
@@ -203,7 +204,7 @@ def validate_only(
     with _model(main, planned, name), _worktree(main, name, f"runs/{run}", overrides) as place:
         checked = params.load(place / "params.yaml")
         chosen = checked.quantize.variants
-        made = ["acquire", "distill", "convert", *(versioning.address("quantize", each) for each in chosen)]
+        made = ["acquire", "select", "convert", *(versioning.address("quantize", each) for each in chosen)]
         if pulled := versioning.restore(place, *made):
             approval.told(pulled)
         with pipeline.opened(place, name, checked) as desk, desk.display:
@@ -271,13 +272,7 @@ def _worktree(main: Path, name: str, commit: str, overrides: list[str]) -> Itera
 
 def _overrides(chosen: dict[str, Any]) -> list[str]:
     """As `--set` takes them. A value is data here as it is in params.yaml, never a command."""
-    return [f"{key}={_one_line(value)}" for key, value in chosen.items() if value is not None]
-
-
-def _one_line(value: Any) -> str:
-    """A value in YAML, where JSON's 7e-05 would be a text."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
-    return text.strip().removesuffix("...").strip()
+    return [params.override(key, value) for key, value in chosen.items() if value is not None]
 
 
 def _planned(main: Path, name: str, commit: str, overrides: list[str]) -> params.Params:

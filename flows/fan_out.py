@@ -56,6 +56,15 @@ def runner(machine: Machine) -> "TaskRunner[Any]":
     return DaskTaskRunner(cluster_kwargs=local)
 
 
+def machines() -> int:
+    """How many of the run's tasks may have a machine to themselves: the workers of a cluster that is not our own."""
+    context = FlowRunContext.get()
+    assert context is not None
+    if isinstance(context.task_runner, ThreadPoolTaskRunner) or not context.task_runner.address:  # type: ignore[attr-defined]
+        return 1
+    return max(1, len(context.task_runner.client.scheduler_info()["workers"]))  # type: ignore[attr-defined]
+
+
 @contextmanager
 def post(take: Post, root: Path, futures: Mapping[Any, PrefectFuture[Any]]) -> Iterator[Post]:
     """What tasks are to call, wherever they run, for `take` to be called here. When an error leaves the block, the

@@ -17,7 +17,7 @@ def show(root: Path, name: str, rows: Sequence[results.Row], registered: str) ->
     """Put the result of the run in the workspace `root` on the page of the flow run that calls this."""
     text = f"{results.markdown(rows)}\n\n{registered}\n\n{links(root)}"
     create_markdown_artifact(text, key="result", description=f"Result of run {name}")
-    for key, (title, svg) in plots(folder(root, "package"), folder(root, "distill")).items():
+    for key, (title, svg) in plots(folder(root, "package"), folder(root, "select")).items():
         picture = base64.b64encode(svg.encode()).decode()
         create_image_artifact(f"data:image/svg+xml;base64,{picture}", key=key, description=title)
     if found := tracking.pages(workspace.main_root(root), root):

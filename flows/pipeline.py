@@ -4,7 +4,6 @@ Prefect decides when a stage runs, in what order, and whether it is tried again.
 do is DVC's decision alone, so a retry, a second run and `dvc repro` all take up what is finished.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from prefect.tasks import exponential_backoff
 from flows import fan_out, locks, pages, release, results, tracking, versioning, workspace
 from flows.display import Display
 from flows.report import write_report
-from tasks import params
+from tasks import cores, params
 from tasks.errors import DiskFullError, PipelineError, StageError
 from tasks.stage import folder
 from tasks.stages import STAGES
@@ -31,7 +30,7 @@ from tasks.stages import STAGES
 MLFLOW_S = 120.0  # registering needs MLflow, and waits so long for one that is away
 ARTIFACT_S = 2.0  # between two updates of a progress artifact
 
-Key = tuple[str, str | None]  # stage, variant
+Key = tuple[str, str | None]  # stage; variant or seed, where it is done once for each
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,18 @@ class Order:
     root: Path
     run: str
     stage: str
-    variant: str | None
+    item: str | None
     parallel: int  # so many of its kind share a machine
     up_to_date: bool  # as `dvc status` found when the run began
 
     @property
     def key(self) -> Key:
-        return self.stage, self.variant
+        return self.stage, self.item
 
     @property
     def name(self) -> str:
         """`distill`, `quantize-q4_0`: of the task, its log and its line on the terminal."""
-        return f"{self.stage}-{self.variant}" if self.variant else self.stage
+        return f"{self.stage}-{self.item}" if self.item else self.stage
 
 
 @dataclass
@@ -82,12 +81,12 @@ class Desk:
         name, stage = order.name, STAGES[order.stage]
         if event["event"] == "begin":
             self.began[name] = order, time.monotonic()
-            self.tracker.begin(stage, order.variant)
+            self.tracker.begin(stage, order.item)
             self.display.begin(name)
         elif event["event"] == "fail":
             self.fail(name, event["text"])
         elif event["event"] == "metric":
-            self.tracker.point(stage, order.variant, event["name"], event["value"], event["step"])
+            self.tracker.point(stage, order.item, event["name"], event["value"], event["step"])
         else:
             self.display.event(name, event)
 
@@ -98,13 +97,13 @@ class Desk:
             self.spans.append((began, began + outcome.stage_s))
         self.done[order.key] = outcome
         self.display.end(order.name, outcome)
-        self.tracker.end(STAGES[order.stage], order.variant, folder(self.root, order.stage, order.variant), outcome)
+        self.tracker.end(STAGES[order.stage], order.item, folder(self.root, order.stage, order.item), outcome)
 
     def fail(self, name: str, text: str, status: str = "FAILED") -> None:
         """A stage failed, and may be tried again, or was stopped (KILLED)."""
         order, _ = self.began.pop(name)
         self.display.fail(name, text)
-        self.tracker.fail(STAGES[order.stage], order.variant, text, status)
+        self.tracker.fail(STAGES[order.stage], order.item, text, status)
 
 
 def run(root: Path, name: str, by: str | None = None) -> Result:
@@ -133,7 +132,7 @@ def slmops(root: str, name: str, by: str | None = None) -> Result:
             rows = results.rows(here, checked)
             desk.display.table(rows)
         report = here / "report.html"
-        write_report(folder(here, "package"), folder(here, "distill"), report, params=checked)
+        write_report(folder(here, "package"), folder(here, "select"), report, params=checked)
         desk.tracker.settle(MLFLOW_S)
         version, registered = release.register_if_passed(
             here, main, by, separate_duties=checked.release.separate_duties
@@ -186,33 +185,37 @@ def _close_failed(tracker: tracking.Tracker, error: BaseException) -> None:
 
 
 def _stages(desk: Desk, run: str, checked: params.Params) -> None:
-    """Submit every stage as a task as soon as its inputs are there; variants go side by side.
+    """Submit every stage as a task as soon as its inputs are there; variants go side by side, and so do students where
+    there are machines for them: each takes one whole.
 
     Raises:
         PipelineError: what the first failing stage raised, in the pipeline's order.
     """
-    variants = checked.quantize.variants
-    parallel = min(checked.machine.parallel, len(variants))
-    behind = _behind(frozenset(versioning.status(desk.root)), variants)
+    parallel = min(checked.machine.parallel, len(checked.quantize.variants))
+    behind = _behind(frozenset(versioning.status(desk.root)), checked)
     orders = [
-        Order(desk.root, run, stage.name, variant, parallel if variant else 1, (stage.name, variant) not in behind)
-        for stage in STAGES.values()
-        for variant in (variants if stage.per_variant else (None,))
+        Order(desk.root, run, *key, parallel if STAGES[key[0]].per == "variant" else 1, key not in behind)
+        for key in _keys(checked)
     ]
     by_name = {order.name: order for order in orders}
+    inputs = {order.key: _inputs(*order.key, checked) for order in orders}
     futures: dict[Key, PrefectFuture[versioning.Outcome]] = {}
     ends: dict[Key, Any] = {}
     posts: SimpleQueue[fan_out.Message] = SimpleQueue()
     try:
         with fan_out.post(posts.put, desk.root, futures) as post:
+            machines = fan_out.machines()
             while True:
                 for order in orders:
-                    inputs = _inputs(*order.key, variants)
-                    if order.key not in futures and all(key in desk.done for key in inputs):
-                        # States, not futures: Dask would do again what a future stood for, were it lost.
-                        states = [futures[key].state for key in inputs]
-                        futures[order.key] = future = _task(order.name, checked).submit(order, post, wait_for=states)
-                        future.add_done_callback(lambda _, name=order.name: posts.put((name, None)))
+                    if order.key in futures or not desk.done.keys() >= set(inputs[order.key]):
+                        continue
+                    at_work = futures.keys() - ends.keys()
+                    if STAGES[order.stage].per == "seed" and len(at_work) >= machines:
+                        continue  # a training beside another takes many times as long: their threads fight for cores
+                    # States, not futures: Dask would do again what a future stood for, were it lost.
+                    states = [futures[key].state for key in inputs[order.key]]
+                    futures[order.key] = future = _task(order.name, checked).submit(order, post, wait_for=states)
+                    future.add_done_callback(lambda _, name=order.name: posts.put((name, None)))
                 if len(ends) == len(futures):  # what is left waits for something that failed
                     break
                 name, event = posts.get()
@@ -256,28 +259,28 @@ def one(desk: Desk, order: Order, checked: params.Params) -> None:
     desk.end(order, outcome)
 
 
-def _behind(changed: frozenset[str], variants: tuple[str, ...]) -> set[Key]:
+def _keys(checked: params.Params) -> list[Key]:
+    """Everything that a run does, in order."""
+    return [(stage.name, item) for stage in STAGES.values() for item in stage.items(checked) or (None,)]
+
+
+def _behind(changed: frozenset[str], checked: params.Params) -> set[Key]:
     """The stages that are out of date or follow from one that is. All others need no call of DVC."""
     found: set[Key] = set()
-    for stage in STAGES.values():
-        for variant in variants if stage.per_variant else (None,):
-            if versioning.address(stage.name, variant) in changed or found & set(
-                _inputs(stage.name, variant, variants)
-            ):
-                found.add((stage.name, variant))
+    for key in _keys(checked):
+        if versioning.address(*key) in changed or found & set(_inputs(*key, checked)):
+            found.add(key)
     return found
 
 
-def _inputs(name: str, variant: str | None, variants: tuple[str, ...]) -> list[Key]:
+def _inputs(name: str, item: str | None, checked: params.Params) -> list[Key]:
     stage = STAGES[name]
     found: list[Key] = []
     for source in stage.inputs.values():
-        if not STAGES[source].per_variant:
-            found.append((source, None))
-        elif stage.per_variant:
-            found.append((source, variant))
+        if stage.per == STAGES[source].per:
+            found.append((source, item))
         else:
-            found += [(source, each) for each in variants]
+            found += [(source, each) for each in STAGES[source].items(checked) or (None,)]
     return found
 
 
@@ -307,10 +310,10 @@ def bring(order: Order, post: fan_out.Post) -> versioning.Outcome:
             return versioning.repro(
                 order.root,
                 order.stage,
-                order.variant,
+                order.item,
                 log=order.root / ".runs" / "logs" / order.run / f"{name}.log",
                 on_event=_teller(name, post),
-                env=_threads(order.parallel) if order.variant else {},
+                env=_threads(order, post),
                 keep_open=descriptors,
             )
     except PipelineError as error:
@@ -350,9 +353,14 @@ def _worth_a_retry(task: Any, run: Any, state: Any) -> bool:
     return isinstance(error, StageError) and not isinstance(error, DiskFullError)
 
 
-def _threads(parallel: int) -> dict[str, str]:
-    """Variants that run side by side share the cores instead of fighting for them."""
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}
+def _threads(order: Order, post: fan_out.Post) -> dict[str, str]:
+    """Variants that run side by side share the cores instead of fighting for them. All else has them to itself: on Dask,
+    which leaves its workers' libraries one thread, that must be said, and the bytes of what is trained depend on it.
+    """
+    if order.parallel == 1 and not isinstance(post, fan_out.DaskPost):
+        return {}
+    count = str(max(1, cores.available() // order.parallel))
+    return {name: count for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

@@ -21,12 +21,12 @@ TRAIN, FORWARD = 0.95, 2.9
 PREFILL, DECODE_BYTES_PER_S = 0.8, 1.5e10  # llama.cpp, float32: prompts are bound by arithmetic, answers by memory
 TOKENS_A_ROW = 60  # where the data cannot be read before acquire
 CHARACTERS_A_TOKEN = 2.8
-OVERHEAD_S = {"acquire": 15.0, "convert": 10.0, "quantize": 3.0, "validate": 8.0, "package": 10.0}
+OVERHEAD_S = {"acquire": 15.0, "select": 2.0, "convert": 10.0, "quantize": 3.0, "validate": 8.0, "package": 10.0}
 
 
 @dataclass(frozen=True)
 class Work:
-    """One stage: steps and tokens where it trains or generates, seconds for all its variants together."""
+    """One stage: steps and tokens where it trains or generates, all for its variants or seeds together."""
 
     stage: str
     steps: int | None
@@ -109,8 +109,8 @@ def predict(root: Path, checked: params.Params, training: float, plain: float) -
         for variant, size in sizes.items()
     }
     work = _work(checked, base, student, sizes, _rows(root, checked), training, plain)
-    # bf16 folders of base, teacher and student, the checkpoint (fp32 weights and two moments), two F16 files.
-    folders = 2 * 2 * base.parameters + 2 * student.parameters + 12 * base.parameters
+    # bf16 folders of base, teacher and students, the checkpoint (fp32 weights and two moments), two F16 files.
+    folders = 2 * 2 * base.parameters + 2 * len(checked.select.seeds) * student.parameters + 12 * base.parameters
     files = 2 * base.parameters + 2 * student.parameters + sum(sizes.values())
     return Plan(base, student, sizes, ram, work, int(1.1 * (folders + files)))
 
@@ -148,7 +148,10 @@ def _work(
     )
     # The teacher reads and answers; four models take the test.
     answering = 2 * base.parameters * (2 * taught * rows.tokens + 4 * 2 * test) / forward
-    found.append(Work("distill", steps, tokens, seconds + calibration + answering))
+    students = len(checked.select.seeds)
+    each = seconds + calibration + answering
+    found.append(Work("distill", students * steps, students * tokens, students * each))
+    found.append(Work("select", None, None, OVERHEAD_S["select"]))
     found.append(Work("convert", None, None, OVERHEAD_S["convert"] + 8 * base.parameters / 1e9))
     count = len(sizes)
     found.append(Work("quantize", None, None, count * (OVERHEAD_S["quantize"] + 4 * student.parameters / 1e9)))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -62,19 +63,19 @@ KEY = "<p class=key>Filled: passed. Hollow: failed. Dashed: undecided. Ringed: c
 
 def write_report(
     package_folder: Path,
-    distill_folder: Path,
+    student_folder: Path,
     out_html: Path,
     *,
     finetune_folder: Path | None = None,
     params: Params | None = None,
 ) -> None:
-    """Write the page. Without `finetune_folder` the folder beside `distill_folder` is looked at.
+    """Write the page. Without `finetune_folder` the folder beside `student_folder` is looked at.
 
     Raises:
         ArtifactError: a file that the page rests on is missing or damaged.
     """
     bundle, report = load(package_folder), _json(package_folder / "report.json")
-    models = _json(distill_folder / "models.json")
+    models = _json(student_folder / "models.json")
     variants: Mapping[str, Any] = report["variants"]
     quality = _figures(_quality_plots(bundle, variants))
     body = [
@@ -85,8 +86,9 @@ def write_report(
         _section("Latency", _figures(_latency_plots(bundle, variants))),
         _section("Variants", _variant_table(bundle, variants)),
         _section("Models", _model_table(models)),
+        _section("Students", _students(student_folder / "students.json")),
         _section("Accuracy of each class", _class_table(models, variants)),
-        _section("Training", _figures(_curves(_histories(distill_folder, finetune_folder)))),
+        _section("Training", _figures(_curves(_histories(student_folder, finetune_folder)))),
         _section("What it is made from", _lineage(bundle, bundle_digest(package_folder))),
         _section("Parameters", _parameters(params)) if params else "",
     ]
@@ -210,14 +212,14 @@ def _mark(bundle: Bundle, name: str, variant: Mapping[str, Any]) -> Mark:
 Plots = dict[str, tuple[str, str]]  # key -> title and chart
 
 
-def plots(package_folder: Path, distill_folder: Path) -> Plots:
+def plots(package_folder: Path, student_folder: Path) -> Plots:
     """The plots of the page, each a file of its own, for pages that are not ours.
 
     Raises:
         ArtifactError: a file that they rest on is missing or damaged.
     """
     bundle, variants = load(package_folder), _json(package_folder / "report.json")["variants"]
-    found = _quality_plots(bundle, variants) | _latency_plots(bundle, variants) | _curves(_histories(distill_folder))
+    found = _quality_plots(bundle, variants) | _latency_plots(bundle, variants) | _curves(_histories(student_folder))
     return {key: (title, charts.standalone(svg, CSS)) for key, (title, svg) in found.items()}
 
 
@@ -286,6 +288,27 @@ def _model_table(models: Mapping[str, Any]) -> str:
     return _table(caption, ["accuracy", "parameters", "layers"], rows) if rows else ""
 
 
+def _students(path: Path) -> str:
+    """The students of several seeds, and how far they are apart; nothing where there is one."""
+    found = _json(path) if path.is_file() else []
+    if len(found) < 2:
+        return ""
+    rows = [
+        (
+            f"seed {each['seed']}",
+            [f"{each['validation_loss']:.4f}", _percent(each["accuracy"]), "yes" if each["chosen"] else ""],
+        )
+        for each in found
+    ]
+    accuracies = [each["accuracy"] for each in found]
+    mean, spread = statistics.fmean(accuracies), statistics.stdev(accuracies)
+    text = (
+        f"<p>They differ in the order of the training rows alone: {_percent(mean)} on average, with a standard deviation of "
+        f"{100 * spread:.1f} points. The least validation loss decides which one goes on; the test rows have no part in it.</p>"
+    )
+    return text + _table("One student a seed", ["validation loss", "accuracy on the test rows", "goes on"], rows)
+
+
 def _class_table(models: Mapping[str, Any], variants: Mapping[str, Any]) -> str:
     columns = {name: models[name].get("per_group") for name in MODELS if models.get(name)}
     columns |= {name: v["metrics"].get("per_group") for name, v in variants.items()}
@@ -301,11 +324,11 @@ def _shade(value: float | None) -> str:
     return f'<td class=shade style="--v:{value:.2f}">{value * 100:.0f}</td>'
 
 
-def _histories(distill_folder: Path, finetune_folder: Path | None = None) -> dict[str, Any]:
-    tuned = (finetune_folder or distill_folder.with_name("finetune")) / "history.json"
+def _histories(student_folder: Path, finetune_folder: Path | None = None) -> dict[str, Any]:
+    tuned = (finetune_folder or student_folder.with_name("finetune")) / "history.json"
     return {
         "Fine-tuning the teacher": _json(tuned) if tuned.is_file() else [],
-        "Distilling the student": _json(distill_folder / "history.json"),
+        "Distilling the student": _json(student_folder / "history.json"),
     }
 
 

@@ -25,7 +25,7 @@ from tasks.stage import folder as stage_folder
 FLUSH_S = 2.0
 VIEW = "workflowType=machine_learning"  # in addresses: else MLflow's pages open on traces, which are not ours
 SECTIONS = ("acquire", "task", "finetune", "distill", "quantize", "validate", "package")
-ARTIFACTS = ("history.json", "models.json", "pruning.json", "metrics.json", "measurements.json", "verdict.json",
+ARTIFACTS = ("history.json", "models.json", "pruning.json", "students.json", "metrics.json", "measurements.json", "verdict.json",
              "lineage.json", "bundle.json", "report.json", "MODEL_CARD.md")  # fmt: skip
 RETRY_S = 2.0  # between two attempts to reach an MLflow that is away
 PATIENCE_S = 10.0  # for one that is away at the end of a run
@@ -62,27 +62,27 @@ class Tracker:
         self._deliverer = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
         self._deliverer.start()
 
-    def begin(self, stage: Stage, variant: str | None) -> None:
+    def begin(self, stage: Stage, item: str | None) -> None:
         """Open the child run of a stage, or open it again on a retry."""
-        name = address(stage.name, variant)
+        name = address(stage.name, item)
         self._points[name], self._flushed[name] = [], time.monotonic()
-        self._start(name, name, {"slmops.variant": variant or ""})
+        self._start(name, name, {f"slmops.{stage.per}": item} if stage.per and item else {})
         self._write(name, params=self._section_params(stage.sections))
 
-    def point(self, stage: Stage, variant: str | None, metric: str, value: float, step: int) -> None:
+    def point(self, stage: Stage, item: str | None, metric: str, value: float, step: int) -> None:
         """One point of a curve; sent in batches."""
-        name = address(stage.name, variant)
+        name = address(stage.name, item)
         self._points[name].append((metric, value, step, mlflow_store.now()))
         if time.monotonic() - self._flushed[name] > FLUSH_S:
             self._flush(name)
 
-    def end(self, stage: Stage, variant: str | None, folder: Path, outcome: Outcome) -> None:
+    def end(self, stage: Stage, item: str | None, folder: Path, outcome: Outcome) -> None:
         """Close the child run of a finished stage with its metrics and small files.
 
         Raises:
             StageError: MLflow refused something that this run told it.
         """
-        name = address(stage.name, variant)
+        name = address(stage.name, item)
         self._flush(name)
         made = manifest.load(folder)
         self._write(
@@ -96,9 +96,9 @@ class Tracker:
         self._spool.add(do="end", run=name, status="FINISHED", at=mlflow_store.now())
         self._raise_refusal()
 
-    def fail(self, stage: Stage, variant: str | None, text: str, status: str) -> None:
+    def fail(self, stage: Stage, item: str | None, text: str, status: str) -> None:
         """Close the child run of a stage that failed (FAILED) or was stopped (KILLED)."""
-        name = address(stage.name, variant)
+        name = address(stage.name, item)
         self._flush(name)
         self._write(name, tags={"slmops.error": text[:5000]})
         self._spool.add(do="end", run=name, status=status, at=mlflow_store.now())

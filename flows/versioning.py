@@ -47,9 +47,9 @@ class Outcome:
     total_s: float
 
 
-def address(stage: str, variant: str | None = None) -> str:
+def address(stage: str, item: str | None = None) -> str:
     """DVC's name of a stage: `quantize@q4_0`."""
-    return f"{stage}@{variant}" if variant else stage
+    return f"{stage}@{item}" if item else stage
 
 
 def environment() -> dict[str, str]:
@@ -60,7 +60,7 @@ def environment() -> dict[str, str]:
 def repro(
     root: Path,
     stage: str,
-    variant: str | None = None,
+    item: str | None = None,
     *,
     log: Path,
     on_event: Callable[[Event], None] = lambda event: None,
@@ -78,7 +78,7 @@ def repro(
         StageError: the stage died without a word (killed, out of memory, a bug).
         ArtifactError: DVC's own state is damaged.
     """
-    name = address(stage, variant)
+    name = address(stage, item)
     log.parent.mkdir(parents=True, exist_ok=True)
     events = log.with_suffix(".jsonl")
     events.write_bytes(b"")

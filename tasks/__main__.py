@@ -1,4 +1,4 @@
-"""`python -m tasks STAGE [VARIANT]`: the one command behind every way in."""
+"""`python -m tasks STAGE [ITEM]`: the one command behind every way in."""
 
 import argparse
 import os
@@ -16,9 +16,18 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m tasks", description="Run one stage of the pipeline in a workspace."
     )
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("variant", nargs="?", help="for quantize and validate: one of quantize.variants")
+    parser.add_argument(
+        "item", nargs="?", help="for quantize and validate a variant, for distill a seed of params.yaml"
+    )
     parser.add_argument("--params", type=Path, help="parameters to use instead of params.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="or @FILE, for all that a file like params.yaml names",
+    )
     parser.add_argument("--root", type=Path, default=Path(), help="the workspace (default: here)")
     args = parser.parse_args(argv)
 
@@ -28,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     try:
         events.open_sink(os.environ.get("SLMOPS_EVENTS"))
-        values = params.load(args.params or args.root / "params.yaml", args.overrides)
-        stage.run(STAGES[args.stage], STAGES, values, args.root, args.variant)
+        values = params.load(args.params or args.root / "params.yaml", params.expanded(args.overrides))
+        stage.run(STAGES[args.stage], STAGES, values, args.root, args.item)
         events.finished(time.monotonic() - began)
     except PipelineError as error:
         events.error(type(error).__name__, str(error))

@@ -7,6 +7,7 @@ name. A choice between plug-ins is a union told apart by one field, so a wrong n
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from pathlib import Path
@@ -139,11 +140,11 @@ class Training(Section):
     evaluations: Positive = Field(4, description="validation passes over the run; the best one is kept")
     patience: Positive = Field(2, description="validation passes without improvement before stopping")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: the faster one of this machine")
-    seed: int = 17
 
 
 class Finetune(Training):
     enabled: bool = True
+    seed: int = 17
 
 
 class Distill(Training):
@@ -163,6 +164,20 @@ class Distill(Training):
     top_k: Positive = Field(32, description="teacher targets kept per token; the rest is one tail mass")
     unlabelled_rows: Annotated[int, Field(ge=0)] = Field(0, description="unlabelled prompts that the teacher answers")
     control: bool = Field(False, description="also train the pruned student without the teacher's targets")
+
+
+class Select(Section):
+    """Chance has a share in what a student becomes: of several, the one that goes on."""
+
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = Field(
+        (17,), description="one student each; that of the least validation loss goes on"
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Select":
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("a seed is named twice")
+        return self
 
 
 # --- quantize, validate, package ---------------------------------------------------------------------
@@ -250,6 +265,7 @@ class Params(Section):
     task: Task = Task()
     finetune: Finetune
     distill: Distill
+    select: Select = Select()
     quantize: Quantize
     validate_: Validate = Field(alias="validate")
     package: Package
@@ -288,7 +304,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}: name a readable file with --params") from None
+        raise ConfigError(f"{path}: {error.strerror}: name a readable file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
@@ -308,6 +324,33 @@ def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
     return raw
+
+
+def expanded(overrides: Sequence[str]) -> list[str]:
+    """Overrides as a person gives them: `@FILE` stands for all values of a file like params.yaml, which need not name
+    every section. Never for what comes from a form: it must not name files.
+
+    Raises:
+        ConfigError: there is no such file, or its values are not in sections.
+    """
+    found: list[str] = []
+    for text in overrides:
+        if not text.startswith("@"):
+            found.append(text)
+            continue
+        for section, values in read(Path(text[1:])).items():
+            if not isinstance(values, dict):
+                raise ConfigError(
+                    f"--set {text}: {section} is no section with values: write it as `{section}: {{key: value}}`"
+                )
+            found += [override(f"{section}.{key}", value) for key, value in values.items()]
+    return found
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` in YAML, where JSON's 7e-05 would be a text."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
+    return f"{key}={text.strip().removesuffix('...').strip()}"
 
 
 def check(raw: dict[str, Any], where: str) -> Params:

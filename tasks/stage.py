@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tasks import manifest
 from tasks.errors import ArtifactError, ConfigError, DiskFullError, StageError
@@ -21,57 +22,66 @@ from tasks.params import Params
 class Stage:
     """One row of the pipeline.
 
-    `function(params, *, <role>: Path, ..., out: Path[, variant: str][, scratch: Path][, root: Path])`
-    returns the stage's metrics. `inputs` maps a role to a stage name; the role of a per-variant stage is
-    that variant's folder for a per-variant stage, and the parent of all variants' folders otherwise.
+    `function(params, *, <role>: Path, ..., out: Path[, variant: str | seed: int][, scratch: Path][, root: Path])`
+    returns the stage's metrics. `inputs` maps a role to a stage name; the role of a stage done once per variant or seed
+    is that item's folder for a stage done per the same, and the parent of all items' folders otherwise.
     """
 
     name: str
     function: Callable[..., Mapping[str, float]]
     sections: tuple[str, ...]  # of the params: `section` or `section.key`
     inputs: Mapping[str, str] = field(default_factory=dict)
-    per_variant: bool = False
+    per: Literal["variant", "seed"] | None = None
     scratch: bool = False  # wants a folder that survives a kill
     sources: bool = False  # reads files outside build/: gets the workspace root
     measured: tuple[str, ...] = ()  # files whose bytes differ from run to run
 
+    def items(self, params: Params) -> tuple[str, ...]:
+        """What the stage is done once for each of; empty where it is done once."""
+        if self.per == "variant":
+            return params.quantize.variants
+        return tuple(map(str, params.select.seeds)) if self.per == "seed" else ()
 
-def folder(root: Path, stage: str, variant: str | None = None) -> Path:
-    """Where a stage's output lies."""
-    return root / "build" / stage / variant if variant else root / "build" / stage
+
+def folder(root: Path, stage: str, item: str | None = None) -> Path:
+    """Where a stage's output lies, or that of one of its items."""
+    return root / "build" / stage / item if item else root / "build" / stage
 
 
 def run(
-    stage: Stage, stages: Mapping[str, Stage], params: Params, root: Path, variant: str | None = None
+    stage: Stage, stages: Mapping[str, Stage], params: Params, root: Path, item: str | None = None
 ) -> manifest.Manifest:
     """Run one stage in the workspace `root` and return its manifest.
 
     Raises:
-        ConfigError: the variant is missing, unknown or not among the params' variants.
+        ConfigError: the stage's variant or seed is missing, or not among those of the params.
         ArtifactError: an input is missing or does not match its manifest.
         StageError: another process runs this stage here, or the disk is full.
     """
-    if stage.per_variant and variant not in params.quantize.variants:
-        raise ConfigError(f"{stage.name} works on one variant: name one of {', '.join(params.quantize.variants)}")
-    if variant and not stage.per_variant:
-        raise ConfigError(f"{stage.name} takes no variant, but was given {variant!r}")
+    items = stage.items(params)
+    if stage.per and item not in items:
+        raise ConfigError(f"{stage.name} works on one {stage.per}: name one of {', '.join(items)}")
+    if item and not stage.per:
+        raise ConfigError(f"{stage.name} is done once, for no variant or seed, but was given {item!r}")
 
     paths: dict[str, Path] = {}
     digests: dict[str, str] = {}
     for role, source in stage.inputs.items():
-        fans_in = stages[source].per_variant and not stage.per_variant
-        paths[role] = folder(root, source, variant if stages[source].per_variant else None)
-        for each in params.quantize.variants if fans_in else (None,):
+        shared = stages[source].per == stage.per
+        paths[role] = folder(root, source, item if shared else None)
+        for each in (None,) if shared else stages[source].items(params) or (None,):
             one = paths[role] / each if each else paths[role]
             manifest.verify(one)
             digests[f"{role}/{each}" if each else role] = manifest.digest(one)
 
-    out = folder(root, stage.name, variant)
+    out = folder(root, stage.name, item)
     partial = out.with_name(f".{out.name}.partial")
-    with _only_one(out.with_name(f".{out.name}.lock"), f"{stage.name} {variant or ''}".strip(), root):
+    with _only_one(out.with_name(f".{out.name}.lock"), f"{stage.name} {item or ''}".strip(), root):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        extra: dict[str, object] = {"variant": variant} if stage.per_variant else {}
+        extra: dict[str, object] = {}
+        if item:
+            extra = {"variant": item} if stage.per == "variant" else {"seed": int(item)}
         identity = params.digest(stage.sections)
         scratch = out.with_name(f".{out.name}.scratch")
         if stage.scratch:

@@ -19,18 +19,21 @@ def _late(name: str) -> Callable[..., Mapping[str, float]]:
 _ROWS = (
     Stage("acquire", _late("acquire"), ("acquire", "task"), sources=True, scratch=True),
     Stage("finetune", _late("finetune"), ("finetune", "task"), {"source": "acquire"}, scratch=True),
-    Stage("distill", _late("distill"), ("distill", "task"), {"source": "acquire", "teacher": "finetune"}, scratch=True),
+    Stage(
+        "distill", _late("distill"), ("distill", "task"), {"source": "acquire", "teacher": "finetune"}, per="seed", scratch=True,
+    ),
+    Stage("select", _late("select"), ("select",), {"students": "distill"}),
     # HF -> F16 GGUF, once for all variants; the teacher's file is the yardstick of size and speed.
-    Stage("convert", _late("convert"), (), {"teacher": "finetune", "student": "distill"}),
-    Stage("quantize", _late("quantize"), ("quantize.onnx",), {"student": "distill", "converted": "convert"}, per_variant=True),
+    Stage("convert", _late("convert"), (), {"teacher": "finetune", "student": "select"}),
+    Stage("quantize", _late("quantize"), ("quantize.onnx",), {"student": "select", "converted": "convert"}, per="variant"),
     Stage(
         "validate", _late("validate"), ("validate", "task"),
-        {"source": "acquire", "distilled": "distill", "converted": "convert", "artifact": "quantize"},
-        per_variant=True, measured=("measurements.json", "verdict.json"),
+        {"source": "acquire", "distilled": "select", "converted": "convert", "artifact": "quantize"},
+        per="variant", measured=("measurements.json", "verdict.json"),
     ),
     Stage(
         "package", _late("package"), ("package", "quantize.variants"),
-        {"source": "acquire", "student": "distill", "artifacts": "quantize", "verdicts": "validate"},
+        {"source": "acquire", "student": "select", "artifacts": "quantize", "verdicts": "validate"},
         measured=("report.json",),
     ),
 )  # fmt: skip

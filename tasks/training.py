@@ -149,6 +149,8 @@ def train(
     objective: Objective,
     scratch: Path,
     label: str,
+    *,
+    seed: int,
 ) -> list[dict[str, float]]:
     """Train `model` in place, keep the weights of the best validation loss, return the history.
 
@@ -160,7 +162,7 @@ def train(
     """
     import torch
 
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(seed)
     dtype = models.arithmetic(settings.precision)
     events.note(f"{label}: computes in {dtype}")
     models.cast(model, torch.float32)
@@ -175,7 +177,7 @@ def train(
         masters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
 
-    steps = batches([len(row.ids) for row in rows], settings.batch_tokens, settings.seed, settings.epochs)
+    steps = batches([len(row.ids) for row in rows], settings.batch_tokens, seed, settings.epochs)
     evaluate_at = {round(len(steps) * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     state = _State(scratch / f"{label}.safetensors", optimizer, masters)
     saved, pause = time.monotonic(), CHECKPOINT_SECONDS

@@ -30,10 +30,10 @@ FILES = ("dvc.yaml", ".dvcignore", ".gitignore", "constraints.txt")
 TOY = """
 import json, os, time
 from pathlib import Path
-from tasks import errors, events
+from tasks import cores, errors, events
 
-def {stage}(params, *, out, variant=None, **rest):
-    name = "{stage}" + ("-" + variant if variant else "")
+def {stage}(params, *, out, variant=None, seed=None, **rest):
+    name = "{stage}" + ("-" + variant if variant else f"-{{seed}}" if seed else "")
     with open(os.environ["TOY_LOG"], "a") as log:
         log.write(name + "\\n")
     told = os.environ.get("TOY_WAIT_FILE")
@@ -77,8 +77,10 @@ JUDGED = {
 BODIES = {
     "acquire": """(out / "lineage.json").write_text(json.dumps({"model": {}, "data": {"source": "toy", "sha256": {"train.jsonl": "0" * 64}, "rows": {"train": 3}}}))""",
     "finetune": """(out / "history.json").write_text(json.dumps([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]))""",
-    "distill": f"""(out / "history.json").write_text(json.dumps([{{"step": 1, "loss": params.distill.epochs}}]))
+    "distill": f"""(out / "history.json").write_text(json.dumps([{{"step": 1, "loss": params.distill.epochs, "threads": cores.threads()}}]))
     (out / "models.json").write_text(json.dumps({ {"teacher": MODEL, "distilled": MODEL} }))""",
+    "select": """chosen = rest["students"] / str(params.select.seeds[0])
+    [(out / name).write_bytes((chosen / name).read_bytes()) for name in ("history.json", "models.json")]""",
     "convert": """(out / "teacher.gguf").write_bytes(b"t" * 1000)""",
     "quantize": """(out / "model.gguf").write_bytes(variant.encode() * 100)""",
     "validate": f"""[(out / (name + ".json")).write_text(json.dumps(value)) for name, value in {JUDGED}.items()]""",
@@ -207,11 +209,11 @@ def commit(root: Path) -> str:
 
 
 def environment(root: Path, **extra: str) -> dict[str, str]:
-    """Servers and their databases apart from the person's own, toys told what to do."""
+    """Servers and their databases apart from the person's own, toys told what to do. An empty value: it is not set."""
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PREFECT_", "SLMOPS_"))
     }
-    return {
+    made = {
         **kept,
         "PREFECT_HOME": str(Path(_servers().name) / "prefect"),
         "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(ROOT))),  # the code beside these tests
@@ -219,6 +221,7 @@ def environment(root: Path, **extra: str) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
         **extra,
     }
+    return {name: value for name, value in made.items() if value}
 
 
 def slmops(root: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:

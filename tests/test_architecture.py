@@ -178,12 +178,14 @@ def test_dvc_has_the_stages_in_order(dvc: dict) -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_dvc_says_what_the_stage_says(dvc: dict, name: str) -> None:
     stage, written = STAGES[name], dvc["stages"][name]
-    part = "/${item.variant}" if stage.per_variant else ""
-    assert written["cmd"] == f"infra/python -m tasks {name}" + (" ${item.variant}" if stage.per_variant else "")
-    assert written.get("matrix") == ({"variant": "${quantize.variants}"} if stage.per_variant else None)
-    assert written["outs"] == [f"build/{name}{part}"]
+    lists = {"variant": "${quantize.variants}", "seed": "${select.seeds}"}
+    item = f"${{item.{stage.per}}}"
+    assert written["cmd"] == f"infra/python -m tasks {name}" + (f" {item}" if stage.per else "")
+    assert written.get("matrix") == ({stage.per: lists[stage.per]} if stage.per else None)
+    assert written["outs"] == [f"build/{name}/{item}" if stage.per else f"build/{name}"]
     assert written.get("params", []) == list(stage.sections)
-    folders = {f"build/{s}" + (part if STAGES[s].per_variant else "") for s in stage.inputs.values()}
+    ours = f"/{item}" if stage.per else ""
+    folders = {f"build/{s}" + (ours if STAGES[s].per == stage.per else "") for s in stage.inputs.values()}
     deps = set(written["deps"])
     assert {dep for dep in deps if dep.startswith("build/")} == folders
     assert ("${acquire.watch}" in deps) == stage.sources

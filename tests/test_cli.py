@@ -57,7 +57,7 @@ def test_every_command_takes_params_and_overrides(command: list[str], capsys: py
         (["run", "--set", "quantize.variants=[]"], "quantize.variants"),
         (["run", "--worktree", "--commit", "nowhere"], "invalid object name 'nowhere'"),
         (["stage", "quantize"], "name one of q8_0, q4_0"),
-        (["stage", "distill"], "build/acquire/manifest.json is missing: run that stage first"),
+        (["stage", "distill", "17"], "build/acquire/manifest.json is missing: run that stage first"),
         (["register"], "bundle.json is missing: run `package` first"),
         (["report"], "bundle.json is missing"),
         (["approve", "1", "--by", "Ada", "--reason", ""], "must not be empty"),
@@ -119,7 +119,7 @@ def test_a_plan_tells_all_of_a_run_before_any_work(tmp_path: Path) -> None:
     checked = params.load(DEFAULTS, ["finetune.epochs=2.0", "finetune.batch_tokens=1000"])
     slow, fast = (plan.predict(ROOT, checked, flops, flops) for flops in (1e10, 1e12))
     assert list(slow.sizes) == list(checked.quantize.variants)
-    assert [work.stage for work in slow.work] == ["acquire", "finetune", "distill", "convert", "quantize", "validate", "package"]  # fmt: skip
+    assert [work.stage for work in slow.work] == ["acquire", "finetune", "distill", "select", "convert", "quantize", "validate", "package"]  # fmt: skip
     tuned = slow.work[1]
     assert tuned.tokens is not None
     assert tuned.steps == tuned.tokens // 1000

@@ -157,7 +157,7 @@ def test_a_run_is_started_and_approved_over_http(servers: Servers) -> None:
     chosen = {**TOYS, "budget": {"distill_epochs": 2.0}, "settings": {"distill.learning_rate": 7e-05}}
     run = servers.run("train-and-release", chosen)
     waiting = servers.wait(run, "Suspended")
-    assert len(started(servers.root)) == sum(2 if stage.per_variant else 1 for stage in STAGES.values())
+    assert len(started(servers.root)) == sum(2 if stage.per == "variant" else 1 for stage in STAGES.values())
     assert servers.aliases() == {"candidate": "1"}
     question = servers.question(run)
     assert "Release **home-commands version 1**" in question
@@ -172,7 +172,7 @@ def test_a_run_is_started_and_approved_over_http(servers: Servers) -> None:
     servers.decide(run, decision="approve", name="Ada", reason="passed all gates")
     servers.wait(run, "Completed")
     assert servers.aliases() == {"champion": "1"}
-    assert len(started(servers.root)) == 9  # the flow began anew, the stages did not
+    assert len(started(servers.root)) == 10  # the flow began anew, the stages did not
     assert "approve   version 1    by Ada: passed all gates" in servers.history()
     saved = servers.artifact(run, "saved")
     assert f"on branch runs/{name}" in saved

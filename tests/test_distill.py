@@ -10,7 +10,7 @@ import torch
 from conftest import ROOMS, tiny_rows, write_jsonl
 from transformers import AutoTokenizer
 
-from tasks import chat, generation, models, packing, params, training
+from tasks import chat, generation, manifest, models, packing, params, training
 from tasks.distill import distill, pruning
 from tasks.distill.pruning import _remove, prune
 from tasks.distill.targets import cache_targets, distillation, forward_kl
@@ -18,6 +18,7 @@ from tasks.errors import ArtifactError, ConfigError
 from tasks.finetune import finetune
 from tasks.params import Distill, Training
 from tasks.scoring import METRICS
+from tasks.select import select
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def learned(source: Path) -> Any:
     settings = Training(epochs=30.0, learning_rate=5e-3, batch_tokens=256, evaluations=1, freeze_embeddings=False)
     scratch = source / "scratch"
     scratch.mkdir()
-    training.train(model, rows, rows[:4], settings, training.cross_entropy(model), scratch, "t")
+    training.train(model, rows, rows[:4], settings, training.cross_entropy(model), scratch, "t", seed=17)
     return models.cast(model, torch.float32), tokenizer, rows  # bf16 rounds near-ties differently from shape to shape
 
 
@@ -71,7 +72,7 @@ def test_kl_over_the_tail_is_a_lower_bound_that_grows_with_k() -> None:
 def test_cached_targets_are_the_teachers_distribution(learned: Any, tmp_path: Path) -> None:
     model, _, rows = learned
     settings = Distill(epochs=1.0, learning_rate=1e-3, top_k=4)
-    lookup = cache_targets(model, rows, settings, tmp_path / "t.safetensors")
+    lookup = cache_targets(model, rows, settings, tmp_path / "t.safetensors", 17)
     ids, predicts = torch.tensor([rows[3].ids]), torch.tensor(rows[3].target[1:])
     with torch.no_grad():
         want = model(input_ids=ids).logits[0, :-1][predicts].float().log_softmax(-1).topk(4)
@@ -85,7 +86,7 @@ def test_cached_targets_are_the_teachers_distribution(learned: Any, tmp_path: Pa
 def test_a_student_that_is_its_teacher_has_nothing_left_to_learn(learned: Any, tmp_path: Path) -> None:
     model, _, rows = learned
     settings = Distill(epochs=1.0, learning_rate=1e-3, soft_weight=1.0, temperature=2.0)
-    lookup = cache_targets(model, rows, settings, tmp_path / "t.safetensors")
+    lookup = cache_targets(model, rows, settings, tmp_path / "t.safetensors", 17)
     objective = distillation(model, lookup, settings)
     packed = packing.pack(rows[:3], model.device)
     with torch.no_grad():
@@ -180,7 +181,7 @@ def test_the_chain_from_source_to_student(source: Path, values: params.Params, t
         (tmp_path / name).mkdir()
     finetune(values, source=source, out=tmp_path / "teacher", scratch=tmp_path / "s1")
     metrics = distill(
-        values, source=source, teacher=tmp_path / "teacher", out=tmp_path / "student", scratch=tmp_path / "s2"
+        values, source=source, teacher=tmp_path / "teacher", seed=17, out=tmp_path / "student", scratch=tmp_path / "s2"
     )
     report = json.loads((tmp_path / "student/models.json").read_text())
     assert set(report) == {"base", "pruned", "distilled", "teacher", "control"}
@@ -212,3 +213,32 @@ def test_models_with_different_vocabularies_are_not_distilled(tiny_model_folder:
         models.check_same_vocabulary(tiny_model_folder, tmp_path / "other")
     with pytest.raises(ArtifactError, match="embedding only 49152 rows"):
         models.check_same_vocabulary(tmp_path / "other", tmp_path / "other")
+
+
+def test_of_several_students_the_one_that_validates_best_goes_on(tiny_params: dict, tmp_path: Path) -> None:
+    tiny_params["select"] = {"seeds": [1, 2, 3]}
+    for seed, loss, right in ((1, 0.3, 0.9), (2, 0.1, 0.7), (3, 0.2, 0.8), (4, 0.05, 1.0)):  # 4: of an earlier run
+        student = tmp_path / "students" / str(seed)
+        (student / "model").mkdir(parents=True)
+        (student / "model" / "model.safetensors").write_text(f"weights of {seed}")
+        metrics = {"validation_loss": loss, "accuracy": right}
+        manifest.write(student, stage="distill", params="", inputs={}, measured=(), metrics=metrics)
+    (tmp_path / "out").mkdir()
+    metrics = select(params.check(tiny_params, "tiny"), students=tmp_path / "students", out=tmp_path / "out")
+    assert (tmp_path / "out/model/model.safetensors").read_text() == "weights of 2"
+    assert (metrics["seed"], metrics["accuracy"], metrics["accuracy_mean"]) == (2, 0.7, pytest.approx(0.8))
+    assert metrics["accuracy_sd"] == pytest.approx(0.1)
+    told = json.loads((tmp_path / "out/students.json").read_text())
+    assert [each["seed"] for each in told if each["chosen"]] == [2]
+    assert not (tmp_path / "out/manifest.json").exists()  # the stage writes its own
+
+
+def test_a_seed_makes_a_student_of_its_own(source: Path, values: params.Params, tmp_path: Path) -> None:
+    weights = []
+    for name, seed in (("a", 1), ("b", 2), ("c", 1)):
+        (tmp_path / name / "scratch").mkdir(parents=True)
+        distill(
+            values, source=source, teacher=source, seed=seed, out=tmp_path / name, scratch=tmp_path / name / "scratch"
+        )
+        weights.append((tmp_path / name / "model/model.safetensors").read_bytes())
+    assert weights[0] == weights[2] != weights[1]

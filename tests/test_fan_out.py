@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,13 @@ from flows import mlflow_store, servers
 pytest.importorskip("prefect_dask", reason="prefect-dask is not installed: pip install 'slmops[dask]'")
 
 DASK = ["--set", "machine.runner=dask"]
+ALONE = {"OMP_NUM_THREADS": ""}  # not set: training takes all cores, and its bytes depend on how many those are
 CLUSTER = """
 import sys
 from distributed import LocalCluster
 
 if __name__ == "__main__":
-    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=int(sys.argv[1]), threads_per_worker=2, dashboard_address=None) as cluster:
         print(cluster.scheduler_address, flush=True)
         sys.stdin.read()
 """
@@ -81,7 +83,7 @@ def kill(root: Path, stage: str, number: int = signal.SIGKILL) -> Callable[[subp
 def test_two_worker_processes_give_the_same_digests_as_threads(toy: Path, tmp_path: Path) -> None:
     on_dask = tmp_path / "dask"
     shutil.copytree(toy, on_dask)
-    done = run_toy(toy)
+    done = run_toy(toy, **ALONE)
     assert done.returncode == 0, done.stderr
 
     seen: set[int] = set()
@@ -91,7 +93,7 @@ def test_two_worker_processes_give_the_same_digests_as_threads(toy: Path, tmp_pa
         return False
 
     waits = json.dumps({f"quantize-{variant}": 2 for variant in ("q8_0", "q4_0")})
-    code, said = during(on_dask, look, "--name", "one", TOY_WAIT=waits)
+    code, said = during(on_dask, look, "--name", "one", TOY_WAIT=waits, **ALONE)
     assert code == 0, said
     assert len(seen) == 2
     assert digests(on_dask) == digests(toy)
@@ -99,7 +101,7 @@ def test_two_worker_processes_give_the_same_digests_as_threads(toy: Path, tmp_pa
     assert "quantize-q4_0        done" in said
     assert set(dict(runs(on_dask)).values()) == {"FINISHED"}
     store = mlflow_store.client(on_dask)
-    (found,) = store.search_runs([mlflow_store.experiment(store, on_dask)], "tags.mlflow.runName = 'distill'")
+    (found,) = store.search_runs([mlflow_store.experiment(store, on_dask)], "tags.mlflow.runName = 'distill@17'")
     assert [point.value for point in store.get_metric_history(found.info.run_id, "loss")] == [1, 1 / 2, 1 / 3, 1 / 4]
 
 
@@ -126,7 +128,7 @@ def test_a_stage_that_fails_on_a_worker_fails_as_ours(toy: Path) -> None:
 
 @pytest.mark.slow
 def test_the_work_of_a_killed_worker_is_done_by_another(toy: Path) -> None:
-    code, said = during(toy, kill(toy, "distill"), "--name", "one", TOY_WAIT=json.dumps({"distill": 10}))
+    code, said = during(toy, kill(toy, "distill-17"), "--name", "one", TOY_WAIT=json.dumps({"distill-17": 10}))
     assert code == 0, said
     assert set(dict(runs(toy)).values()) == {"FINISHED"}
     assert started(toy)[-1] == "package"
@@ -139,25 +141,25 @@ def test_where_every_worker_is_killed_the_run_fails_truly(toy: Path) -> None:
         api = f"{servers.running(toy).prefect}/api"
         where = {"PREFECT_API_URL": api, "PREFECT_HOME": str(toy / "prefect"), "MLFLOW_TRACKING_URI": ""}
         arguments = ["--name", "one", "--set", "machine.retries=0"]
-        code, said = during(toy, kill(toy, "distill"), *arguments, TOY_WAIT=json.dumps({"distill": 10}), **where)
+        code, said = during(toy, kill(toy, "distill-17"), *arguments, TOY_WAIT=json.dumps({"distill-17": 10}), **where)
         assert code == 1
-        assert "error: distill: each Dask worker that worked on it was killed" in said.splitlines()[-1]
+        assert "error: distill-17: each Dask worker that worked on it was killed" in said.splitlines()[-1]
         states = {run["name"]: run["state_type"] for run in ask(f"{api}/task_runs/filter", {})}
-        assert states == {"acquire": "COMPLETED", "finetune": "COMPLETED", "distill": "CRASHED"}
+        assert states == {"acquire": "COMPLETED", "finetune": "COMPLETED", "distill-17": "CRASHED"}
     finally:
         stop(up)
-    assert dict(runs(toy)) == {"one": "FAILED", "acquire": "FINISHED", "finetune": "FINISHED", "distill": "FAILED"}
+    assert dict(runs(toy)) == {"one": "FAILED", "acquire": "FINISHED", "finetune": "FINISHED", "distill@17": "FAILED"}
     wait_for(lambda: not left_at_work(toy))
     again = run_toy(toy, "--set", "machine.runner=threads")
     assert again.returncode == 0, again.stderr
     assert started(toy).count("finetune") == 1
 
 
-@pytest.fixture
-def cluster(toy: Path) -> Iterator[str]:
-    """The address of a cluster that was there before the run and stays."""
+@contextmanager
+def cluster(root: Path, count: int, **extra: str) -> Iterator[str]:
+    """The address of a cluster that was there before the run and stays, with so many worker processes."""
     process = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER], cwd=toy, env=environment(toy, TOY_WAIT=json.dumps({"distill": 8})),
+        [sys.executable, "-c", CLUSTER, str(count)], cwd=root, env=environment(root, **extra),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdin
@@ -168,16 +170,53 @@ def cluster(toy: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_stops_its_stage_on_a_cluster_that_stays(toy: Path, cluster: str) -> None:
-    def look(run: subprocess.Popen[str]) -> bool:
-        if "distill" in started(toy):
-            run.send_signal(signal.SIGTERM)
-        return "distill" in started(toy)
+def test_students_of_two_seeds_train_at_once_on_two_workers_and_one_after_another_here(
+    toy: Path, tmp_path: Path
+) -> None:
+    on_dask = tmp_path / "dask"
+    shutil.copytree(toy, on_dask)
+    seeds = ["--set", "select.seeds=[1, 2]"]
+    waits = {"TOY_WAIT": json.dumps({"distill-1": 4, "distill-2": 4}), **ALONE}
+    done = run_toy(toy, *seeds, **waits)
+    assert done.returncode == 0, done.stderr
+    most: list[int] = []
 
-    code, said = during(toy, look, "--name", "stopped", DASK_SCHEDULER_ADDRESS=cluster)
-    assert code == 143, said
-    assert workers(toy) == set()
-    assert dict(runs(toy)) == {"stopped": "KILLED", "acquire": "FINISHED", "finetune": "FINISHED", "distill": "KILLED"}
-    code, said = during(toy, lambda run: False, DASK_SCHEDULER_ADDRESS=cluster)
+    def look(run: subprocess.Popen[str]) -> bool:
+        most.append(len(workers(on_dask) - {run.pid}) if "convert" not in started(on_dask) else 0)
+        return False
+
+    with cluster(on_dask, 2, **waits) as address:
+        code, said = during(on_dask, look, *seeds, DASK_SCHEDULER_ADDRESS=address, **ALONE)
     assert code == 0, said
+    assert max(most) == 2
+    assert digests(on_dask) == digests(toy)  # the number of threads among them, on which real training's bytes depend
+    assert {"distill/1/history.json", "distill/2/history.json", "select/history.json"} <= digests(toy).keys()
+    ends = {name: run for name, run in spans(toy).items() if name.startswith("distill")}
+    first, second = sorted(ends.values())
+    assert first[1] <= second[0]
+
+
+def spans(root: Path) -> dict[str, tuple[int, int]]:
+    """When each stage began and ended, as MLflow has it."""
+    store = mlflow_store.client(root)
+    found = store.search_runs([mlflow_store.experiment(store, root)])
+    return {run.data.tags["mlflow.runName"]: (run.info.start_time, run.info.end_time) for run in found}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_stops_its_stage_on_a_cluster_that_stays(toy: Path) -> None:
+    def look(run: subprocess.Popen[str]) -> bool:
+        if "distill-17" in started(toy):
+            run.send_signal(signal.SIGTERM)
+        return "distill-17" in started(toy)
+
+    with cluster(toy, 1, TOY_WAIT=json.dumps({"distill-17": 8})) as address:
+        code, said = during(toy, look, "--name", "stopped", DASK_SCHEDULER_ADDRESS=address)
+        assert code == 143, said
+        assert workers(toy) == set()
+        assert dict(runs(toy)) == {
+            "stopped": "KILLED", "acquire": "FINISHED", "finetune": "FINISHED", "distill@17": "KILLED",
+        }  # fmt: skip
+        code, said = during(toy, lambda run: False, DASK_SCHEDULER_ADDRESS=address)
+        assert code == 0, said
     assert started(toy).count("finetune") == 1

@@ -11,16 +11,26 @@ from pathlib import Path
 import pytest
 from checkout import digests, dvc_python, environment, make_toy, slmops, started
 
+from tasks.stage import folder
 from tasks.stages import STAGES
 
 DEADLINE_S = 300
 VARIANT = "q8_0"
+ITEMS = {"variant": VARIANT, "seed": "17", None: None}
 OVERRIDES = ["--set", f"quantize.variants=[{VARIANT}]"]
 
 
 def command(root: Path, stage: str) -> list[str]:
-    variant = [VARIANT] if STAGES[stage].per_variant else []
-    return [sys.executable, "-m", "tasks", stage, *variant, "--root", str(root), *OVERRIDES]
+    return [
+        sys.executable,
+        "-m",
+        "tasks",
+        stage,
+        *filter(None, [ITEMS[STAGES[stage].per]]),
+        "--root",
+        str(root),
+        *OVERRIDES,
+    ]
 
 
 def run(root: Path, stage: str) -> subprocess.CompletedProcess[str]:
@@ -28,7 +38,7 @@ def run(root: Path, stage: str) -> subprocess.CompletedProcess[str]:
 
 
 def output(root: Path, stage: str) -> Path:
-    return root / "build" / stage / VARIANT if STAGES[stage].per_variant else root / "build" / stage
+    return folder(root, stage, ITEMS[STAGES[stage].per])
 
 
 def killed(root: Path, stage: str) -> None:

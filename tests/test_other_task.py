@@ -34,15 +34,15 @@ def test_a_classification_file_runs_to_verdicts(tiny_workspace: Path) -> None:
     variants = values.quantize.variants
     # But `package`, which refuses: llama.cpp does not know how the tiny model's tokenizer splits text.
     for each in (stage for name, stage in STAGES.items() if name != "package"):
-        for variant in variants if each.per_variant else (None,):
-            run(each, STAGES, values, tiny_workspace, variant)
+        for item in each.items(values) or (None,):
+            run(each, STAGES, values, tiny_workspace, item)
     sizes = {
         split: len((tiny_workspace / f"build/acquire/data/{split}.jsonl").read_text().splitlines())
         for split in ("train", "validation", "test")
     }
     assert sum(sizes.values()) == 64
     assert all(sizes.values())
-    report = json.loads((tiny_workspace / "build/distill/models.json").read_text())
+    report = json.loads((tiny_workspace / "build/select/models.json").read_text())
     assert set(report["teacher"]["per_group"]) == {"positive", "negative"}
     # A tiny untrained model learns to answer with a label at all; which of the two is more than it can learn here.
     assert report["base"]["accuracy"] == 0.0

@@ -39,7 +39,7 @@ def test_1e_4_without_a_dot_is_explained(tmp_path: Path) -> None:
 
 
 def test_a_quoted_number_and_a_boolean_are_not_numbers(tmp_path: Path) -> None:
-    text = problems(tmp_path, "finetune.epochs='2'", "distill.seed=true")
+    text = problems(tmp_path, "finetune.epochs='2'", "finetune.seed=true")
     assert "2 problems" in text
 
 
@@ -89,3 +89,28 @@ def test_a_stage_sees_only_its_sections() -> None:
     assert view.validate_.windows
     with pytest.raises(AttributeError):
         _ = view.distill
+
+
+def test_a_file_of_overrides_replaces_whole_values_and_later_ones_win(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "acquire:\n  model: {source: hub, repo: some/model, revision: "
+        + "a" * 40
+        + "}\nfinetune: {learning_rate: 7.0e-5}\n"
+    )
+    given = params.expanded([f"@{recipe}", "finetune.epochs=2.0"])
+    values = params.load(DEFAULTS, given)
+    assert values.acquire.model == params.HubModel(source="hub", repo="some/model", revision="a" * 40)
+    assert (values.finetune.learning_rate, values.finetune.epochs) == (7e-5, 2.0)
+    assert values.distill == params.load(DEFAULTS).distill
+    assert params.load(DEFAULTS, [*given, "finetune.learning_rate=1.0e-3"]).finetune.learning_rate == 1e-3
+
+
+def test_a_file_of_overrides_is_refused_where_it_has_no_sections_and_never_read_from_a_form(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("learning_rate: 1.0e-3\n")
+    with pytest.raises(ConfigError, match="learning_rate is no section with values"):
+        params.expanded([f"@{tmp_path / 'r.yaml'}"])
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
+        params.expanded(["@none.yaml"])
+    with pytest.raises(ConfigError, match="unknown key"):
+        params.load(DEFAULTS, [params.override(f"@{tmp_path / 'r.yaml'}", 1)])

@@ -109,16 +109,16 @@ def run_toy(root: Path, *arguments: str, **extra: str) -> subprocess.CompletedPr
 def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
     done = run_toy(toy, "--name", "one", HF_TOKEN="hf_planted")
     assert done.returncode == 0, done.stderr
-    everything = ["acquire", "finetune", "distill", "convert"]
+    everything = ["acquire", "finetune", "distill-17", "select", "convert"]
     variants = {f"{stage}-{variant}" for stage in ("quantize", "validate") for variant in ("q8_0", "q4_0")}
-    assert started(toy)[:4] == everything
-    assert set(started(toy)[4:-1]) == variants
+    assert started(toy)[:5] == everything
+    assert set(started(toy)[5:-1]) == variants
     assert started(toy)[-1] == "package"
     assert "q4_0" in done.stderr
     assert "version 1 registered" in done.stdout
 
     names = dict(runs(toy))
-    assert names == dict.fromkeys(("one", *everything, "quantize@q8_0", "quantize@q4_0", "validate@q8_0", "validate@q4_0", "package"), "FINISHED")  # fmt: skip
+    assert names == dict.fromkeys(("one", "acquire", "finetune", "distill@17", "select", "convert", "quantize@q8_0", "quantize@q4_0", "validate@q8_0", "validate@q4_0", "package"), "FINISHED")  # fmt: skip
     store = mlflow_store.client(toy)
     by_name = {run.data.tags["mlflow.runName"]: run for run in store.search_runs([mlflow_store.experiment(store, toy)])}
     parent, child = by_name["one"], by_name["validate@q4_0"]
@@ -126,7 +126,7 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
     assert child.data.tags["slmops.cached"] == "false"
     assert child.data.metrics["accuracy"] == 0.9
     assert child.data.metrics["ttft_s.p95"] == 0.2
-    assert [point.value for point in store.get_metric_history(by_name["distill"].info.run_id, "loss")] == [1, 1 / 2, 1 / 3, 1 / 4]  # fmt: skip
+    assert [point.value for point in store.get_metric_history(by_name["distill@17"].info.run_id, "loss")] == [1, 1 / 2, 1 / 3, 1 / 4]  # fmt: skip
     assert parent.data.params["package.name"] == "home-commands"
     assert parent.data.tags["slmops.git_commit"] == git(toy, "rev-parse", "HEAD")
     assert len(parent.data.tags["slmops.dvc_lock"]) == 64
@@ -141,7 +141,7 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
 
     with sqlite3.connect(Path(environment(toy)["PREFECT_HOME"]) / "prefect.db") as prefect:
         (data,) = prefect.execute("select data from artifact where key = 'result' order by created desc").fetchone()
-        known = {"distill", "quantize-q4_0", "validate-q8_0"}  # the server writes them down when it comes to it
+        known = {"distill-17", "quantize-q4_0", "validate-q8_0"}  # the server writes them down when it comes to it
         wait_for(lambda: known <= {name for (name,) in prefect.execute("select name from task_run")})
         pictures = dict(prefect.execute("select key, data from artifact where type = 'image'"))
     assert "| q4_0 | pass | 0.900 |" in data
@@ -153,8 +153,8 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
 
     again = run_toy(toy, "--name", "two")
     assert again.returncode == 0, again.stderr
-    assert len(started(toy)) == 9
-    assert again.stdout.count("up to date") == 9
+    assert len(started(toy)) == 10
+    assert again.stdout.count("up to date") == 10
     assert "version 1 was registered before" in again.stdout
 
 
@@ -196,14 +196,19 @@ def test_a_bug_in_a_stage_is_told_with_its_log(toy: Path) -> None:
 def test_a_run_that_is_stopped_ends_truly(toy: Path, number: signal.Signals) -> None:
     # Where pytest itself runs in a shell's background, SIGINT is ignored, and would be by what it starts.
     command = ["env", "--default-signal=INT", SLMOPS, "run", "--name", "stopped"]
-    env = environment(toy, PREFECT_API_URL=prefect_server(), TOY_WAIT=json.dumps({"distill": 600}))
+    env = environment(toy, PREFECT_API_URL=prefect_server(), TOY_WAIT=json.dumps({"distill-17": 600}))
     with subprocess.Popen(command, cwd=toy, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        wait_for(lambda: "distill" in started(toy))
+        wait_for(lambda: "distill-17" in started(toy))
         run.send_signal(number)
         _, said = run.communicate(timeout=DEADLINE_S)
     assert run.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert said.splitlines()[-1].startswith("error: stopped")
-    assert dict(runs(toy)) == {"stopped": "KILLED", "acquire": "FINISHED", "finetune": "FINISHED", "distill": "KILLED"}
+    assert dict(runs(toy)) == {
+        "stopped": "KILLED",
+        "acquire": "FINISHED",
+        "finetune": "FINISHED",
+        "distill@17": "KILLED",
+    }
 
     again = run_toy(toy)
     assert again.returncode == 0, again.stderr
@@ -212,9 +217,9 @@ def test_a_run_that_is_stopped_ends_truly(toy: Path, number: signal.Signals) -> 
 
 def test_a_second_run_is_refused_by_name(toy: Path) -> None:
     command = [SLMOPS, "run", "--name", "long"]
-    env = environment(toy, TOY_WAIT=json.dumps({"distill": 600}))
+    env = environment(toy, TOY_WAIT=json.dumps({"distill-17": 600}))
     with subprocess.Popen(command, cwd=toy, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
-        wait_for(lambda: "distill" in started(toy))
+        wait_for(lambda: "distill-17" in started(toy))
         before = (toy / "params.yaml").read_text()
         second = slmops(toy, "run", "--name", "second", "--set", "distill.epochs=9.0")
         run.kill()
@@ -228,7 +233,7 @@ def test_a_second_run_is_refused_by_name(toy: Path) -> None:
     assert third.returncode == 0, third.stderr
     assert started(toy).count("finetune") == 1
     assert runs(toy).count(("long", "KILLED")) == 1
-    assert runs(toy).count(("distill", "KILLED")) == 1
+    assert runs(toy).count(("distill@17", "KILLED")) == 1
     wait_for(lambda: not carriers(run.pid))
 
 

@@ -67,7 +67,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def begin(root: Path, seconds: float, *more: str, **extra: str) -> Up:
     """Servers whose runs are in `distill` for that long."""
-    (root / "toy.wait").write_text(json.dumps({"distill": seconds}))
+    (root / "toy.wait").write_text(json.dumps({"distill-17": seconds}))
     return start(root, *more, TOY_LOG=str(root / "toy.log"), TOY_WAIT_FILE=str(root / "toy.wait"), **extra)
 
 
@@ -81,7 +81,7 @@ def up(toy: Path) -> Iterator[Up]:
 def test_a_killed_run_ends_truly_within_two_minutes_and_a_retry_takes_it_up(up: Up) -> None:
     servers = Servers(up)
     run = servers.run("train-and-release", ONE)
-    wait_for(lambda: "distill" in started(up.root))
+    wait_for(lambda: "distill-17" in started(up.root))
     name = ask(f"{servers.prefect}/flow_runs/{run}")["name"]
     time.sleep(1)  # a first sign of life is on its way
     killed = time.monotonic()
@@ -92,10 +92,10 @@ def test_a_killed_run_ends_truly_within_two_minutes_and_a_retry_takes_it_up(up: 
     )
     assert time.monotonic() - killed < TRUE_WITHIN_S
     assert "no sign of life for 75 seconds" in ask(f"{servers.prefect}/flow_runs/{run}")["state"]["message"]
-    assert statuses(up.root, "distill") == ["KILLED"]
+    assert statuses(up.root, "distill@17") == ["KILLED"]
     tasks = {each["name"]: each["state_type"] for each in ask(f"{servers.prefect}/task_runs/filter", {})}
-    assert (tasks["finetune"], tasks["distill"], "RUNNING" in tasks.values()) == ("COMPLETED", "CRASHED", False)
-    assert "Prefect was told that these tasks ended with their run: distill" in up.text()
+    assert (tasks["finetune"], tasks["distill-17"], "RUNNING" in tasks.values()) == ("COMPLETED", "CRASHED", False)
+    assert "Prefect was told that these tasks ended with their run: distill-17" in up.text()
     assert not processes(up, "-m tasks")
     assert [each.state for each in workspace.runs(up.root)] == ["stopped"]
     assert f"MLflow was told what run {name} left" in up.text()
@@ -112,7 +112,7 @@ def test_a_run_goes_on_when_its_worker_and_its_servers_are_killed(toy: Path) -> 
     try:
         servers = Servers(up)
         run = servers.run("train-and-release", ONE)
-        wait_for(lambda: "distill" in started(up.root))
+        wait_for(lambda: "distill-17" in started(up.root))
         for words in ("prefect worker start", "prefect server start", "mlflow server"):
             for pid in processes(up, words):
                 os.kill(pid, signal.SIGKILL)
@@ -120,9 +120,9 @@ def test_a_run_goes_on_when_its_worker_and_its_servers_are_killed(toy: Path) -> 
             wait_for(lambda name=name: f"{name} is healthy again" in up.text())
         wait_for(lambda: ask(f"{servers.prefect}/flow_runs/{run}")["state_type"] == "COMPLETED")
         wait_for(lambda: {each.info.status for each in tracked(up.root)} == {"FINISHED"})
-        assert curve(up.root, "distill") == WHOLE
+        assert curve(up.root, "distill@17") == WHOLE
         assert flow_runs(servers) == {"COMPLETED"}
-        assert len(started(up.root)) == 7
+        assert len(started(up.root)) == 8
     finally:
         stop(up)
 
@@ -145,7 +145,7 @@ def test_a_database_that_restarts_loses_no_run(toy: Path, database: tuple[str, C
     try:
         servers = Servers(up)
         run = servers.run("train-and-release", ONE)
-        wait_for(lambda: "distill" in started(up.root))
+        wait_for(lambda: "distill-17" in started(up.root))
         restart()
         wait_for(lambda: ask(f"{servers.prefect}/flow_runs/{run}")["state_type"] == "COMPLETED")
         assert flow_runs(servers) == {"COMPLETED"}
@@ -181,7 +181,7 @@ def run_that_tells(root: Path, port: int, name: str, distill_s: float) -> "subpr
     """A run that tells the tracking server at that port, and is in `distill` for that long."""
     env = environment(
         root, PREFECT_API_URL=prefect_server(), MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}",
-        TOY_WAIT=json.dumps({"distill": distill_s}),
+        TOY_WAIT=json.dumps({"distill-17": distill_s}),
     )  # fmt: skip
     return subprocess.Popen([SLMOPS, "run", "--name", name], cwd=root, env=env, stderr=subprocess.PIPE, text=True)
 
@@ -191,7 +191,7 @@ def test_mlflow_away_during_a_run_is_told_and_gets_everything_once(toy: Path) ->
     server = mlflow_server(toy, port)
     with run_that_tells(toy, port, "away", 40) as run:
         try:
-            wait_for(lambda: "distill" in started(toy))
+            wait_for(lambda: "distill-17" in started(toy))
             kill(server)
             wait_for(lambda: "convert" in started(toy) or run.poll() is not None)  # distill has ended without MLflow
             server = mlflow_server(toy, port)
@@ -202,7 +202,7 @@ def test_mlflow_away_during_a_run_is_told_and_gets_everything_once(toy: Path) ->
     assert said.count(f"warning: the MLflow server at http://127.0.0.1:{port} does not answer") == 1
     assert said.count("MLflow answers again: delivered what had waited (") == 1
     assert {each.info.status for each in tracked(toy)} == {"FINISHED"}
-    assert curve(toy, "distill") == WHOLE
+    assert curve(toy, "distill@17") == WHOLE
     assert list((toy / spool.FOLDER).iterdir()) == []
 
 
@@ -210,7 +210,7 @@ def test_mlflow_that_stays_away_stops_the_registration_and_is_told_by_the_next_r
     port = free_ports()[0]
     server = mlflow_server(toy, port)
     with run_that_tells(toy, port, "gone", 20) as run:
-        wait_for(lambda: "distill" in started(toy))
+        wait_for(lambda: "distill-17" in started(toy))
         kill(server)
         said = run.communicate(timeout=2 * DEADLINE_S)[1]
     assert run.returncode == 1
@@ -223,5 +223,5 @@ def test_mlflow_that_stays_away_stops_the_registration_and_is_told_by_the_next_r
     assert again.stderr.count("MLflow was told what run gone left") == 1
     assert "version 1 registered" in again.stdout
     assert (statuses(toy, "gone"), statuses(toy, "next")) == (["FAILED"], ["FINISHED"])
-    assert len(started(toy)) == 9
+    assert len(started(toy)) == 10
     assert spool.left(toy) == []

@@ -50,9 +50,9 @@ def variant(name: str) -> dict:
 
 
 def sample(root: Path, chosen: str | None = "q4_k_m", name: str = "home-commands") -> tuple[Path, Path]:
-    """A package and a distill folder as the stages write them."""
-    package, distill, finetune = (root / stage for stage in ("package", "distill", "finetune"))
-    for folder in (package, distill, finetune):
+    """A package and a select folder as the stages write them."""
+    package, student, finetune = (root / stage for stage in ("package", "select", "finetune"))
+    for folder in (package, student, finetune):
         folder.mkdir(parents=True)
     variants = {each: variant(each) for each in SIZES}
     reason = "q4_k_m is the smallest of the 3 variants that passed. " + HOSTILE
@@ -78,13 +78,13 @@ def sample(root: Path, chosen: str | None = "q4_k_m", name: str = "home-commands
             ("distilled", 0.871, 113_000_000, 24),
         )
     }  # fmt: skip
-    (distill / "models.json").write_text(json.dumps(models))
+    (student / "models.json").write_text(json.dumps(models))
     curve = [
         {"step": s, "loss": 1.4 * 0.97**s + 0.02, "validation_loss": 1.1 * 0.975**s + 0.06} for s in range(20, 220, 40)
     ]
-    for folder in (distill, finetune):
+    for folder in (student, finetune):
         (folder / "history.json").write_text(json.dumps(curve))
-    return package, distill
+    return package, student
 
 
 class Page(HTMLParser):
@@ -116,8 +116,8 @@ class Page(HTMLParser):
 
 
 def written(root: Path, **changes) -> tuple[str, Page]:
-    package, distill = sample(root, **changes)
-    write_report(package, distill, root / "out" / "report.html")
+    package, student = sample(root, **changes)
+    write_report(package, student, root / "out" / "report.html")
     html = (root / "out" / "report.html").read_text(encoding="utf-8")
     return html, Page(html)
 
@@ -164,8 +164,8 @@ def test_each_chart_says_what_it_is_to_a_reader_of_screens(tmp_path: Path):
 
 
 def test_each_plot_is_a_picture_of_its_own(tmp_path: Path):
-    package, distill = sample(tmp_path)
-    found = plots(package, distill)
+    package, student = sample(tmp_path)
+    found = plots(package, student)
     assert list(found) == ["size-accuracy", "size-kld", "first-token", "decode-speed", "fine-tuning", "distilling"]
     for title, svg in found.values():
         root = ElementTree.fromstring(svg)
@@ -180,14 +180,14 @@ def test_nothing_chosen_is_told_with_the_reason(tmp_path: Path):
 
 
 def test_parameters_are_shown_when_given(tmp_path: Path, tiny_params: dict):
-    package, distill = sample(tmp_path / "run")
-    tiny_params["distill"]["seed"] = 4711
-    write_report(package, distill, tmp_path / "r.html", params=params.check(tiny_params, "test"))
+    package, student = sample(tmp_path / "run")
+    tiny_params["finetune"]["seed"] = 4711
+    write_report(package, student, tmp_path / "r.html", params=params.check(tiny_params, "test"))
     assert "seed: 4711" in (tmp_path / "r.html").read_text()
 
 
 def test_numbers_that_are_missing_leave_gaps_not_errors(tmp_path: Path):
-    package, distill = sample(tmp_path)
+    package, student = sample(tmp_path)
     report = json.loads((package / "report.json").read_text())
     for each in report["variants"].values():
         each["metrics"] = {"accuracy": None}
@@ -196,18 +196,18 @@ def test_numbers_that_are_missing_leave_gaps_not_errors(tmp_path: Path):
             {"name": "mean_kld", "value": None, "limit": 0.2, "direction": "at_most", "ok": False}
         ]
     (package / "report.json").write_text(json.dumps(report))
-    (distill / "history.json").write_text("[]")
-    (distill.parent / "finetune" / "history.json").write_text("[]")
-    write_report(package, distill, tmp_path / "r.html")
+    (student / "history.json").write_text("[]")
+    (student.parent / "finetune" / "history.json").write_text("[]")
+    write_report(package, student, tmp_path / "r.html")
     assert "mean_kld is missing, wanted at most 0.2" in (tmp_path / "r.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["report.json", "bundle.json"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str):
-    package, distill = sample(tmp_path)
+    package, student = sample(tmp_path)
     (package / name).write_text("{")
     with pytest.raises(ArtifactError, match=name):
-        write_report(package, distill, tmp_path / "r.html")
+        write_report(package, student, tmp_path / "r.html")
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.27, 0.44), (3, 3), (-2, 5), (0, 1e9), (1e-6, 3e-6)])
@@ -231,3 +231,17 @@ def test_ticks_are_few_and_inside(low: float, high: float):
 )
 def test_numbers_are_short(value: float, text: str):
     assert charts.number(value) == text
+
+
+def test_students_of_several_seeds_are_told_with_their_spread(tmp_path: Path) -> None:
+    assert "One student a seed" not in "".join(written(tmp_path / "one")[1].text)
+    package, student = sample(tmp_path / "three")
+    students = [
+        {"seed": seed, "validation_loss": loss, "accuracy": right, "chosen": seed == 2}
+        for seed, loss, right in ((1, 0.3, 0.9), (2, 0.1, 0.7), (3, 0.2, 0.8))
+    ]
+    (student / "students.json").write_text(json.dumps(students))
+    write_report(package, student, tmp_path / "r.html")
+    text = " ".join(Page((tmp_path / "r.html").read_text()).text)
+    assert "80.0 % on average, with a standard deviation of 10.0 points" in text
+    assert "seed 2 0.1000 70.0 % yes" in text

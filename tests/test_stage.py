@@ -116,7 +116,7 @@ def test_scratch_survives_a_failure_and_is_dropped_when_params_or_inputs_change(
 
 
 def test_a_variant_stage_needs_a_known_variant(tmp_path: Path) -> None:
-    rows = {"quantize": Stage("quantize", write, ("quantize",), per_variant=True)}
+    rows = {"quantize": Stage("quantize", write, ("quantize",), per="variant")}
     for variant in (None, "q9_9"):
         with pytest.raises(ConfigError, match="q8_0"):
             stage.run(rows["quantize"], rows, VALUES, tmp_path, variant)

@@ -90,11 +90,11 @@ from flows import mlflow_store, spool, tracking
 from tasks import params
 from tasks.stages import STAGES
 tracker = tracking.Tracker(Path(sys.argv[1]), "dead", params.load(Path(sys.argv[2])), {"slmops.flow_run": "f1"})
-tracker.begin(STAGES["distill"], None)
+tracker.begin(STAGES["distill"], "17")
 if sys.argv[3] == "told":
     tracker.settle(300)
-tracker.point(STAGES["distill"], None, "loss", 0.5, 1)
-tracker._flush("distill")
+tracker.point(STAGES["distill"], "17", "loss", 0.5, 1)
+tracker._flush("distill@17")
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -120,9 +120,9 @@ def test_what_a_killed_run_left_is_told_and_closed_by_the_next(main: Path, told:
     tracking.Tracker(main, "next", PARAMS, {"slmops.flow_run": "f2"}, said.append).close("FINISHED", {}, {}, ())
     runs = found(main)
     assert {name: run.info.status for name, run in runs.items()} == {
-        "dead": "KILLED", "distill": "KILLED", "next": "FINISHED",
+        "dead": "KILLED", "distill@17": "KILLED", "next": "FINISHED",
     }  # fmt: skip
-    assert runs["distill"].data.metrics == {"loss": 0.5}
+    assert runs["distill@17"].data.metrics == {"loss": 0.5}
     assert ["MLflow was told what run dead left" in text for text in said] == [True]
     assert spool.left(main) == []
     assert list((main / spool.FOLDER).iterdir()) == []
@@ -131,12 +131,12 @@ def test_what_a_killed_run_left_is_told_and_closed_by_the_next(main: Path, told:
 def test_a_killed_run_that_is_taken_up_again_is_not_closed(main: Path) -> None:
     kill_a_run(main, "told")
     tracker = tracking.Tracker(main, "dead", PARAMS, {"slmops.flow_run": "f1"})
-    tracker.begin(STAGES["distill"], None)
-    tracker.end(STAGES["distill"], None, output(main, answer=1.0), RAN)
+    tracker.begin(STAGES["distill"], "17")
+    tracker.end(STAGES["distill"], "17", output(main, answer=1.0), RAN)
     tracker.close("FINISHED", {}, {}, ())
     runs = found(main)
-    assert {name: run.info.status for name, run in runs.items()} == {"dead": "FINISHED", "distill": "FINISHED"}
-    assert runs["distill"].data.metrics["loss"] == 0.5
+    assert {name: run.info.status for name, run in runs.items()} == {"dead": "FINISHED", "distill@17": "FINISHED"}
+    assert runs["distill@17"].data.metrics["loss"] == 0.5
 
 
 def test_what_another_mlflow_was_told_is_not_told_to_this_one(main: Path, capsys: pytest.CaptureFixture[str]) -> None:

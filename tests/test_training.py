@@ -108,7 +108,9 @@ def _train(
 ) -> tuple[Any, Any]:
     mine = copy.deepcopy(model)
     scratch.mkdir(exist_ok=True)
-    history = training.train(mine, rows, rows[:6], SETTINGS, objective or training.cross_entropy(mine), scratch, "t")
+    history = training.train(
+        mine, rows, rows[:6], SETTINGS, objective or training.cross_entropy(mine), scratch, "t", seed=17
+    )
     return mine, history
 
 
@@ -117,7 +119,7 @@ def test_training_learns(model: Any, rows: list[Encoded], tmp_path: Path, precis
     mine = copy.deepcopy(model)
     values = SETTINGS.model_copy(update={"precision": precision})
     before = training.validation_loss(mine, rows)
-    history = training.train(mine, rows, rows[:6], values, training.cross_entropy(mine), tmp_path, "t")
+    history = training.train(mine, rows, rows[:6], values, training.cross_entropy(mine), tmp_path, "t", seed=17)
     assert history[-1]["validation_loss"] < 0.7 * before
 
 
@@ -140,7 +142,7 @@ def test_rates_of_products_are_measured_once() -> None:
 def test_frozen_embeddings_stay_and_the_rest_moves(model: Any, rows: list[Encoded], tmp_path: Path) -> None:
     mine = copy.deepcopy(model)
     values = SETTINGS.model_copy(update={"precision": "fp32", "freeze_embeddings": True, "epochs": 1.0})
-    training.train(mine, rows, rows[:6], values, training.cross_entropy(mine), tmp_path, "t")
+    training.train(mine, rows, rows[:6], values, training.cross_entropy(mine), tmp_path, "t", seed=17)
     moved = [n for n, p in mine.named_parameters() if not torch.equal(p, model.get_parameter(n))]
     assert "model.embed_tokens.weight" not in moved
     assert len(moved) > 20
@@ -160,7 +162,7 @@ def test_a_run_that_stops_and_resumes_gives_the_same_weights(model: Any, rows: l
 
     (tmp_path / "killed").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        training.train(mine, rows, rows[:6], SETTINGS, dies, tmp_path / "killed", "t")
+        training.train(mine, rows, rows[:6], SETTINGS, dies, tmp_path / "killed", "t", seed=17)
     assert (tmp_path / "killed/t.safetensors").is_file()
     resumed, second = _train(model, rows, tmp_path / "killed")
     assert second == history
@@ -173,7 +175,7 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(model: Any, rows: l
     wild = SETTINGS.model_copy(
         update={"learning_rate": 0.9, "patience": 1, "epochs": 16.0, "evaluations": 16, "warmup": 0.9}
     )
-    history = training.train(mine, rows, rows[:6], wild, training.cross_entropy(mine), tmp_path, "t")
+    history = training.train(mine, rows, rows[:6], wild, training.cross_entropy(mine), tmp_path, "t", seed=17)
     losses = [entry["validation_loss"] for entry in history]
     assert len(losses) < 8
     assert training.validation_loss(mine, rows[:6]) == pytest.approx(min(losses), rel=0.05)

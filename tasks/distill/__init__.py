@@ -15,8 +15,8 @@ from tasks.scoring import METRICS, accuracy, per_group
 from tasks.training import cross_entropy, train
 
 
-def distill(params: Params, *, source: Path, teacher: Path, out: Path, scratch: Path) -> dict[str, float]:
-    """Prune the teacher, train the student on cached teacher targets, and judge all models on the test split.
+def distill(params: Params, *, source: Path, teacher: Path, seed: int, out: Path, scratch: Path) -> dict[str, float]:
+    """Prune the teacher, train a student on cached teacher targets, and judge all models on the test split.
 
     Writes `model/`, `models.json`, `predictions.jsonl`, `history.json` and `pruning.json`.
 
@@ -35,7 +35,7 @@ def distill(params: Params, *, source: Path, teacher: Path, out: Path, scratch: 
     model = models.load_model(teacher / "model", dtype)
     judge.add("teacher", model)
     rows = encoded["train"] + _answered(model, tokenizer, source, judge.stops, params, scratch)
-    lookup = cache_targets(model, rows, settings, scratch / "targets.safetensors")
+    lookup = cache_targets(model, rows, settings, scratch / "targets.safetensors", seed)
     # Which blocks to do without is a choice, so it is made on rows that the teacher did not learn.
     calibration = _spread(encoded["validation"], settings.calibration_rows)
     removed = prune(model, calibration, _spread(rows, settings.fitted_rows), settings, scratch / "pruning.json")
@@ -43,11 +43,11 @@ def distill(params: Params, *, source: Path, teacher: Path, out: Path, scratch: 
     judge.add("pruned", model)
     if settings.control:
         control = copy.deepcopy(model)
-        train(control, rows, encoded["validation"], settings, cross_entropy(control), scratch, "control")
+        plain = cross_entropy(control)
+        train(control, rows, encoded["validation"], settings, plain, scratch, "control", seed=seed)
         judge.add("control", control)
-    history = train(
-        model, rows, encoded["validation"], settings, distillation(model, lookup, settings), scratch, "distill"
-    )
+    objective = distillation(model, lookup, settings)
+    history = train(model, rows, encoded["validation"], settings, objective, scratch, "distill", seed=seed)
     models.save(model, tokenizer, out / "model")
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n")
     judge.add("distilled", models.load_model(out / "model", dtype))

@@ -22,8 +22,8 @@ from tasks.training import Objective, batches, log_probs, target_states
 Lookup = Callable[[list[int]], tuple[Any, Any, Any]]
 
 
-def cache_targets(model: Any, rows: Sequence[Encoded], settings: Distill, path: Path) -> Lookup:
-    """Write the teacher's targets of every row that training will read to `path` unless they are there; return a reader.
+def cache_targets(model: Any, rows: Sequence[Encoded], settings: Distill, path: Path, seed: int) -> Lookup:
+    """Write the teacher's targets of every row that training with this seed will read to `path` unless they are there; return a reader.
 
     The reader maps row indices to token ids (n, k), log-probabilities (n, k) and hidden states (n, d) of their n
     targets in order.
@@ -43,7 +43,7 @@ def cache_targets(model: Any, rows: Sequence[Encoded], settings: Distill, path: 
         hidden = torch.zeros(starts[-1], width, dtype=torch.bfloat16)
         head = model.get_output_embeddings()
         lengths = [len(row.ids) for row in rows]
-        read = sorted(set(chain.from_iterable(batches(lengths, settings.batch_tokens, settings.seed, settings.epochs))))
+        read = sorted(set(chain.from_iterable(batches(lengths, settings.batch_tokens, seed, settings.epochs))))
         with torch.no_grad(), events.progress("teacher targets", len(read), "rows") as advance:
             for part in batches([lengths[i] for i in read], 4096, 0, 1.0):
                 chosen = [read[n] for n in part]

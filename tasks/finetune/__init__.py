@@ -28,7 +28,7 @@ def finetune(params: Params, *, source: Path, out: Path, scratch: Path) -> dict[
     validation = encode_all(tokenizer, read_rows(source / "data" / "validation.jsonl"), task.max_length)
     model = models.load_model(source / "model", "float32")
     before = validation_loss(model, validation)
-    history = train(model, rows, validation, settings, cross_entropy(model), scratch, "finetune")
+    history = train(model, rows, validation, settings, cross_entropy(model), scratch, "finetune", seed=settings.seed)
     models.save(model, tokenizer, out / "model")
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n")
     return {
