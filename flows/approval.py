@@ -100,9 +100,9 @@ def _answer(root: Path, shown: dict[str, Any]) -> Decision:
     """What a person answers to the question `shown`; until then the flow is suspended."""
     refused = f"**Not done: {shown['refused']}**\n\n" if shown["refused"] else ""
     variants = results.markdown(results.rows(root, params.load(root / "params.yaml")))
-    form = Decision.with_initial_data(
-        description=f"{refused}{pages.links(root)}\n\n{shown['text']}\n\nWhat this run made:\n\n{variants}"
-    )
+    parts = (shown["text"], pages.links(root), "What this run made:", variants)
+    # Prefect shows a few lines before one has to scroll: why this file comes first.
+    form = Decision.with_initial_data(description="\n\n".join((refused + results.bundle(root)["reason"], *parts)))
     left = datetime.fromisoformat(shown["expires"]) - datetime.now(UTC)
     answer: Decision = suspend_flow_run(wait_for_input=form, timeout=max(1, int(left.total_seconds())), key=shown["id"])
     return answer
