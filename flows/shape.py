@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tasks.errors import ArtifactError, ConfigError
-from tasks.models import load_config
+from tasks.models import load_config, tied
 from tasks.params import Acquire, Onnx
 
 BITS: Mapping[str, float] = {"f32": 32, "f16": 16, "q8_0": 8.5, "q6_k": 6.5625, "q5_1": 6, "q5_0": 5.5, "q4_k": 4.5, "q4_0": 4.5}  # fmt: skip
@@ -161,13 +161,13 @@ def from_config(folder: Path) -> Shape:
     config = {name: int(raw[name]) for name in names}
     config["num_key_value_heads"] = int(raw.get("num_key_value_heads") or config["num_attention_heads"])
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    head = int(raw.get("head_dim") or hidden // heads)
+    config["head_dim"] = head = int(raw.get("head_dim") or hidden // heads)
     keys = config["num_key_value_heads"] * head
     tensors = [
         _matrix("token_embd.weight", hidden, config["vocab_size"], None),
         _norm("output_norm.weight", hidden, None),
     ]
-    if not raw.get("tie_word_embeddings", True):
+    if not tied(raw):
         tensors.append(_matrix("output.weight", hidden, config["vocab_size"], None))
     for block in range(config["num_hidden_layers"]):
         sides = {

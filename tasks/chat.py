@@ -7,6 +7,7 @@ its end-of-turn token, never the prompt, the template or padding.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,29 @@ def prompt_ids(tokenizer: Any, messages: Messages) -> list[int]:
     return ids
 
 
+def end_of_turn(tokenizer: Any) -> int | None:
+    """Id of the token with which the chat template ends what the assistant says; the eos token where it has none there.
+
+    The two differ in many models: Gemma's turns end with `<end_of_turn>`, Phi's with `<|end|>`.
+    """
+    return _end_of_turn(tokenizer, tokenizer.chat_template)
+
+
+@lru_cache(maxsize=4)
+def _end_of_turn(tokenizer: Any, template: str) -> int | None:
+    from jinja2 import TemplateError
+
+    mark = "mark-of-an-answer"
+    talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}]
+    eos: int | None = tokenizer.eos_token_id
+    try:
+        after = tokenizer.apply_chat_template(talk, tokenize=False).partition(mark)[2].lstrip()
+    except TemplateError:
+        return eos
+    first: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    return first[0] if first and first[0] in tokenizer.added_tokens_decoder else eos
+
+
 def encode(tokenizer: Any, messages: Messages, max_length: int) -> Encoded:
     """Tokens and loss mask of a whole conversation that ends with the assistant.
 
@@ -58,7 +82,7 @@ def encode(tokenizer: Any, messages: Messages, max_length: int) -> Encoded:
         if message["role"] != "assistant":
             continue
         prompt = prompt_ids(tokenizer, messages[:index])
-        answer = tokenizer(message["content"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        answer = tokenizer(message["content"], add_special_tokens=False)["input_ids"] + [end_of_turn(tokenizer)]
         # A template that rewrites earlier turns (dropped reasoning, say) makes the prompt the truth.
         known = len(ids) if prompt[: len(ids)] == ids else 0
         ids, target = prompt + answer, target[:known] + [False] * (len(prompt) - known) + [True] * len(answer)

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -51,7 +52,6 @@ def parameters_from_config(config: Mapping[str, Any]) -> int:
         groups = config.get("num_key_value_heads") or heads
         width = config.get("head_dim") or hidden // heads
         queries, keys = heads * width, groups * width
-        tied = config.get("tie_word_embeddings", kind in _TIED_UNSAID)
         attention = 2 * hidden * queries + 2 * hidden * keys
         if kind == "qwen2":
             attention += queries + 2 * keys
@@ -61,12 +61,17 @@ def parameters_from_config(config: Mapping[str, Any]) -> int:
             attention += 2 * width  # norms of queries and keys
         mlp = 3 * hidden * inner + (2 * inner + hidden if config.get("mlp_bias") and kind in _MLP_BIAS else 0)
         norms = (4 if kind in ("gemma2", "gemma3_text") else 2) * hidden
-        total = layers * (attention + mlp + norms) + hidden + vocabulary * hidden * (1 if tied else 2)
+        total = layers * (attention + mlp + norms) + hidden + vocabulary * hidden * (1 if tied(config) else 2)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ArtifactError(
             f"config.json does not give the sizes of a {kind} model ({type(error).__name__}: {error})"
         ) from None
     return int(total)
+
+
+def tied(config: Mapping[str, Any]) -> bool:
+    """Whether the output projection is the embedding: said, or as the architecture has it."""
+    return bool(config.get("tie_word_embeddings", config.get("model_type") in _TIED_UNSAID))
 
 
 def load_config(folder: Path) -> dict[str, Any]:
@@ -175,6 +180,7 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
     try:
         cast(model, torch.bfloat16).save_pretrained(out)
         tokenizer.save_pretrained(out)
+        _complete(tokenizer, str(model.config.model_type), out)
         for weights in out.glob("*.safetensors"):
             weights.chmod(0o644)
     except Exception as error:
@@ -182,6 +188,33 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
         if re.search(rf"os error {errno.ENOSPC}\b", str(error)) or getattr(error, "errno", None) == errno.ENOSPC:
             raise disk_full(out) from error
         raise
+
+
+def _complete(tokenizer: Any, kind: str, out: Path) -> None:
+    """Add what llama.cpp's converter reads of a tokenizer and transformers no longer writes.
+
+    A SentencePiece vocabulary: `tokenizer.model`, in which control tokens look like words, and which tokens those are.
+    Phi's converter expects one wherever the class has another name than byte-level BPE's.
+    """
+    path, vocabulary = out / "tokenizer_config.json", sentence_pieces(tokenizer)
+    told = json.loads(path.read_bytes())
+    if vocabulary.is_file():
+        shutil.copyfile(vocabulary, out / vocabulary.name)
+        told["added_tokens_decoder"] = {
+            str(i): {"content": token.content, "lstrip": token.lstrip, "normalized": token.normalized,
+                     "rstrip": token.rstrip, "single_word": token.single_word, "special": token.special}
+            for i, token in sorted(tokenizer.added_tokens_decoder.items())
+        }  # fmt: skip
+    elif kind == "phi3":
+        told["tokenizer_class"] = "GPT2Tokenizer"
+    else:
+        return
+    path.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sentence_pieces(tokenizer: Any) -> Path:
+    """Where a tokenizer's SentencePiece vocabulary lies, if it has one: beside what it was read from."""
+    return Path(tokenizer.name_or_path) / "tokenizer.model"
 
 
 def cast(model: Any, dtype: Any) -> Any:
@@ -211,13 +244,23 @@ def stop_ids(model_folder: Path, tokenizer: Any) -> list[int]:
     return found
 
 
+def fits(tokenizer: Any, rows: int) -> bool:
+    """Whether an embedding of so many rows holds every token, but for special ones that stand for no text.
+
+    Gemma's tokenizer knows a place for an image, which its models without eyes have no row for.
+    """
+    added = tokenizer.added_tokens_decoder
+    return all(i < rows or (i in added and added[i].special) for i in tokenizer.get_vocab().values())
+
+
 def check_same_vocabulary(teacher: Path, student: Path) -> None:
     """Refuse to distil between models whose token ids mean different things.
 
     Raises:
         ArtifactError: names the first token that differs, or an embedding too small for the tokenizer.
     """
-    words = [load_tokenizer(folder).get_vocab() for folder in (teacher, student)]
+    tokenizers = [load_tokenizer(folder) for folder in (teacher, student)]
+    words = [tokenizer.get_vocab() for tokenizer in tokenizers]
     if words[0] != words[1]:
         ours, theirs = words
         first = min((token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)), key=str)
@@ -225,9 +268,9 @@ def check_same_vocabulary(teacher: Path, student: Path) -> None:
             f"teacher {teacher} ({len(ours)} tokens) and student {student} ({len(theirs)} tokens) have different vocabularies: "
             f"{first!r} is id {ours.get(first)} and {theirs.get(first)}: logits can only be distilled between equal vocabularies"
         )
-    for folder in (teacher, student):
+    for folder, tokenizer in zip((teacher, student), tokenizers, strict=True):
         rows = load_config(folder).get("vocab_size", 0)
-        if rows < max(words[0].values()) + 1:
+        if not fits(tokenizer, rows):
             raise ArtifactError(
                 f"{folder}: the tokenizer has ids up to {max(words[0].values())}, the embedding only {rows} rows: take tokenizer and weights from one commit"
             )

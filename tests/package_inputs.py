@@ -120,8 +120,8 @@ def _finish(folder: Path, stage: str, measured: list[str] | None = None) -> None
 
 
 def inputs(root: Path, model: Path) -> dict[str, Path]:
-    """acquire's and distill's folders under `root`, and where `add_variant` puts the rest."""
-    source, student = root / "acquire", root / "distill"
+    """acquire's and select's folders under `root`, and where `add_variant` puts the rest."""
+    source, student = root / "acquire", root / "select"
     for split in ("train", "validation", "test"):
         write_jsonl(source / "data" / f"{split}.jsonl", [{"messages": row} for row in ROWS])
     lineage = {
@@ -132,7 +132,7 @@ def inputs(root: Path, model: Path) -> dict[str, Path]:
     (source / "LICENSE").write_text("The licence's text.\n")
     shutil.copytree(model, student / "model")
     _finish(source, "acquire")
-    _finish(student, "distill")
+    _finish(student, "select")
     return {"source": source, "student": student, "artifacts": root / "quantize", "verdicts": root / "validate"}
 
 

@@ -242,3 +242,15 @@ def test_a_seed_makes_a_student_of_its_own(source: Path, values: params.Params, 
         )
         weights.append((tmp_path / name / "model/model.safetensors").read_bytes())
     assert weights[0] == weights[2] != weights[1]
+
+
+def test_no_block_of_a_smollm3_goes_as_llama_cpp_tells_them_by_their_places(tmp_path: Path) -> None:
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    config = SmolLM3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=0.9)
+    with pytest.raises(ConfigError, match=r"set distill\.max_parameters to 1\.0"):
+        prune(SmolLM3ForCausalLM(config), [], [], settings, tmp_path / "record.json")

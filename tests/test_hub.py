@@ -1,5 +1,6 @@
 """The hub source, with the real client against a server on loopback; each run is a process with its own environment."""
 
+import json
 import os
 import random
 import signal
@@ -97,6 +98,33 @@ def test_a_whole_run_from_the_hub(hub: Hub, tiny_params: dict, tmp_path: Path, t
     assert cdn
     assert all(request.authorization is None for request in cdn)
     assert TOKEN not in "".join(path.read_text(errors="replace") for path in out.glob("*.json"))
+
+
+def test_code_beside_a_model_that_needs_none_stays_where_it_is(
+    hub: Hub, tiny_params: dict, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    """Phi's repositories hold code for older versions of transformers."""
+    model = {path.name: path.read_bytes() for path in tiny_model_folder.iterdir()}
+    config = json.loads(model["config.json"]) | {"auto_map": {"AutoConfig": "configuration_tiny.TinyConfig"}}
+    code = {"configuration_tiny.py": b"raise SystemExit('ran')", "README.md": b"---\nlicense: apache-2.0\n---\n"}
+    hub.repos[REPO] = {COMMIT: model | code | {"config.json": json.dumps(config).encode()}}
+    strange = config | {"model_type": "nonesuch"}
+    hub.repos["someone/strange"] = {COMMIT: model | code | {"config.json": json.dumps(strange).encode()}}
+
+    def acquire(repo: str, root: Path) -> subprocess.CompletedProcess[str]:
+        tiny_params["acquire"]["model"] = {"source": "hub", "repo": repo, "revision": COMMIT}
+        (root / "params.yaml").write_text(yaml.safe_dump(tiny_params))
+        command = [sys.executable, "-m", "tasks", "acquire", "--root", str(root)]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment(hub.url), capture_output=True, text=True, check=False, timeout=120
+        )
+
+    done = acquire(REPO, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "auto_map" not in json.loads((tmp_path / "build" / "acquire" / "model" / "config.json").read_text())
+    done = acquire("someone/strange", tmp_path)
+    assert "someone/strange@01234567 carries code (configuration_tiny.py)" in done.stderr
+    assert not any(request.path.endswith(".py") for request in hub.requests)
 
 
 def test_a_dropped_connection_is_taken_up_where_it_broke(hub: Hub, tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ from tasks.package.turns import Turns, probe, render
 
 ROLES = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 BOS = "{{ bos_token }}" + ROLES
+CLOSES = ROLES.replace(
+    "{% endfor %}{% if", "{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if"
+)
 TRIMS = ROLES.replace("m.content", "m.content | trim")
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + ROLES
 QUOTES = ROLES.replace("'<|' + m.role + '|>\n'", "'{{ \"' + m.role + '\" }}'")
@@ -51,6 +54,20 @@ def test_the_runtime_reads_every_conversation_as_the_tokenizer_does(model: Path,
     runtime = request.getfixturevalue(kind)
     assert parity.difference(tokenizer, runtime) is None
     assert parity.check(model, tokenizer, runtime, model) == len(parity.CONVERSATIONS)
+
+
+def test_joined_letters_are_asked_for_where_only_the_tokenizer_joins_them(
+    model: Path, tokenizer, gguf: parity.Runtime, onnx: parity.Runtime
+):
+    """Qwen's tokenizer does (Unicode's NFC); neither runtime knows."""
+    from tokenizers.normalizers import NFC
+
+    assert not parity.needs_composed(tokenizer, gguf)
+    tokenizer.backend_tokenizer.normalizer = NFC()
+    for runtime in (gguf, onnx):
+        assert parity.needs_composed(tokenizer, runtime)
+        assert "'unicode'" in (parity.difference(tokenizer, runtime) or "")
+        assert parity.check(model, tokenizer, runtime, model) == len(parity.CONVERSATIONS)
 
 
 def test_a_template_that_the_runtime_has_otherwise_is_refused(model: Path, tokenizer, gguf: parity.Runtime):
@@ -189,7 +206,9 @@ def run_go(template: str, messages: list[dict[str, str]]) -> str:
 
 
 @pytest.mark.parametrize(
-    "template", [None, CHATML, ROLES, BOS, QUOTES], ids=["smollm2", "chatml", "roles", "bos", "quotes"]
+    "template",
+    [None, CHATML, ROLES, BOS, QUOTES, CLOSES],
+    ids=["smollm2", "chatml", "roles", "bos", "quotes", "closes"],
 )
 def test_the_go_template_renders_what_jinja_does(tokenizer, template: str | None):
     tokenizer.chat_template = template or tokenizer.chat_template

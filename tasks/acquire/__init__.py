@@ -49,7 +49,7 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
 
     found = model_sources.SOURCES[settings.model.source](settings.model, root, scratch)
     opened = _open_gguf(found, settings.licences) if found.path.is_file() else _open_folder(found, settings.licences)
-    _check_lengths(opened.tokenizer, splits, params.task.max_length)
+    _check_rows(opened, splits, params.task.max_length)
     parameters = models.count(opened.model)
     _save(opened, out / "model")
 
@@ -131,6 +131,8 @@ def _open_folder(found: model_sources.Found, allowed: tuple[str, ...]) -> _Opene
         )
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise ArtifactError(f"{folder}: transformers cannot load this model: {error}") from error
+    if hasattr(model.config, "auto_map"):  # it names code that is not here
+        del model.config.auto_map
     lost = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if lost:
         raise ArtifactError(
@@ -147,10 +149,16 @@ def _refuse_too_large(parameters: int, where: str) -> None:
         )
 
 
-def _check_lengths(tokenizer: Any, splits: Mapping[str, Sequence[rows.Row]], limit: int) -> None:
-    """Refuse rows that training would have to cut, while they can still be named by file and line."""
+def _check_rows(opened: _Opened, splits: Mapping[str, Sequence[rows.Row]], limit: int) -> None:
+    """Refuse rows that training would have to cut or cannot embed, while they can still be named by file and line."""
     from jinja2 import TemplateError
 
+    tokenizer, known = opened.tokenizer, opened.model.config.vocab_size
+    if not models.fits(tokenizer, known):
+        raise ArtifactError(
+            f"the tokenizer knows {len(tokenizer)} tokens, the model's vocabulary has {known}: they do not "
+            "belong together, so take both from one place"
+        )
     problems = []
     total = sum(map(len, splits.values()))
     with events.progress("check row lengths", total, "rows") as advance:
@@ -158,12 +166,14 @@ def _check_lengths(tokenizer: Any, splits: Mapping[str, Sequence[rows.Row]], lim
             for row in members:
                 try:
                     if name == rows.UNLABELLED:
-                        length = len(chat.prompt_ids(tokenizer, row.messages))
+                        ids = chat.prompt_ids(tokenizer, row.messages)
                     else:
                         # The limit is ours to report: all rows at once, each with its place.
-                        length = len(chat.encode(tokenizer, row.messages, 2**62).ids)
-                    if length > limit:
-                        problems.append(f"{row.where}: {length} tokens")
+                        ids = chat.encode(tokenizer, row.messages, 2**62).ids
+                    if len(ids) > limit:
+                        problems.append(f"{row.where}: {len(ids)} tokens")
+                    if max(ids) >= known:
+                        problems.append(f"{row.where}: the model has nothing for {tokenizer.decode([max(ids)])!r}")
                 except TemplateError as error:
                     problems.append(f"{row.where}: the model's chat template refuses it: {error}")
                 advance()
@@ -176,15 +186,16 @@ def _save(opened: _Opened, out: Path) -> None:
     from transformers import GenerationConfig
 
     model, tokenizer = opened.model, opened.tokenizer
-    if len(tokenizer) > model.config.vocab_size:
+    if model.config.model_type.startswith("gemma") and not models.sentence_pieces(tokenizer).is_file():
         raise ArtifactError(
-            f"the tokenizer knows {len(tokenizer)} tokens, the model's vocabulary has {model.config.vocab_size}: they do not "
-            "belong together, so take both from one place"
+            f"{models.sentence_pieces(tokenizer)} is missing: llama.cpp's converter reads a Gemma model's vocabulary from this "
+            "file: take the model, with it, from its own repository (acquire.model.source: local or hub)"
         )
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
         raise ArtifactError("the model's weights hold NaN or infinity: fetch the model again")
     told = model.generation_config.eos_token_id
-    stops = {*(told if isinstance(told, list) else [told]), tokenizer.eos_token_id} - {None}
+    listed = told if isinstance(told, list) else [told]
+    stops = {*listed, tokenizer.eos_token_id, chat.end_of_turn(tokenizer)} - {None}
     if not stops:
         raise ArtifactError("neither tokenizer nor generation config names an end-of-turn token: choose another model")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

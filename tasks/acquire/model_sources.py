@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tasks import manifest
+from tasks import manifest, models
 from tasks.acquire import hub, safe_weights
 from tasks.errors import ArtifactError, ConfigError
 from tasks.params import GgufModel, HubModel, LocalModel, PackageModel
@@ -94,9 +94,11 @@ def local(source: LocalModel, root: Path, scratch: Path) -> Found:
 def from_hub(source: HubModel, root: Path, scratch: Path) -> Found:
     """A model repository: its small files now, its weights in `finish`."""
     repository = hub.describe(source.repo, source.revision, "model", hub.MODEL_FILES)
-    safe_weights.check_names(str(repository), list(repository.names))
     folder = scratch / "model"
     hub.download(repository, [name for name in repository.files if not name.endswith(".safetensors")], folder)
+    # Code is never fetched; what transformers has itself does without it (Phi's repositories hold some).
+    if safe_weights.check_architecture(folder).get("model_type") not in models.DENSE:
+        safe_weights.check_names(str(repository), list(repository.names))
     return Found(
         folder,
         {"repo": source.repo, "revision": source.revision},

@@ -38,7 +38,7 @@ def check_names(where: str, names: list[str]) -> None:
     if code:
         raise ArtifactError(
             f"{where} carries code ({', '.join(code[:5])}): such a model needs trust_remote_code, which is never given: "
-            "choose a model that transformers supports by itself"
+            "choose a model that transformers supports by itself, or leave the code out where it does"
         )
 
 
@@ -64,19 +64,41 @@ def check_folder(folder: Path) -> dict[str, Any]:
                 f"{path}: only safetensors and GGUF weights are read, other formats can run code when they are loaded: "
                 "remove it, and save the weights with save_pretrained (safetensors) if they are the only ones"
             )
-        if path.suffix == ".json" and "config" in path.name and "auto_map" in _json_object(path):
+        if path.suffix == ".json" and "config" in path.name and _wants_code(path):
             raise ArtifactError(
                 f"{path} has an auto_map: such a model runs code from its repository, which is never allowed: "
                 "choose a model that transformers supports by itself"
             )
     if (folder / "adapter_config.json").exists():
         raise ArtifactError(f"{folder} is an adapter, not a model: merge it into its base model first")
-    config = models.load_config(folder)
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{folder / 'config.json'} is not a JSON object: take the model from its source again")
+    config = check_architecture(folder)
     if "quantization_config" in config:
         raise ArtifactError(f"{folder} is quantised already: take the original model, its weights are needed in full")
     return config
+
+
+def check_architecture(folder: Path) -> dict[str, Any]:
+    """Refuse what could be trained but not served; returns the model's config.
+
+    Raises:
+        ArtifactError: config.json is missing or damaged, or names such an architecture.
+    """
+    config = models.load_config(folder)
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{folder / 'config.json'} is not a JSON object: take the model from its source again")
+    if config.get("model_type") == "bitnet":
+        raise ArtifactError(
+            f"{folder} is a BitNet model, which this pipeline cannot carry: training here would not keep its weights ternary, "
+            "and llama.cpp computes it with SiLU where it needs a squared ReLU: run it as it is with bitnet.cpp, or choose "
+            "another small model, such as one of recipes/"
+        )
+    return config
+
+
+def _wants_code(path: Path) -> bool:
+    """An `auto_map`; one in config.json is passed over where transformers has the architecture itself (Phi's has one)."""
+    told = _json_object(path)
+    return "auto_map" in told and not (path.name == "config.json" and told.get("model_type") in models.DENSE)
 
 
 def _refuse_pickle(path: Path) -> None:

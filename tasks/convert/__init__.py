@@ -4,11 +4,13 @@ The work is done by llama.cpp's own converter, which set-up unpacks from the sou
 installed runtime was compiled from, so that converter and runtime cannot drift apart.
 """
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from tasks.convert import windows
 from tasks.errors import StageError
 from tasks.events import progress
 from tasks.params import Params
@@ -27,27 +29,29 @@ def convert(params: Params, *, teacher: Path, student: Path, out: Path) -> dict[
     converter = Path(sys.prefix) / CONVERTER
     if not converter.is_file():
         raise StageError(f"{converter} is missing: run `make setup`, which unpacks it from llama-cpp-python's source")
-    models = {"teacher": teacher / "model", "student": student / "model"}
-    for folder in models.values():
+    folders = {"teacher": teacher / "model", "student": student / "model"}
+    for folder in folders.values():
         require_file(folder / "config.json", "run the stage that makes this model again")
-    need_space(out, sum(_weights(folder) for folder in models.values()))
+    need_space(out, sum(_weights(folder) for folder in folders.values()))
 
     # Most of a conversion of a small model is the start of its interpreter: run both at once.
-    running = {name: _start(converter, folder, out / f"{name}.gguf") for name, folder in models.items()}
+    running = {name: _start(converter, folder, out / f"{name}.gguf") for name, folder in folders.items()}
     try:
         with progress("convert", len(running), "models") as advance:
             for name, process in running.items():
                 log = process.communicate()[0]
                 if process.returncode != 0:
-                    raise _failure(name, models[name], out, log)
+                    raise _failure(name, folders[name], out, log)
                 require_file(out / f"{name}.gguf", "the converter ended well yet wrote no file")
+                if found := windows.moved(json.loads((folders[name] / "config.json").read_bytes())):
+                    windows.tell(out / f"{name}.gguf", found)
                 advance(1, name)
     finally:
         for process in running.values():
             if process.poll() is None:
                 process.kill()
                 process.wait()
-    return {f"{name}_bytes": float((out / f"{name}.gguf").stat().st_size) for name in models}
+    return {f"{name}_bytes": float((out / f"{name}.gguf").stat().st_size) for name in folders}
 
 
 def _weights(folder: Path) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import events, models
-from tasks.chat import Encoded, Messages, encode_all, prompt_ids, read_rows
+from tasks.chat import Encoded, Messages, encode_all, end_of_turn, prompt_ids, read_rows
 from tasks.distill.pruning import prune
 from tasks.distill.targets import cache_targets, distillation
 from tasks.generation import answers, continued
@@ -145,6 +145,6 @@ def _answered(
         answer = made[i][len(prompt) :]
         # An answer that ran into the limit has no end: teaching it would teach never to stop.
         if 0 < len(answer) < params.task.max_new_tokens and len(made[i]) < params.task.max_length:
-            ids = [*made[i], stops[-1]]
+            ids = [*made[i], end_of_turn(tokenizer)]
             rows.append(Encoded(ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt))))
     return rows

@@ -37,7 +37,7 @@ def prune(
     (nats a token) without it and with that made good, and the losses of all candidates. `record` makes a rerun cheap.
 
     Raises:
-        ConfigError: even one block would be too large.
+        ConfigError: even one block would be too large, or this architecture cannot lose any.
     """
     import torch
 
@@ -48,6 +48,11 @@ def prune(
     if kept < 1:
         raise ConfigError(
             f"distill.max_parameters is {settings.max_parameters}, but embeddings and head alone are {1 - len(layers) * block / total:.2f} of this model: raise it"
+        )
+    if kept < len(layers) and model.config.model_type == "smollm3":
+        raise ConfigError(
+            "llama.cpp tells the blocks of a SmolLM3 that have no rotary embedding by their places (every fourth one), so none "
+            "may go: set distill.max_parameters to 1.0"
         )
     if record.is_file():
         return _repeat(model, record)

@@ -23,6 +23,10 @@ from tasks.package.target_onnx_genai import onnx_genai
 from tasks.package.turns import probe
 from tasks.params import Package, Params
 
+COMPOSE = (
+    "This model learned letters joined with their accents (Unicode NFC), and this runtime does not join them: "
+    "normalise texts that may hold them apart, such as file names from macOS."
+)
 RUNTIME: Mapping[Kind, str] = {"gguf": "llama-cpp-python", "onnx": "onnxruntime-genai"}  # where parity is checked
 
 
@@ -62,7 +66,7 @@ def package(
         releases = {kind: _release(settings, best, model, source, licence) for kind, best in choice.best.items()}
         for name in settings.targets:
             if release := releases.get(TARGETS[name].kind):
-                notes = TARGETS[name].write(release, out / name)
+                notes = TARGETS[name].write(release, out / name) + ([COMPOSE] if release.needs_composed else [])
                 targets[name] = bundle.Target(
                     variant=release.variant,
                     runtime="ollama" if name == "ollama" else RUNTIME[TARGETS[name].kind],
@@ -110,7 +114,7 @@ def _release(settings: Package, best: Candidate, model: Path, source: Path, lice
     systems = {row[0]["content"] if row[0]["role"] == "system" else None for row in rows}
     tokenizer, config = models.load_tokenizer(model), models.load_config(model)
     runtime = parity.RUNTIMES[best.kind](best.weights)
-    context = min(settings.context_length, config.get("max_position_embeddings") or settings.context_length)
+    context = _context(settings.context_length, config)
     return Release(
         name=settings.name,
         variant=best.name,
@@ -118,6 +122,7 @@ def _release(settings: Package, best: Candidate, model: Path, source: Path, lice
         runtime_version=version(RUNTIME[best.kind]),
         conversations_checked=parity.check(model, tokenizer, runtime, best.weights, prompts),
         adds_bos=runtime.adds_bos,
+        needs_composed=parity.needs_composed(tokenizer, runtime),
         turns=probe(tokenizer, parity.CONVERSATIONS.values()),
         bos=tokenizer.bos_token or "",
         stops=tuple(tokenizer.convert_ids_to_tokens(models.stop_ids(model, tokenizer))),
@@ -128,6 +133,12 @@ def _release(settings: Package, best: Candidate, model: Path, source: Path, lice
         minimum_ram_bytes=memory.minimum_ram(best.kind, _bytes(best.weights), config, context),
         licence=licence,
     )
+
+
+def _context(wanted: int, config: Mapping[str, Any]) -> int:
+    """The most tokens of a conversation: not above those from which Phi's rotary embedding is another than in training."""
+    longest = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    return min(wanted, longest or wanted)
 
 
 def _licence(source: Path, name: str) -> str:

@@ -19,6 +19,7 @@ class Release:
     runtime_version: str
     conversations_checked: int  # prompts found equal between tokenizer and runtime
     adds_bos: bool  # the runtime would put the bos token before a rendered prompt
+    needs_composed: bool  # the runtime reads letters apart from their accents otherwise than the tokenizer
     turns: Turns | None  # None: only Jinja can render this model's chat template
     bos: str
     stops: tuple[str, ...]  # texts of the end-of-turn tokens

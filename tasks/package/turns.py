@@ -84,6 +84,9 @@ def _split(tokenizer: Any) -> Turns | None:
     first = render(tokenizer, messages[:2], generation=False)
     alone = render(tokenizer, messages[1:2], generation=False)
     asked = render(tokenizer, messages[1:2])
+    # Phi's template closes what asks for no answer with the eos token.
+    close = "" if asked.startswith(alone) else tokenizer.eos_token or ""
+    whole, first, alone = (text.removesuffix(close) for text in (whole, first, alone))
     pieces = [whole]
     for mark in _MARKS:
         if pieces[-1].count(mark) != 1:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import io
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,16 +189,39 @@ def answers(
     """
     shared = _common_prefix(prompts)
     longest = max(map(len, prompts)) - shared + limit
-    cells = shared + SLOTS * longest
+    slots = min(SLOTS, max(1, (first_context(file) - 1 - shared) // longest))
+    cells = shared + slots * longest
     with Session(
-        file, threads=threads, cells=cells + 1, sequences=SLOTS + 2, batch=max(BATCH, longest, shared) + 1, micro=MICRO
+        file, threads=threads, cells=cells + 1, sequences=slots + 2, batch=max(BATCH, longest, shared) + 1, micro=MICRO
     ) as session:
         if shared:
             session.decode(prompts[0][:shared], range(shared), [0] * shared, [False] * shared)
         rows = [(list(prompt[shared:]), list(draft[:limit])) for prompt, draft in zip(prompts, drafts, strict=True)]
-        done, open_rows = _check_drafts(session, rows, shared, stops, limit, advance)
-        _finish(session, rows, shared, done, open_rows, stops, limit, advance)
+        done, open_rows = _check_drafts(session, rows, shared, stops, limit, slots, advance)
+        _finish(session, rows, shared, done, open_rows, stops, limit, slots, advance)
     return done
+
+
+def first_context(file: Path) -> int:
+    """Tokens above which llama.cpp gives a model that has two rotary embeddings (Phi) the one for long texts.
+
+    It goes by the whole cache, however short the sequences in it are.
+    """
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    settings = llama_cpp.llama_model_default_params()
+    settings.vocab_only = True
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        model = llama_cpp.llama_model_load_from_file(str(file).encode(), settings)
+    if not model:
+        raise ArtifactError(f"{file}: llama.cpp cannot load it: {_last_line(errors)}: make the file again")
+    found = ctypes.create_string_buffer(32)
+    key = b"phi3.rope.scaling.original_context_length"
+    size = llama_cpp.llama_model_meta_val_str(model, key, found, len(found))
+    llama_cpp.llama_model_free(model)
+    return int(found.value) if size > 0 else sys.maxsize
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -213,12 +237,13 @@ def _check_drafts(
     shared: int,
     stops: Sequence[int],
     limit: int,
+    slots: int,
     advance: Callable[[int], None],
 ) -> tuple[list[list[int]], list[int]]:
     """Accepted tokens of every row, and the rows that must go on generating."""
     accepted: list[list[int]] = [[] for _ in rows]
     open_rows = []
-    for group in _groups([len(prompt) + len(draft) - 1 for prompt, draft in rows]):
+    for group in _groups([len(prompt) + len(draft) - 1 for prompt, draft in rows], slots):
         tokens: list[int] = []
         positions: list[int] = []
         sequences: list[int] = []
@@ -243,12 +268,12 @@ def _check_drafts(
     return accepted, open_rows
 
 
-def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in batches of at most BATCH tokens and SLOTS rows; longest first, so that batches fill up."""
+def _groups(lengths: Sequence[int], slots: int) -> Iterator[list[int]]:
+    """Indices in batches of at most BATCH tokens and so many rows; longest first, so that batches fill up."""
     group: list[int] = []
     total = 0
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if group and (total + lengths[row] > BATCH or len(group) == SLOTS):
+        if group and (total + lengths[row] > BATCH or len(group) == slots):
             yield group
             group, total = [], 0
         group.append(row)
@@ -276,18 +301,19 @@ def _finish(
     waiting: Sequence[int],
     stops: Sequence[int],
     limit: int,
+    slots: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Generate token by token, up to SLOTS answers side by side.
+    """Generate token by token, up to `slots` answers side by side.
 
     A finished answer's cells are not given to another one before all are finished: cells out of order would
     be summed in another order, which rounds differently.
     """
-    for group in _groups([len(rows[row][0]) + len(done[row]) for row in waiting]):
+    for group in _groups([len(rows[row][0]) + len(done[row]) for row in waiting], slots):
         active = {slot: waiting[index] for slot, index in enumerate(group, start=1)}
-        slots = list(active)
+        held = list(active)
         fed = {slot: rows[row][0] + done[row] for slot, row in active.items()}
-        for slot in slots:
+        for slot in held:
             session.share(0, slot)
         while active:
             tokens: list[int] = []
@@ -308,5 +334,5 @@ def _finish(
                 if token in stops or len(done[row]) >= limit:
                     del active[slot]
                     advance(1)
-        for slot in slots:
+        for slot in held:
             session.forget(slot)

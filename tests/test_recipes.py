@@ -1,0 +1,273 @@
+"""Recipes: what they set is known and differs, and models like theirs go the whole way and answer alike everywhere."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from checkout import DEFAULTS, ROOT
+from conftest import ROOMS, tiny_rows, write_jsonl
+from recipe_models import GEMMA_PLACE, MAKERS, TURNS
+
+from tasks import chat, models, params, stage
+from tasks.convert import convert, windows
+from tasks.distill import distill
+from tasks.errors import ArtifactError, ConfigError
+from tasks.finetune import finetune
+from tasks.package import _context, parity, turns
+from tasks.quantize import quantize
+from tasks.stages import STAGES
+from tasks.validate import llama_runtime
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+TALK = [
+    {"role": "system", "content": "Reply with one JSON action."},
+    {"role": "user", "content": "turn on the lamp"},
+    {"role": "assistant", "content": '{"action": "lamp"}'},
+    {"role": "user", "content": "and lock the door"},
+    {"role": "assistant", "content": '{"action": "door"}'},
+]
+ENDS = {"qwen3": "<|im_end|>", "phi-4": "<|end|>", "gemma3": "<end_of_turn>"}
+
+
+# --- the files ---------------------------------------------------------------------------------------
+
+
+def values(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key path of a recipe with its value; a source stands as a whole."""
+    for key, value in node.items():
+        if isinstance(value, dict) and "source" not in value:
+            yield from values(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_a_model_like_each_is_tried() -> None:
+    """SmolLM2 itself goes through `make run` and most other tests."""
+    families = ("smollm2", *MAKERS)
+    assert {next(name for name in families if recipe.stem.startswith(name)) for recipe in RECIPES} == set(families)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_needs_nothing_but_its_commit(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"1 problem:\n  acquire\.model\.revision: missing"):
+        params.load(DEFAULTS, params.expanded([f"@{recipe}"]))
+    made = params.load(DEFAULTS, [*params.expanded([f"@{recipe}"]), f"acquire.model.revision={'a' * 40}"])
+    assert made.acquire.model.source == "hub"
+    command = re.search(r"git ls-remote https://huggingface\.co/(\S+) HEAD", recipe.read_text())
+    assert command
+    assert command[1] == made.acquire.model.repo
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_says_only_what_differs(recipe: Path) -> None:
+    defaults = dict(values(yaml.safe_load(DEFAULTS.read_text())))
+    same = [key for key, value in values(yaml.safe_load(recipe.read_text())) if defaults.get(key) == value]
+    assert not same
+
+
+# --- models like theirs ------------------------------------------------------------------------------
+
+
+def raw_params(model: Path, root: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = yaml.safe_load(DEFAULTS.read_text())
+    (root / "data").mkdir(parents=True)
+    (root / "data" / "model").symlink_to(model)
+    for split, rooms in {"train": ROOMS[:6], "validation": ROOMS[6:8], "test": ROOMS[8:]}.items():
+        write_jsonl(root / "data" / "rows" / f"{split}.jsonl", tiny_rows(rooms))
+    raw["acquire"] |= {
+        "model": {"source": "local", "path": "data/model"}, "data": {"source": "local", "path": "data/rows"},
+        "near_duplicate": 1.0,
+    }  # fmt: skip
+    few = {"epochs": 0.4, "batch_tokens": 512, "evaluations": 1, "precision": "fp32"}
+    raw["finetune"] |= few
+    raw["distill"] |= few | {"calibration_rows": 4, "candidates": 2, "unlabelled_rows": 0}
+    raw["task"]["max_new_tokens"] = 8
+    return raw
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory, real_tokenizer_folder: Path) -> dict[str, Path]:
+    """A model of each family, as its repository would hold it."""
+    home = tmp_path_factory.mktemp("families")
+    texts = [message["content"] for row in tiny_rows(ROOMS) for message in row["messages"]]
+    for family, maker in MAKERS.items():
+        maker(texts if family == "gemma3" else real_tokenizer_folder, home / family)
+    return {family: home / family for family in MAKERS}
+
+
+@pytest.fixture(scope="session", params=MAKERS)
+def made(request: pytest.FixtureRequest, originals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family's model after acquire, two steps of training, distillation, conversion and q8_0."""
+    root = tmp_path_factory.mktemp(request.param)
+    raw = raw_params(originals[request.param], root)
+    raw["distill"]["max_parameters"] = 0.999  # one block goes
+    checked, build = params.check(raw, "test"), root / "build"
+    stage.run(STAGES["acquire"], STAGES, checked, root)
+    for name in ("finetune", "distill", "convert", "q8_0", "scratch"):
+        (build / name).mkdir(parents=True)
+    source, teacher, student = (build / name for name in ("acquire", "finetune", "distill"))
+    finetune(checked, source=source, out=teacher, scratch=build / "scratch")
+    distill(checked, source=source, teacher=teacher, seed=17, out=student, scratch=build / "scratch")
+    convert(checked, teacher=teacher, student=student, out=build / "convert")
+    quantize(checked, student=student, converted=build / "convert", variant="q8_0", out=build / "q8_0")
+    return root
+
+
+def family(made: Path) -> str:
+    return next(name for name in MAKERS if made.name.startswith(name))
+
+
+def loss_of_choice(model: Any, prompt: list[int], said: list[int]) -> float:
+    """How far below the best logit, in standard deviations, what was said lies at worst."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
+    behind = logits.max(-1).values - logits[range(len(said)), said]
+    return float((behind / logits.std(-1)).max()) if said else 0.0
+
+
+@pytest.mark.parametrize(("file", "within"), [("convert/teacher.gguf", 0.05), ("q8_0/model.gguf", 0.3)])
+def test_llama_cpp_answers_as_transformers_does(made: Path, file: str, within: float) -> None:
+    folder = made / "build" / ("finetune" if "teacher" in file else "distill") / "model"
+    model, tokenizer = models.load_model(folder, "float32"), models.load_tokenizer(folder)
+    rows = chat.encode_all(tokenizer, chat.read_rows(made / "build/acquire/data/test.jsonl"), 999)
+    prompts, drafts = ([row.ids[part(row)] for row in rows] for part in (before, after))
+    stops = models.stop_ids(folder, tokenizer)
+    said = llama_runtime.answers(
+        made / "build" / file, prompts, drafts, stops=stops, limit=24, threads=2, advance=lambda _: None
+    )
+    assert all(said)
+    assert max(loss_of_choice(model, prompt, answer) for prompt, answer in zip(prompts, said, strict=True)) < within
+
+
+def before(row: chat.Encoded) -> slice:
+    return slice(row.answer_start)
+
+
+def after(row: chat.Encoded) -> slice:
+    return slice(row.answer_start, None)
+
+
+def test_what_is_learned_is_each_answer_and_the_end_of_its_turn(made: Path) -> None:
+    folder = made / "build/distill/model"
+    tokenizer = models.load_tokenizer(folder)
+    row = chat.encode(tokenizer, TALK, 999)
+    learned = "".join(tokenizer.decode([i]) if wanted else "|" for i, wanted in zip(row.ids, row.target, strict=True))
+    end = ENDS[family(made)]
+    assert re.sub(r"\|{2,}", "||", learned) == f'||{{"action": "lamp"}}{end}||{{"action": "door"}}{end}'
+    for cut in (2, 4):
+        prompt = chat.prompt_ids(tokenizer, TALK[:cut])
+        assert row.ids[: len(prompt)] == prompt
+    assert tokenizer.convert_tokens_to_ids(end) in models.stop_ids(folder, tokenizer)
+    assert "<think>" not in tokenizer.decode(row.ids)  # what a server asks by default: a prompt without thoughts
+
+
+def test_the_packaged_file_sees_the_prompts_and_stops(made: Path) -> None:
+    folder, file = made / "build/distill/model", made / "build/q8_0/model.gguf"
+    tokenizer, runtime = models.load_tokenizer(folder), parity.gguf(file)
+    assert parity.check(folder, tokenizer, runtime, file, [TALK[:-1]]) == len(parity.CONVERSATIONS) + 1
+    assert parity.needs_composed(tokenizer, runtime) == (family(made) == "qwen3")
+    # Gemma's trims texts and has no system turn: only Jinja renders it.
+    assert (turns.probe(tokenizer, parity.CONVERSATIONS.values()) is None) == (family(made) == "gemma3")
+
+
+# --- one by one --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made", ["gemma3"], indirect=True)
+def test_pruned_gemma_keeps_its_windows(made: Path) -> None:
+    """llama.cpp would take the sixth block for the one that sees everything, wherever pruning has put it."""
+    from gguf import GGUFReader
+
+    config = models.load_config(made / "build/distill/model")
+    wanted = [kind == "sliding_attention" for kind in config["layer_types"]]
+    assert windows.moved(config) == wanted
+    assert windows.moved(models.load_config(made / "build/finetune/model")) is None
+    key = "gemma3.attention.sliding_window_pattern"
+    assert GGUFReader(made / "build/q8_0/model.gguf").fields[key].contents() == wanted
+    assert key not in GGUFReader(made / "build/convert/teacher.gguf").fields
+
+
+@pytest.mark.parametrize("made", ["phi-4"], indirect=True)
+def test_many_answers_side_by_side_are_no_long_text_to_phi(made: Path) -> None:
+    """llama.cpp turns to the rotary embedding for long texts by the size of the whole cache."""
+    file, folder = made / "build/q8_0/model.gguf", made / "build/distill/model"
+    tokenizer = models.load_tokenizer(folder)
+    row = chat.encode(tokenizer, TALK, 999)
+    assert llama_runtime.first_context(file) == 4096
+    few, many = (
+        llama_runtime.answers(
+            file,
+            [row.ids[before(row)]],
+            [row.ids[after(row)]],
+            stops=[],
+            limit=limit,
+            threads=2,
+            advance=lambda _: None,
+        )[0]
+        for limit in (8, 120)
+    )
+    assert many[:8] == few
+
+
+def test_phi_is_not_packaged_for_the_other_rotary_embedding() -> None:
+    told = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    assert _context(8192, told) == 4096
+    assert _context(2048, told) == 2048
+    assert _context(8192, {"max_position_embeddings": 2048}) == 2048
+    assert _context(8192, {}) == 8192
+
+
+@pytest.mark.parametrize("made", ["phi-4"], indirect=True)
+def test_what_names_code_is_left_behind(made: Path) -> None:
+    assert "auto_map" in models.load_config(made / "data/model")
+    assert "auto_map" not in models.load_config(made / "build/acquire/model")
+
+
+def test_a_row_with_a_token_that_the_model_cannot_embed_is_named(originals: dict[str, Path], tmp_path: Path) -> None:
+    raw = raw_params(originals["gemma3"], tmp_path)
+    path = tmp_path / "data" / "rows" / "train.jsonl"
+    path.write_text(path.read_text().replace("the lamp in the kitchen", f"the {GEMMA_PLACE} in the kitchen"))
+    with pytest.raises(ConfigError, match=rf"train\.jsonl:1: the model has nothing for '{GEMMA_PLACE}'"):
+        stage.run(STAGES["acquire"], STAGES, params.check(raw, "test"), tmp_path)
+
+
+def test_gemma_without_its_vocabulary_is_refused_before_hours_of_training(
+    originals: dict[str, Path], tmp_path: Path
+) -> None:
+    raw = raw_params(originals["gemma3"], tmp_path)
+    (tmp_path / "data" / "model").unlink()
+    (tmp_path / "data" / "model").mkdir()
+    for file in originals["gemma3"].iterdir():
+        if file.name != "tokenizer.model":
+            (tmp_path / "data" / "model" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ArtifactError, match=r"tokenizer\.model is missing: llama\.cpp's converter reads"):
+        stage.run(STAGES["acquire"], STAGES, params.check(raw, "test"), tmp_path)
+
+
+def test_a_template_that_refuses_a_talk_has_the_eos_token_for_an_end(originals: dict[str, Path]) -> None:
+    tokenizer = models.load_tokenizer(originals["gemma3"])
+    assert tokenizer.convert_ids_to_tokens(chat.end_of_turn(tokenizer)) == "<end_of_turn>"
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    assert chat.end_of_turn(tokenizer) == tokenizer.eos_token_id
+    tokenizer.chat_template = TURNS.replace("<end_of_turn>", "")
+    assert chat.end_of_turn(tokenizer) == tokenizer.eos_token_id
+
+
+def test_a_lost_vocabulary_is_seen_by_the_converter_alone(made: Path) -> None:
+    """What stages hand on: the converter's files are there, and control tokens are told from words."""
+    folder = made / "build/distill/model"
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    if family(made) == "gemma3":
+        assert (folder / "tokenizer.model").read_bytes() == (made / "data/model/tokenizer.model").read_bytes()
+        special = {entry["content"] for entry in told["added_tokens_decoder"].values() if entry["special"]}
+        assert {"<start_of_turn>", "<end_of_turn>"} <= special
+        assert "\n" not in special
+    else:
+        assert not (folder / "tokenizer.model").exists()
+        assert (told["tokenizer_class"] == "GPT2Tokenizer") == (family(made) == "phi-4")
