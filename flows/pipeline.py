@@ -5,7 +5,7 @@ do is DVC's decision alone, so a retry, a second run and `dvc repro` all take up
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from tasks.stage import folder
 from tasks.stages import STAGES
 
 MLFLOW_S = 120.0  # registering needs MLflow, and waits so long for one that is away
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 ARTIFACT_S = 2.0  # between two updates of a progress artifact
 
 Key = tuple[str, str | None]  # stage; variant or seed, where it is done once for each
@@ -209,9 +210,8 @@ def _stages(desk: Desk, run: str, checked: params.Params) -> None:
                 for order in orders:
                     if order.key in futures or not desk.done.keys() >= set(inputs[order.key]):
                         continue
-                    at_work = futures.keys() - ends.keys()
-                    if STAGES[order.stage].per == "seed" and len(at_work) >= machines:
-                        continue  # a training beside another takes many times as long: their threads fight for cores
+                    if STAGES[order.stage].per == "seed" and not _may_train(futures, ends, machines):
+                        continue
                     # States, not futures: Dask would do again what a future stood for, were it lost.
                     states = [futures[key].state for key in inputs[order.key]]
                     futures[order.key] = future = _task(order.name, checked).submit(order, post, wait_for=states)
@@ -236,6 +236,14 @@ def _stages(desk: Desk, run: str, checked: params.Params) -> None:
     ours = [error for error in failed if isinstance(error, PipelineError)]
     if failed:
         raise (ours or failed)[0]
+
+
+def _may_train(futures: Mapping[Key, Any], ends: Mapping[Key, Any], machines: int) -> bool:
+    """Whether a further student may begin: beside another one, or beside anything, training takes many times as long, as
+    their threads fight for the cores; and where one has failed for good, the run has, too.
+    """
+    failed = any(isinstance(end, BaseException) for end in ends.values())
+    return not failed and len(futures.keys() - ends.keys()) < machines
 
 
 def one(desk: Desk, order: Order, checked: params.Params) -> None:
@@ -353,14 +361,13 @@ def _worth_a_retry(task: Any, run: Any, state: Any) -> bool:
     return isinstance(error, StageError) and not isinstance(error, DiskFullError)
 
 
-def _threads(order: Order, post: fan_out.Post) -> dict[str, str]:
-    """Variants that run side by side share the cores instead of fighting for them. All else has them to itself: on Dask,
-    which leaves its workers' libraries one thread, that must be said, and the bytes of what is trained depend on it.
+def _threads(order: Order, post: fan_out.Post) -> dict[str, str | None]:
+    """Variants that run side by side share the cores instead of fighting for them. All else has them to itself, also on
+    Dask, whose workers leave libraries one thread each: the bytes of what is trained depend on how many those are.
     """
-    if order.parallel == 1 and not isinstance(post, fan_out.DaskPost):
-        return {}
-    count = str(max(1, cores.available() // order.parallel))
-    return {name: count for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    if order.parallel > 1:
+        return dict.fromkeys(THREADS, str(max(1, cores.available() // order.parallel)))
+    return dict.fromkeys(THREADS) if isinstance(post, fan_out.DaskPost) else {}
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

@@ -79,7 +79,7 @@ def show(root: Path, path: Path, overrides: Sequence[str]) -> None:
     for variant, size in plan.sizes.items():
         table.add_row(variant, f"{size / 1e6:.1f}", f"{size / whole:.0%}", f"{plan.ram[variant] / 1e6:.0f}")
     console.print(table)
-    table = Table("stage", title="Work (times are estimates)", title_justify="left")
+    table = Table("stage", title="Work (times are estimates, on this machine)", title_justify="left")
     for heading in ("steps", "tokens", "minutes"):
         table.add_column(heading, justify="right")
     for work in plan.work:

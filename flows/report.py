@@ -303,7 +303,7 @@ def _students(path: Path) -> str:
     accuracies = [each["accuracy"] for each in found]
     mean, spread = statistics.fmean(accuracies), statistics.stdev(accuracies)
     text = (
-        f"<p>They differ in the order of the training rows alone: {_percent(mean)} on average, with a standard deviation of "
+        f"<p>They differ in which training rows they saw, and in what order: {_percent(mean)} on average, with a standard deviation of "
         f"{100 * spread:.1f} points. The least validation loss decides which one goes on; the test rows have no part in it.</p>"
     )
     return text + _table("One student a seed", ["validation loss", "accuracy on the test rows", "goes on"], rows)

@@ -4,6 +4,7 @@ The rules are llama.cpp's (src/llama-quant.cpp, `llama_tensor_get_type`): norms 
 embedding, where the two are tied) gets more bits, and a row that 256 does not divide cannot hold a K-quant.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,10 +111,14 @@ def read(acquire: Acquire, root: Path) -> Shape:
     from tasks.acquire import model_sources
 
     if acquire.model.source == "hub":
-        fetched = root / "build" / "acquire" / "model"
-        if not fetched.is_dir():
-            raise ConfigError("the model is on the Hub and a plan fetches nothing: run `slmops stage acquire` first")
-        return from_config(fetched)
+        fetched, wanted = root / "build" / "acquire", acquire.model
+        lineage = fetched / "lineage.json"
+        model = json.loads(lineage.read_bytes())["model"] if lineage.is_file() else {}
+        if (model.get("repo"), model.get("revision")) != (wanted.repo, wanted.revision):
+            raise ConfigError(
+                f"{wanted.repo} is on the Hub and a plan fetches nothing: run `slmops stage acquire` with the same --set first"
+            )
+        return from_config(fetched / "model")
     path = model_sources.SOURCES[acquire.model.source](acquire.model, root, root).path
     return from_gguf(path) if path.is_file() else from_config(path)
 

@@ -64,13 +64,13 @@ def repro(
     *,
     log: Path,
     on_event: Callable[[Event], None] = lambda event: None,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     keep_open: tuple[int, ...] = (),
 ) -> Outcome:
     """Bring one stage up to date in the workspace `root`; its inputs must be so already.
 
     The output of dvc and of the stage goes to `log`. `on_event` gets each event of `tasks/events.py` within
-    a fraction of a second, in the calling thread. Should this process be killed, dvc and the stage are ended too;
+    a fraction of a second, in the calling thread. `env`: what dvc gets beside our own environment, or not (None). Should this process be killed, dvc and the stage are ended too;
     the descriptors `keep_open` stay open in dvc, so that a lock outlives us for as long as that takes.
 
     Raises:
@@ -86,11 +86,12 @@ def repro(
     started = time.monotonic()
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
     watched = ["/bin/sh", "-c", WATCHED, "sh", *command]
+    given = {**environment(), **(env or {}), "SLMOPS_EVENTS": str(events.absolute())}
     with log.open("wb") as out, events.open(encoding="utf-8") as stream:
         process = subprocess.Popen(
             watched,
             cwd=root,
-            env={**environment(), **(env or {}), "SLMOPS_EVENTS": str(events.absolute())},
+            env={name: value for name, value in given.items() if value is not None},
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=subprocess.STDOUT,

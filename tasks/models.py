@@ -198,7 +198,7 @@ def _complete(tokenizer: Any, kind: str, out: Path) -> None:
     """
     path, vocabulary = out / "tokenizer_config.json", sentence_pieces(tokenizer)
     told = json.loads(path.read_bytes())
-    if vocabulary.is_file():
+    if tokenizer.name_or_path and vocabulary.is_file():
         shutil.copyfile(vocabulary, out / vocabulary.name)
         told["added_tokens_decoder"] = {
             str(i): {"content": token.content, "lstrip": token.lstrip, "normalized": token.normalized,

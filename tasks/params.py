@@ -169,7 +169,7 @@ class Distill(Training):
 class Select(Section):
     """Chance has a share in what a student becomes: of several, the one that goes on."""
 
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = Field(
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = Field(
         (17,), description="one student each; that of the least validation loss goes on"
     )
 
@@ -379,10 +379,15 @@ def _explain(problem: Any, raw: dict[str, Any]) -> str:
     ]
     key = ".".join(known)
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _KEYS, n=1)
+        if key == "distill.seed":
+            return f"{key}: unknown key: select.seeds has taken its place, a list"
+        near = difflib.get_close_matches(location[-1], [name for name in _KEYS if name != location[-1]], n=1)
         return f"{key}: unknown key" + (f": did you mean {near[0]!r}?" if near else ": remove it")
     if problem["type"] == "missing":
-        return f"{key}: missing"
+        hint = (
+            ": the 40-digit hash of a commit, `git ls-remote https://huggingface.co/OWNER/NAME HEAD` tells the newest"
+        )
+        return f"{key}: missing" + (hint if location[-1] == "revision" else "")
     if isinstance(given, str) and problem["type"].startswith(("float", "int")):
         hint = f": write {float(given):.1e} with a dot" if _is_number(given) and "e" in given.lower() else ""
         return f"{key}: {given!r} is text, not a number{hint} (YAML reads 1e-4 as text, 1.0e-4 as a number)"
@@ -411,5 +416,18 @@ def _all_keys(model: Any) -> set[str]:
 
 
 _SOURCES = ("package", "gguf", "local", "hub")
-_MODELS = (Params, Acquire, PackageModel, GgufModel, LocalModel, HubModel, LocalData, HubData, Task, Finetune, Distill)
+_MODELS = (
+    Params,
+    Acquire,
+    PackageModel,
+    GgufModel,
+    LocalModel,
+    HubModel,
+    LocalData,
+    HubData,
+    Task,
+    Finetune,
+    Distill,
+    Select,
+)
 _KEYS = sorted(set().union(*map(_all_keys, (*_MODELS, Quantize, Onnx, Gate, Validate, Package, Machine, Release))))

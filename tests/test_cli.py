@@ -136,7 +136,16 @@ def test_a_plan_for_a_model_that_is_not_there_says_so(tmp_path: Path) -> None:
         },
         "test",
     ).acquire
-    with pytest.raises(ConfigError, match=r"`slmops stage acquire` first"):
+    fetched = tmp_path / "build" / "acquire"
+    (fetched / "model").mkdir(parents=True)
+    for _ in ("nothing was fetched", "another one was"):
+        with pytest.raises(
+            ConfigError, match=r"a/b is on the Hub .* run `slmops stage acquire` with the same --set first"
+        ):
+            shape.read(acquire, tmp_path)
+        (fetched / "lineage.json").write_text(json.dumps({"model": {"repo": "another/model", "revision": "0" * 40}}))
+    (fetched / "lineage.json").write_text(json.dumps({"model": hub}))
+    with pytest.raises(ArtifactError, match=r"config\.json"):
         shape.read(acquire, tmp_path)
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
     with pytest.raises(ArtifactError, match="has no hidden_size, intermediate_size"):

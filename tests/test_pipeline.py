@@ -251,3 +251,9 @@ def read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
+
+
+def test_where_one_student_fails_for_good_no_other_begins(toy: Path) -> None:
+    done = run_toy(toy, "--set", "select.seeds=[1, 2]", TOY_FAIL=json.dumps({"distill-1": ["ConfigError", 9]}))
+    assert done.stderr.splitlines()[-1] == "error: distill@1: told to fail: do not tell it"
+    assert started(toy) == ["acquire", "finetune", "distill-1"]

@@ -30,7 +30,7 @@ def build(params: Onnx, student: Path, _: Path, out: Path) -> None:
     Raises:
         StageError: the disk is full, or Olive fails.
     """
-    require_file(student / "config.json", "run the distill stage again")
+    require_file(student / "config.json", "run the distill and select stages again")
     weights = sum(file.stat().st_size for file in student.glob("*.safetensors"))
     # Olive keeps the fp32 embedding and both passes' outputs until it is done.
     need_space(out, 4 * weights)

@@ -1,4 +1,4 @@
-"""One student of several: seeds differ in the order of the rows alone, and chance makes some better than others.
+"""One student of several: a seed decides which rows a student sees, in what order, and some make a better one by chance.
 
 The validation loss decides. The test split has no part in it: a student that is chosen for its luck on the rows that
 judge it would look better than it is. What the students reach there is told as their mean and spread.
@@ -6,6 +6,7 @@ judge it would look better than it is. What the students reach there is told as 
 
 import json
 import os
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -52,4 +53,7 @@ def _link(student: Path, out: Path) -> None:
     for name in manifest.load(student).files:
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.link(student / name, target)
+        try:
+            os.link(student / name, target)
+        except OSError:  # a file system without links
+            shutil.copyfile(student / name, target)

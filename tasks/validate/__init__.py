@@ -98,10 +98,10 @@ def validate(
 
 def _teacher(file: Path, rows: Sequence[chat.Messages]) -> list[bool]:
     """Whether the teacher was right, row by row of the test set."""
-    require_file(file, "run the distill stage again")
+    require_file(file, "run the distill and select stages again")
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     if [line["reference"] for line in lines] != [row[-1]["content"] for row in rows]:
-        raise ArtifactError(f"{file} was made from other test rows: run the distill stage again")
+        raise ArtifactError(f"{file} was made from other test rows: run the distill and select stages again")
     return [line["teacher_correct"] for line in lines]
 
 
