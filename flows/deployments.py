@@ -44,9 +44,7 @@ class Budget(BaseModel):
 
     finetune_epochs: float | None = Field(None, gt=0, description="passes of the teacher over the training rows")
     distill_epochs: float | None = Field(None, gt=0, description="passes of the student over what the teacher answered")
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(
-        None, min_length=1, description="one student each; the best one goes on"
-    )
+    seeds: list[params.Seed] | None = Field(None, min_length=1, description="one student each; the best one goes on")
     max_parameters: params.Share | None = Field(None, description="the student's, as a share of the teacher's")
 
 

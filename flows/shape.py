@@ -4,11 +4,11 @@ The rules are llama.cpp's (src/llama-quant.cpp, `llama_tensor_get_type`): norms 
 embedding, where the two are tied) gets more bits, and a row that 256 does not divide cannot hold a K-quant.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from flows.results import read_json
 from tasks.errors import ArtifactError, ConfigError
 from tasks.models import load_config, tied
 from tasks.params import Acquire, Onnx
@@ -113,7 +113,7 @@ def read(acquire: Acquire, root: Path) -> Shape:
     if acquire.model.source == "hub":
         fetched, wanted = root / "build" / "acquire", acquire.model
         lineage = fetched / "lineage.json"
-        model = json.loads(lineage.read_bytes())["model"] if lineage.is_file() else {}
+        model = read_json(lineage)["model"] if lineage.is_file() else {}
         if (model.get("repo"), model.get("revision")) != (wanted.repo, wanted.revision):
             raise ConfigError(
                 f"{wanted.repo} is on the Hub and a plan fetches nothing: run `slmops stage acquire` with the same --set first"

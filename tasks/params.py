@@ -21,6 +21,7 @@ from tasks.errors import ConfigError
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="a full commit hash, never a branch or tag")]
 
 
@@ -169,7 +170,7 @@ class Distill(Training):
 class Select(Section):
     """Chance has a share in what a student becomes: of several, the one that goes on."""
 
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = Field(
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = Field(
         (17,), description="one student each; that of the least validation loss goes on"
     )
 
@@ -416,18 +417,7 @@ def _all_keys(model: Any) -> set[str]:
 
 
 _SOURCES = ("package", "gguf", "local", "hub")
-_MODELS = (
-    Params,
-    Acquire,
-    PackageModel,
-    GgufModel,
-    LocalModel,
-    HubModel,
-    LocalData,
-    HubData,
-    Task,
-    Finetune,
-    Distill,
-    Select,
+_MODELS = (Params, Acquire, PackageModel, GgufModel, LocalModel, HubModel, LocalData, HubData, Task, Finetune, Distill)
+_KEYS = sorted(
+    set().union(*map(_all_keys, (*_MODELS, Select, Quantize, Onnx, Gate, Validate, Package, Machine, Release)))
 )
-_KEYS = sorted(set().union(*map(_all_keys, (*_MODELS, Quantize, Onnx, Gate, Validate, Package, Machine, Release))))

@@ -6,6 +6,7 @@ for one, a scratch folder of checkpoints tied to exactly these params and inputs
 
 import errno
 import fcntl
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -154,6 +155,20 @@ def _only_one(lock: Path, what: str, root: Path) -> Iterator[None]:
                 f"{what} is already running in {root}: wait for it to end, or run in another workspace"
             ) from None
         yield
+
+
+def place(source: Path, target: Path) -> None:
+    """Hard-link one file, so that weights are on the disk once; copy where the file system cannot link.
+
+    Raises:
+        DiskFullError: too little is free for a copy.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        need_space(target.parent, source.stat().st_size)
+        shutil.copyfile(source, target)
 
 
 def require_file(path: Path, what: str) -> Path:

@@ -23,7 +23,8 @@ Lookup = Callable[[list[int]], tuple[Any, Any, Any]]
 
 
 def cache_targets(model: Any, rows: Sequence[Encoded], settings: Distill, path: Path, seed: int) -> Lookup:
-    """Write the teacher's targets of every row that training with this seed will read to `path` unless they are there; return a reader.
+    """Write the teacher's targets of every row that training with this seed will read to `path` unless they are there;
+    return a reader.
 
     The reader maps row indices to token ids (n, k), log-probabilities (n, k) and hidden states (n, d) of their n
     targets in order.

@@ -1,12 +1,12 @@
 """The teacher learns the task: supervised fine-tuning on the assistant's turns."""
 
 import json
-import os
 from pathlib import Path
 
 from tasks import events, models
 from tasks.chat import encode_all, read_rows
 from tasks.params import Params
+from tasks.stage import place
 from tasks.training import cross_entropy, train, validation_loss
 
 
@@ -18,9 +18,8 @@ def finetune(params: Params, *, source: Path, out: Path, scratch: Path) -> dict[
     settings, task = params.finetune, params.task
     if not settings.enabled:
         events.note("finetune is off: the acquired model is the teacher")
-        (out / "model").mkdir()
         for file in (source / "model").iterdir():
-            os.link(file, out / "model" / file.name)
+            place(file, out / "model" / file.name)
         (out / "history.json").write_text("[]\n")
         return {"steps": 0.0}
     tokenizer = models.load_tokenizer(source / "model")

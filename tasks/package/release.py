@@ -1,12 +1,11 @@
 """What every target is given, and the few steps they share."""
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.chat import Messages
 from tasks.package.turns import Turns
+from tasks.stage import place
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,6 @@ class Release:
     context_length: int  # tokens
     minimum_ram_bytes: int
     licence: str  # text
-
-
-def place(source: Path, target: Path) -> None:
-    """Hard-link one file, so that weights are on the disk once; copy where the file system cannot link."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def place_folder(source: Path, target: Path) -> None:

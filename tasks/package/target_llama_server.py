@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from tasks.package.release import Release, place, write
+from tasks.package.release import Release, write
+from tasks.stage import place
 
 PORT = 8080
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from tasks.package.release import Release, place, write
+from tasks.package.release import Release, write
 from tasks.package.turns import Turns
+from tasks.stage import place
 
 README = """# {name} ({variant}) for Ollama
 

@@ -5,7 +5,6 @@ import ctypes
 import io
 import logging
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -16,7 +15,7 @@ from tasks.cores import threads
 from tasks.errors import StageError
 from tasks.manifest import sha256
 from tasks.params import Onnx, Variant
-from tasks.stage import disk_full, need_space, require_file
+from tasks.stage import disk_full, need_space, place, require_file
 
 # llama_ftype's names in small letters, with the share of the F16 file's bytes that each needs at most.
 SHARE: Mapping[Variant, float] = {"q8_0": 0.55, "q5_1": 0.5, "q5_0": 0.5, "q4_k_m": 0.5, "q4_0": 0.45}
@@ -26,11 +25,7 @@ SOURCE = "run the convert stage again"
 def keep(_: Onnx, __: Path, f16: Path, out: Path) -> None:
     """The F16 file itself; a hard link where the file system has them."""
     require_file(f16, SOURCE)
-    try:
-        os.link(f16, out / "model.gguf")
-    except OSError:
-        need_space(out, f16.stat().st_size)
-        shutil.copyfile(f16, out / "model.gguf")
+    place(f16, out / "model.gguf")
 
 
 def quantize(variant: Variant, _: Onnx, __: Path, f16: Path, out: Path) -> None:

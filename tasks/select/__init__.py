@@ -5,14 +5,13 @@ judge it would look better than it is. What the students reach there is told as 
 """
 
 import json
-import os
-import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
 from tasks import events, manifest
 from tasks.params import Params
+from tasks.stage import place
 
 
 def select(params: Params, *, students: Path, out: Path) -> dict[str, float]:
@@ -26,7 +25,9 @@ def select(params: Params, *, students: Path, out: Path) -> dict[str, float]:
         metrics = manifest.load(students / str(seed)).metrics
         found.append({"seed": seed} | {name: metrics[name] for name in ("validation_loss", "accuracy")})
     best = min(found, key=lambda each: each["validation_loss"])
-    _link(students / str(best["seed"]), out)
+    chosen = students / str(best["seed"])
+    for name in manifest.load(chosen).files:
+        place(chosen / name, out / name)
     for each in found:
         each["chosen"] = each is best
     (out / "students.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -46,14 +47,3 @@ def select(params: Params, *, students: Path, out: Path) -> dict[str, float]:
         "accuracy_mean": round(mean, 6),
         "accuracy_sd": round(spread, 6),
     }
-
-
-def _link(student: Path, out: Path) -> None:
-    """The student's files, without taking their room a second time."""
-    for name in manifest.load(student).files:
-        target = out / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(student / name, target)
-        except OSError:  # a file system without links
-            shutil.copyfile(student / name, target)
