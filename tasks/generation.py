@@ -11,9 +11,10 @@ from typing import Any
 
 from tasks import events
 from tasks.chat import Encoded
+from tasks.logits import head_of
 from tasks.packing import pack
 from tasks.scoring import Metric
-from tasks.training import batches, target_states
+from tasks.training import CHUNK, batches, target_states
 
 BATCH = 64
 
@@ -30,10 +31,12 @@ def answers(
 
     found: dict[int, str] = {}
     open_rows: dict[int, list[int]] = {}
+    head = head_of(model)
     with torch.no_grad(), events.progress(label, len(rows), "rows") as advance:
         for indices in batches([len(row.ids) for row in rows], 4096, 0, 1.0):
             tails = [_last_answer(rows[i]) for i in indices]
-            guesses = model.get_output_embeddings()(target_states(model, pack(tails, model.device))).argmax(-1).tolist()
+            hidden = target_states(model, pack(tails, model.device))
+            guesses = [i for part in hidden.split(CHUNK) for i in head.logits(part).argmax(-1).tolist()]
             for i, tail in zip(indices, tails, strict=True):
                 start, want = tail.answer_start, tail.ids[tail.answer_start :]
                 got, guesses = guesses[: len(want)], guesses[len(want) :]

@@ -19,6 +19,7 @@ from typing import Any
 from tasks import events, models
 from tasks.chat import Encoded
 from tasks.errors import StageError
+from tasks.logits import Head, head_of
 from tasks.packing import Packed, pack, states
 from tasks.params import Training
 from tasks.stage import need_space
@@ -61,7 +62,7 @@ def target_states(model: Any, packed: Packed) -> Any:
     return states(model, packed)[packed.predicting]
 
 
-def log_probs(hidden: Any, head: Any, tokens: Any) -> Any:
+def log_probs(hidden: Any, head: Head, tokens: Any) -> Any:
     """Log-probabilities (n, k) of `tokens` (n, k) at positions with hidden states (n, d), over the whole vocabulary.
 
     Any loss on a few tokens needs only these, so the (n, v) logits never enter the graph. They are made CHUNK rows
@@ -70,10 +71,10 @@ def log_probs(hidden: Any, head: Any, tokens: Any) -> Any:
     import torch
 
     if torch.is_grad_enabled():
-        return _log_probs_function().apply(hidden, head.weight, tokens)
+        return _log_probs_function().apply(hidden, head.weight, head.bias, tokens, head.scale, head.cap)
     made = []
     for part, wanted in zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True):
-        logits = (part @ head.weight.T).float()
+        logits = head.logits(part)
         made.append(logits.gather(-1, wanted) - logits.logsumexp(-1, keepdim=True))
     return torch.cat(made)
 
@@ -82,48 +83,61 @@ def log_probs(hidden: Any, head: Any, tokens: Any) -> Any:
 def _log_probs_function() -> Any:
     import torch
 
-    def chances(part: Any, weight: Any) -> tuple[Any, Any, Any]:
-        """Logits (m, v) in fp32, their log-sum (m, 1), and the probabilities in the type of `part`."""
-        logits = (part @ weight.T).float()
+    def chances(part: Any, wanted: Any, head: Head) -> tuple[Any, Any, Any]:
+        """Log-probabilities (m, k) of the `wanted` tokens, then by what the products with the weights move them: the
+        slopes (m, k) of their logits (None: 1), and the slopes (m, v) of the log-sum in the type of `part`."""
+        logits = head.logits(part)
         most = logits.amax(-1, keepdim=True)
         shares = (logits - most).exp_()
         total = shares.sum(-1, keepdim=True)
-        return logits, most + total.log(), shares.div_(total).to(part.dtype)
+        shares, found = shares.div_(total), logits.gather(-1, wanted)
+        steep = None
+        if head.cap is not None:  # the derivative of the soft cap
+            shares.mul_(1 - (logits / head.cap) ** 2)
+            steep = 1 - (found / head.cap) ** 2
+        return found - (most + total.log()), steep, shares.to(part.dtype)
 
     class LogProbs(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, hidden: Any, weight: Any, tokens: Any) -> Any:
-            kept, made = [], []
+        def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, tokens: Any, scale: float, cap: float | None) -> Any:
+            ctx.scale, ctx.cap = scale, cap
+            keep, kept, made = len(hidden) <= KEPT, [], []
             for part, wanted in zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True):
-                logits, log_z, shares = chances(part, weight)
-                made.append(logits.gather(-1, wanted) - log_z)
-                if len(hidden) <= KEPT:
-                    kept.append(shares)
-            ctx.save_for_backward(hidden, weight, tokens, *kept)
+                found, steep, shares = chances(part, wanted, Head(weight, bias, scale, cap))
+                made.append(found)
+                if keep:
+                    kept += [steep, shares]
+            ctx.save_for_backward(hidden, weight, bias, tokens, *kept)
             return torch.cat(made)
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
-            hidden, weight, tokens, *kept = ctx.saved_tensors
+            hidden, weight, bias, tokens, *kept = ctx.saved_tensors
+            head = Head(weight, bias, ctx.scale, ctx.cap)
             grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            grad_weight, grad_bias = (
+                torch.zeros_like(each) if needed else None
+                for each, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+            )
             for n, start in enumerate(range(0, len(hidden), CHUNK)):
                 part = slice(start, start + CHUNK)
-                shares = kept[n] if kept else chances(hidden[part], weight)[2]
-                grad = (shares * -gradient[part].sum(-1, keepdim=True).to(shares.dtype)).scatter_add_(
-                    -1, tokens[part], gradient[part].to(shares.dtype)
-                )
-                grad_hidden[part] = grad @ weight
+                steep, shares = kept[2 * n : 2 * n + 2] if kept else chances(hidden[part], tokens[part], head)[1:]
+                from_sum = -gradient[part].sum(-1, keepdim=True).to(shares.dtype)
+                from_own = gradient[part] if steep is None else gradient[part] * steep
+                grad = (shares * from_sum).scatter_add_(-1, tokens[part], from_own.to(shares.dtype))
+                grad_hidden[part] = head.scaled(grad @ weight)
                 if grad_weight is not None:
-                    grad_weight += grad.T @ hidden[part]
-            return grad_hidden, grad_weight, None
+                    grad_weight += grad.T @ head.scaled(hidden[part])
+                if grad_bias is not None:
+                    grad_bias += head.scaled(grad.sum(0))
+            return grad_hidden, grad_weight, grad_bias, None, None, None
 
     return LogProbs
 
 
 def cross_entropy(model: Any) -> Objective:
     """The objective of supervised fine-tuning: mean negative log-likelihood of the targets, in nats."""
-    head = model.get_output_embeddings()
+    head = head_of(model)
     return lambda hidden, labels, rows: -log_probs(hidden, head, labels[:, None]).mean()
 
 
@@ -131,12 +145,12 @@ def validation_loss(model: Any, rows: Sequence[Encoded], batch_tokens: int = 409
     """Mean negative log-likelihood of the targets of `rows`, in nats a token."""
     import torch
 
-    total, count = 0.0, 0
+    total, count, head = 0.0, 0, head_of(model)
     with torch.no_grad():
         for indices in batches([len(row.ids) for row in rows], batch_tokens, 0, 1.0):
             packed = pack([rows[i] for i in indices], model.device)
             hidden = target_states(model, packed)
-            total -= log_probs(hidden, model.get_output_embeddings(), packed.labels[:, None]).sum().item()
+            total -= log_probs(hidden, head, packed.labels[:, None]).sum().item()
             count += len(packed.labels)
     return total / count
 

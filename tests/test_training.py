@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tasks import chat, models, training
 from tasks.chat import Encoded
 from tasks.errors import ConfigError, StageError
+from tasks.logits import Head
 from tasks.params import Training
 
 SETTINGS = Training(
@@ -65,7 +66,7 @@ def test_log_probs_and_their_gradients_are_those_of_log_softmax(chunk: int, monk
     tokens, weights = torch.randint(0, 500, (50, 5)), torch.randn(50, 5)
     results = []
     for function in (
-        lambda h: training.log_probs(h, head, tokens),
+        lambda h: training.log_probs(h, Head(head.weight), tokens),
         lambda h: head(h).log_softmax(-1).gather(-1, tokens),
     ):
         hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import chat, events, manifest, models
+from tasks import chat, events, logits, manifest, models
 from tasks.acquire import data_sources, dequantise, gguf_check, model_sources, rows, safe_weights
 from tasks.errors import ArtifactError, ConfigError
 from tasks.params import LocalData, Params
@@ -50,6 +50,7 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
     found = model_sources.SOURCES[settings.model.source](settings.model, root, scratch)
     opened = _open_gguf(found, settings.licences) if found.path.is_file() else _open_folder(found, settings.licences)
     _check_rows(opened, splits, params.task.max_length)
+    _check_numbers(opened.model)
     parameters = models.count(opened.model)
     _save(opened, out / "model")
 
@@ -180,9 +181,17 @@ def _check_rows(opened: _Opened, splits: Mapping[str, Sequence[rows.Row]], limit
     rows.report(problems, "the data", f"task.max_length is {limit} tokens: raise it, or shorten these rows")
 
 
+def _check_numbers(model: Any) -> None:
+    """Refuse weights that are no numbers, and an architecture whose losses would be computed wrong."""
+    import torch
+
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        raise ArtifactError("the model's weights hold NaN or infinity: fetch the model again")
+    logits.check(model)
+
+
 def _save(opened: _Opened, out: Path) -> None:
     """Write the model with greedy decoding as its default and every id that ends a turn."""
-    import torch
     from transformers import GenerationConfig
 
     model, tokenizer = opened.model, opened.tokenizer
@@ -191,8 +200,6 @@ def _save(opened: _Opened, out: Path) -> None:
             f"{models.sentence_pieces(tokenizer)} is missing: llama.cpp's converter reads a Gemma model's vocabulary from this "
             "file: take the model, with it, from its own repository (acquire.model.source: local or hub)"
         )
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
-        raise ArtifactError("the model's weights hold NaN or infinity: fetch the model again")
     told = model.generation_config.eos_token_id
     listed = told if isinstance(told, list) else [told]
     stops = {*listed, tokenizer.eos_token_id, chat.end_of_turn(tokenizer)} - {None}

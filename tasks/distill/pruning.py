@@ -19,6 +19,7 @@ from typing import Any
 from tasks import events, packing
 from tasks.chat import Encoded
 from tasks.errors import ConfigError
+from tasks.logits import head_of
 from tasks.packing import Packed, pack, tokens
 from tasks.params import Distill
 from tasks.training import log_probs
@@ -259,5 +260,5 @@ class _Trace:
                 if i != position:
                     hidden = _output(self.decoder.layers[i](hidden, **self.calls[i][1]))
         states = tokens(self.decoder.norm(hidden), self.packed)[self.packed.predicting]
-        found = log_probs(states, self.model.get_output_embeddings(), self.packed.labels[:, None])
+        found = log_probs(states, head_of(self.model), self.packed.labels[:, None])
         return float(-found.mean().item())

@@ -14,6 +14,7 @@ from typing import Any
 
 from tasks import events
 from tasks.chat import Encoded
+from tasks.logits import head_of
 from tasks.packing import pack
 from tasks.params import Distill
 from tasks.stage import need_space
@@ -42,7 +43,7 @@ def cache_targets(model: Any, rows: Sequence[Encoded], settings: Distill, path: 
         tokens = torch.zeros(starts[-1], settings.top_k, dtype=torch.int32)
         logs = torch.zeros(starts[-1], settings.top_k, dtype=torch.float32)
         hidden = torch.zeros(starts[-1], width, dtype=torch.bfloat16)
-        head = model.get_output_embeddings()
+        head = head_of(model).at(settings.temperature)
         lengths = [len(row.ids) for row in rows]
         read = sorted(set(chain.from_iterable(batches(lengths, settings.batch_tokens, seed, settings.epochs))))
         with torch.no_grad(), events.progress("teacher targets", len(read), "rows") as advance:
@@ -50,7 +51,7 @@ def cache_targets(model: Any, rows: Sequence[Encoded], settings: Distill, path: 
                 chosen = [read[n] for n in part]
                 packed = pack([rows[i] for i in chosen], model.device)
                 found = target_states(model, packed)
-                logits = head(found).float() / settings.temperature
+                logits = head.logits(found)
                 top = logits.topk(settings.top_k)
                 where = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen])
                 tokens[where] = top.indices.int().cpu()
@@ -74,12 +75,13 @@ def distillation(model: Any, lookup: Lookup, settings: Distill) -> Objective:
     minus the cosine of student's and teacher's hidden states."""
     import torch.nn.functional as F
 
-    head = model.get_output_embeddings()
+    head = head_of(model)
     soft, temperature = settings.soft_weight, settings.temperature
+    warm = head.at(temperature)
 
     def objective(hidden: Any, labels: Any, rows: list[int]) -> Any:
         tokens, logs, taught = lookup(rows)
-        loss = soft * temperature**2 * forward_kl(log_probs(hidden / temperature, head, tokens), logs).mean()
+        loss = soft * temperature**2 * forward_kl(log_probs(hidden, warm, tokens), logs).mean()
         if soft < 1:
             loss = loss - (1 - soft) * log_probs(hidden, head, labels[:, None]).mean()
         if settings.hidden_weight:
