@@ -19,19 +19,21 @@ HERE = Path(__file__).resolve().parent
 SEED = 2026
 SYSTEM = "Reply with one JSON action."
 SPLITS = ("train", "validation", "test")
-ROWS = {"train": 4000, "validation": 200, "test": 400}
-UNLABELLED = 1500
+ROWS = {"train": 10000, "validation": 600, "test": 1600}
+UNLABELLED = 2000
 NONE_SHARE = 0.15
-PHRASING_SHARES = {"validation": 0.09, "test": 0.2}
+PHRASING_SHARES = {"validation": 0.1, "test": 0.2}
 VALUE_SHARES = {"validation": 0.08, "test": 0.17, "extra": 0.13}  # `extra` values occur in unlabelled prompts only
 NEAR_DUPLICATE = 0.9
 TYPO_RATE = 0.1
 SPOKEN_RATE = 0.25
-# Of the train side's word values this share is coined, from syllables or from any words at all: what could be
-# anything must be copied, so a model learns to copy instead of learning the list of values. Copying a known word is
-# the harder half: it is one token in the request and, without the space before it, others in the answer.
-COINED_RATE = 0.4
+# This share of the train side's word values is coined, from syllables or from any words at all: what could be anything
+# must be copied, so a model learns to copy instead of learning the list of values. Copying a known word is the harder
+# half: it is one token in the request and, without the space before it, others in the answer. Held-out splits have words
+# alone among their values, fewer and of their own, so that no value which a model cannot spell decides many rows.
+COINED_RATE, HELD_OUT_RATE = 0.4, 0.25
 WORD_RATE = 0.7  # of the coined words these come from words.txt
+WORD_SHARES = {"validation": 0.08, "test": 0.17}  # of words.txt, like the values; the rest is train's and unlabelled's
 COINED = {
     "room": ("{} room", "{}", "{} {}", "{} wing", "{} corner", "{}'s room"),
     "door": ("{} door", "{} gate", "{}", "{} {} door", "{} box"),
@@ -259,32 +261,39 @@ def say_time(clock: tuple[int, int], rng: random.Random) -> tuple[str, str]:
 
 
 @cache
-def words() -> tuple[str, ...]:
-    """words.txt without what occurs in a held-out value."""
+def words() -> dict[str, tuple[str, ...]]:
+    """split -> its words of words.txt, without what occurs in a held-out value."""
     held_out = {word for split in ("validation", "test") for values in slots()[split].values() for value in values
                 if isinstance(value, str) for word in value.split()}  # fmt: skip
     lines = (HERE / "words.txt").read_text(encoding="utf-8").splitlines()[1:]
-    return tuple(word for line in lines for word in line.split() if word not in held_out)
+    order = shuffled((word for line in lines for word in line.split() if word not in held_out), "words")
+    found, at = {}, 0
+    for split, share in WORD_SHARES.items():
+        count = round(len(order) * share)
+        found[split], at = tuple(order[at : at + count]), at + count
+    return found | {"train": tuple(order[at:])}
 
 
-def coin(rng: random.Random) -> str:
-    """An English word that has nothing to do with the slot, or two or three syllables that are no word."""
-    if rng.random() < WORD_RATE:
-        return rng.choice(words())
+def coin(rng: random.Random, known: tuple[str, ...], word_rate: float) -> str:
+    """One of `known`, which has nothing to do with the slot, or two or three syllables that are no word."""
+    if rng.random() < word_rate:
+        return rng.choice(known)
     syllables = ("".join(map(rng.choice, (ONSETS, "aeiou", CODAS))) for _ in range(rng.choice((2, 2, 3))))
     return "".join(syllables)
 
 
 class Decks:
-    """Slot values dealt like cards: all of a slot's values once before any comes again; some are `coined` instead."""
+    """Slot values dealt like cards: all of a slot's values once before any comes again; some are coined instead."""
 
-    def __init__(self, values: dict[str, list], rng: random.Random, coined: float = 0.0) -> None:
-        self.values, self.rng, self.coined = values, rng, coined
+    def __init__(self, values: dict[str, list], rng: random.Random, split: str = "train") -> None:
+        self.values, self.rng, self.known = values, rng, words()[split]
+        taught = split == "train"
+        self.rate, self.word_rate = (COINED_RATE, WORD_RATE) if taught else (HELD_OUT_RATE, 1.0)
         self.decks: dict[str, list] = defaultdict(list)
 
     def draw(self, slot: str):
-        if self.coined and slot in COINED and self.rng.random() < self.coined:
-            return re.sub(r"\{\}", lambda _: coin(self.rng), self.rng.choice(COINED[slot]))
+        if slot in COINED and self.rng.random() < self.rate:
+            return re.sub(r"\{\}", lambda _: coin(self.rng, self.known, self.word_rate), self.rng.choice(COINED[slot]))
         if not self.decks[slot]:
             self.decks[slot] = self.rng.sample(self.values[slot], len(self.values[slot]))
         return self.decks[slot].pop()
@@ -332,7 +341,7 @@ def fill(action: str, group: str, template: str, decks: Decks) -> Filled:
         elif part:
             pieces.append((part, False))
     answer = {"action": action} | {key: found[key] for key in KEYS[action] if key in found}
-    return Filled(tuple(pieces), json.dumps(answer))
+    return Filled(tuple(pieces), json.dumps(answer, separators=(",", ":")))
 
 
 def misspell(pieces: list[tuple[str, bool]], rng: random.Random) -> list[tuple[str, bool]]:
@@ -447,12 +456,12 @@ def generate(folder: Path) -> dict[str, int]:
     made: dict[str, list[tuple[str, str]]] = {}
     for split in ("test", "validation", "train"):
         taught = split == "train"
-        decks = Decks(values[split], random.Random(f"{SEED}/{split}"), COINED_RATE * taught)
+        decks = Decks(values[split], random.Random(f"{SEED}/{split}"), split)
         clauses = 0.06 * taught
         made[split] = prompts(split, table[split], decks, ROWS[split], clauses, known, held_out)
         held_out += [grams(text.lower()) for text, _ in made[split]] if split != "train" else []
     both = {slot: values["train"][slot] + values["extra"][slot] * 3 for slot in values["train"]}
-    decks = Decks(both, random.Random(f"{SEED}/unlabelled"), COINED_RATE)
+    decks = Decks(both, random.Random(f"{SEED}/unlabelled"))
     made["unlabelled"] = prompts("unlabelled", table["train"], decks, UNLABELLED, 0.35, known, held_out)
 
     folder.mkdir(parents=True, exist_ok=True)

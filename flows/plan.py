@@ -98,7 +98,7 @@ def predict(root: Path, checked: params.Params, training: float, plain: float) -
     at `plain` in float32.
     """
     base = shape.read(checked.acquire, root)
-    student = base.pruned(checked.distill.max_parameters)
+    student = base.pruned(checked.distill)
     sizes: dict[str, int] = {
         variant: shape.size(student, variant, checked.quantize.onnx) for variant in checked.quantize.variants
     }

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flows.results import read_json
+from tasks.distill.plan import planned
 from tasks.errors import ArtifactError, ConfigError
 from tasks.models import load_config, tied
-from tasks.params import Acquire, Onnx
+from tasks.params import Acquire, Distill, Onnx
 
 BITS: Mapping[str, float] = {"f32": 32, "f16": 16, "q8_0": 8.5, "q6_k": 6.5625, "q5_1": 6, "q5_0": 5.5, "q4_k": 4.5, "q4_0": 4.5}  # fmt: skip
 FALLBACK: Mapping[str, str] = {"q4_k": "q5_0", "q6_k": "q8_0"}  # where 256 does not divide the row
+FUSED = ("phi3",)  # gate and up in one matrix: its MLPs are not narrowed
 TOKEN_BYTES = 36  # of a vocabulary entry with its merge in a GGUF header
 
 
@@ -55,12 +57,29 @@ class Shape:
         kept = tuple(tensor for tensor in self.tensors if tensor.block is None or tensor.block < layers)
         return replace(self, tensors=kept, config={**self.config, "num_hidden_layers": layers})
 
-    def pruned(self, share: float) -> "Shape":
-        """The largest model of fewer blocks with at most `share` of the parameters."""
-        layers = self.layers
-        while layers > 1 and self.first(layers).parameters > share * self.parameters:
-            layers -= 1
-        return self.first(layers)
+    def narrowed(self, inner: int) -> "Shape":
+        """The model with so many inner channels in every MLP."""
+        before = self.config["intermediate_size"]
+
+        def cut(tensor: Tensor) -> Tensor:
+            if ".ffn_" not in tensor.name or not tensor.matrix:
+                return tensor
+            row = inner if tensor.row == before else tensor.row
+            return replace(tensor, row=row, elements=tensor.elements // before * inner)
+
+        return replace(self, tensors=tuple(map(cut, self.tensors)), config={**self.config, "intermediate_size": inner})
+
+    def pruned(self, settings: Distill) -> "Shape":
+        """What distillation's pruning leaves of it."""
+        block = sum(tensor.elements for tensor in self.tensors if tensor.block == 0)
+        gated = self.architecture not in FUSED and any(
+            tensor.name == "blk.0.ffn_gate.weight" for tensor in self.tensors
+        )
+        inner = self.config["intermediate_size"] if gated else 0
+        channel = 3 * self.config["hidden_size"]
+        gone, kept = planned(settings, self.parameters, self.layers, block, inner, channel)
+        shorter = self.first(max(1, self.layers - gone))
+        return shorter.narrowed(kept) if kept < inner else shorter
 
 
 def size(shape: Shape, variant: str, onnx: Onnx) -> int:

@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOMS, tiny_rows, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tasks import chat, generation, manifest, models, packing, params, training
 from tasks.distill import distill, pruning
-from tasks.distill.pruning import _remove, prune
+from tasks.distill.blocks import remove
+from tasks.distill.plan import planned
+from tasks.distill.pruning import prune
 from tasks.distill.targets import cache_targets, distillation, forward_kl
+from tasks.distill.width import narrow
 from tasks.errors import ArtifactError, ConfigError
 from tasks.finetune import finetune
 from tasks.params import Distill, Training
@@ -106,14 +111,14 @@ def test_the_least_important_block_goes_first_and_every_removal_is_scored_again(
         mine.get_decoder().layers[2].mlp.down_proj.weight.zero_()
     reference = copy.deepcopy(mine)
     block = sum(p.numel() for p in mine.get_decoder().layers[0].parameters()) / models.count(mine)
-    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=1 - 2 * block, candidates=4)
-    history = prune(mine, rows[:6], [], settings, tmp_path / "record.json")
+    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=1 - 2 * block, block_share=1.0, candidates=4)
+    history = prune(mine, rows[:6], [], settings, tmp_path / "record.json")["blocks"]
     assert history[0]["block"] == 2
     assert history[0]["influence"] < 1e-4
     assert len(history) == 2
     assert mine.config.num_hidden_layers == 2
     for entry in history:  # the reported loss is the loss of the model that was kept
-        _remove(reference, entry["position"])
+        remove(reference, entry["position"])
         assert training.validation_loss(reference, rows[:6]) == pytest.approx(entry["loss"], rel=2e-2)
 
 
@@ -139,19 +144,82 @@ def test_what_a_removed_block_added_is_made_good(learned: Any, tmp_path: Path) -
     change = pruning._stand_in(pruning._Ready(hooked, rows), 2)
     held.clear()
     blocks[1].mlp.down_proj.weight.data = whole / 2 + change
-    _remove(mine, 2)
+    remove(mine, 2)
     assert training.validation_loss(mine, rows) == pytest.approx(want, rel=0.2)
 
     block = sum(p.numel() for p in model.get_decoder().layers[0].parameters()) / models.count(model)
-    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=1 - 2 * block, candidates=2)
+    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=1 - 2 * block, block_share=1.0, candidates=2)
     first, again = copy.deepcopy(model), copy.deepcopy(model)
-    history = prune(first, rows[:6], rows, settings, tmp_path / "record.json")
+    history = prune(first, rows[:6], rows, settings, tmp_path / "record.json")["blocks"]
     assert all(entry["loss_made_good"] <= entry["loss"] for entry in history)
     assert any(entry["loss_made_good"] < entry["loss"] for entry in history)
     assert training.validation_loss(first, rows[:6]) == pytest.approx(history[-1]["loss_made_good"], rel=2e-2)
-    assert prune(again, rows[:6], rows, settings, tmp_path / "record.json") == history
+    assert prune(again, rows[:6], rows, settings, tmp_path / "record.json")["blocks"] == history
     for ours, theirs in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_channels_that_the_output_does_not_need_go_first_and_the_others_take_over(learned: Any, tmp_path: Path) -> None:
+    """Half of the channels are noise that nothing reads, or a copy of another one: the narrow model is the same model."""
+    import copy
+
+    model, _, rows = learned
+    wide = copy.deepcopy(model)
+    inner = wide.config.intermediate_size
+    with torch.no_grad():
+        for layer in wide.get_decoder().layers:
+            mlp = layer.mlp
+            quarter = inner // 4
+            mlp.down_proj.weight[:, :quarter] = 0  # noise
+            for name in ("gate_proj", "up_proj"):  # the second quarter says again what the third says
+                getattr(mlp, name).weight[quarter : 2 * quarter] = getattr(mlp, name).weight[2 * quarter : 3 * quarter]
+    before = training.validation_loss(wide, rows)
+    lost = narrow(wide, rows, inner // 2)
+    assert max(lost) < 0.02
+    assert training.validation_loss(wide, rows) == pytest.approx(before, rel=0.05)
+    assert all(layer.mlp.up_proj.weight.shape[0] == inner // 2 for layer in wide.get_decoder().layers)
+    assert wide.config.intermediate_size == inner // 2
+
+
+def test_a_narrowed_student_is_made_again_and_loads_from_disk(learned: Any, tmp_path: Path) -> None:
+    import copy
+
+    model, tokenizer, rows = learned
+    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=0.98, block_share=0.0)
+    first, again = copy.deepcopy(model), copy.deepcopy(model)
+    found = prune(first, rows[:6], rows, settings, tmp_path / "record.json")
+    assert found["blocks"] == []
+    assert found["channels"]["kept"] < found["channels"]["of"] == model.config.intermediate_size
+    assert models.count(first) <= 0.98 * models.count(model)
+    assert prune(again, rows[:6], rows, settings, tmp_path / "record.json") == found
+    for ours, theirs in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    models.save(first, tokenizer, tmp_path / "saved")
+    loaded = models.load_model(tmp_path / "saved", "bfloat16")
+    assert training.validation_loss(loaded, rows) == pytest.approx(
+        training.validation_loss(models.cast(first, torch.bfloat16), rows), rel=1e-3
+    )
+
+
+@given(
+    share=st.floats(0.3, 1.0), block_share=st.floats(0, 1), layers=st.integers(2, 60), hidden=st.integers(64, 4096),
+    ratio=st.floats(1.5, 6), embedding=st.integers(1000, 200_000),
+)  # fmt: skip
+def test_what_is_planned_to_go_reaches_the_target_and_no_more_than_it_must(
+    share: float, block_share: float, layers: int, hidden: int, ratio: float, embedding: int
+) -> None:
+    inner, channel = int(hidden * ratio) // 32 * 32, 3 * hidden
+    block = inner * channel + 4 * hidden * hidden
+    total = layers * block + embedding * hidden
+    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=share, block_share=block_share)
+    gone, kept = planned(settings, total, layers, block, inner, channel)
+    if gone >= layers:
+        return  # refused: the embedding alone is too large
+    left = total - gone * block - (layers - gone) * (inner - kept) * channel
+    assert left <= share * total * (1 + 1e-9)
+    assert kept == inner or kept % 32 == 0
+    wide = left + (block if kept == inner else (layers - gone) * 32 * channel)
+    assert wide > share * total * (1 - 1e-9) or gone == round(total * (1 - share) * block_share / block)
 
 
 def test_a_target_below_the_embeddings_is_refused(learned: Any, tmp_path: Path) -> None:
@@ -192,7 +260,9 @@ def test_the_chain_from_source_to_student(source: Path, values: params.Params, t
     lines = (tmp_path / "student/predictions.jsonl").read_text().splitlines()
     assert len(lines) == 12
     student = models.load_model(tmp_path / "student/model", "bfloat16")
-    assert student.config.num_hidden_layers == report["distilled"]["layers"] < 4
+    assert student.config.num_hidden_layers == report["distilled"]["layers"] <= 4
+    teacher = models.load_config(tmp_path / "teacher/model")
+    assert student.config.intermediate_size < teacher["intermediate_size"]
 
 
 def test_finetune_switched_off_hands_the_model_on(source: Path, tiny_params: dict, tmp_path: Path) -> None:
@@ -251,6 +321,6 @@ def test_no_block_of_a_smollm3_goes_as_llama_cpp_tells_them_by_their_places(tmp_
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=0.9)
-    with pytest.raises(ConfigError, match=r"set distill\.max_parameters to 1\.0"):
+    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=0.9, block_share=1.0)
+    with pytest.raises(ConfigError, match=r"distill\.max_parameters to 1\.0"):
         prune(SmolLM3ForCausalLM(config), [], [], settings, tmp_path / "record.json")

@@ -1,4 +1,5 @@
-"""Depth pruning by measured importance, with what is lost made good where linear algebra can.
+"""Pruning by measured importance, with what is lost made good where linear algebra can: whole blocks first, then
+channels of the MLPs (`width`). Some of both costs less than as many parameters of either.
 
 Candidates are the blocks of least *block influence*, one minus the mean cosine similarity of a block's input
 and output (ShortGPT, Men et al., 2024). Of these the one is removed whose absence raises the loss on
@@ -12,16 +13,19 @@ output weights: no parameter more, no training, and a student that starts near i
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks import events, packing
+from tasks import events, models, packing
 from tasks.chat import Encoded
+from tasks.distill.blocks import Call, calls_of, first_blocks, output_of, remove
+from tasks.distill.plan import planned
+from tasks.distill.width import can_narrow, narrow, resize
 from tasks.errors import ConfigError
 from tasks.logits import head_of
-from tasks.packing import Packed, pack, tokens
+from tasks.packing import pack, tokens
 from tasks.params import Distill
+from tasks.stage import need_space
 from tasks.training import log_probs
 
 RIDGE = 0.05  # of the mean square of the inner layer: 0.01 fits the rows better, and all others worse
@@ -30,37 +34,53 @@ ROWS = 32  # of a packed sequence
 
 def prune(
     model: Any, calibration: Sequence[Encoded], fitted: Sequence[Encoded], settings: Distill, record: Path
-) -> list[dict[str, Any]]:
-    """Remove blocks in place until the model has at most `max_parameters` of its parameters.
+) -> dict[str, Any]:
+    """Remove blocks, then channels of the MLPs, in place until the model has at most `max_parameters` of its parameters.
 
-    `calibration` decides which; `fitted` are the rows on which the loss of each is made good, none: it is not.
-    Returns one entry a removal: the block's index in the original model, its influence, the calibration loss
-    (nats a token) without it and with that made good, and the losses of all candidates. `record` makes a rerun cheap.
+    `calibration` decides which blocks; `fitted` are the rows on which the loss of each is made good, none: it is not.
+    Returns `blocks`, one entry a removal: the block's index in the original model, its influence, the calibration loss
+    (nats a token) without it and with that made good, and the losses of all candidates; and `channels`: how many each MLP
+    kept, of how many, and the share of each block's output that was lost. `record` makes a rerun cheap.
 
     Raises:
         ConfigError: even one block would be too large, or this architecture cannot lose any.
     """
-    import torch
 
     layers = model.get_decoder().layers
-    total = sum(p.numel() for p in model.parameters())
+    total = models.count(model)
     block = sum(p.numel() for p in layers[0].parameters())
-    kept = len(layers) - max(0, -int((settings.max_parameters * total - total) // block))
-    if kept < 1:
+    inner = model.config.intermediate_size if can_narrow(model) else 0
+    gone, channels = planned(settings, total, len(layers), block, inner, 3 * model.config.hidden_size)
+    if gone >= len(layers):
         raise ConfigError(
             f"distill.max_parameters is {settings.max_parameters}, but embeddings and head alone are {1 - len(layers) * block / total:.2f} of this model: raise it"
         )
-    if kept < len(layers) and model.config.model_type == "smollm3":
+    if gone and model.config.model_type == "smollm3":
         raise ConfigError(
             "llama.cpp tells the blocks of a SmolLM3 that have no rotary embedding by their places (every fourth one), so none "
-            "may go: set distill.max_parameters to 1.0"
+            "may go: set distill.block_share to 0.0, or distill.max_parameters to 1.0"
         )
     if record.is_file():
         return _repeat(model, record)
+    history = _remove_blocks(model, calibration, fitted, settings, gone)
+    found: dict[str, Any] = {"blocks": history, "channels": None}
+    if channels < inner:
+        lost = narrow(model, fitted or calibration, channels)
+        found["channels"] = {"kept": channels, "of": inner, "lost": [round(each, 5) for each in lost]}
+    _keep(model, record, found)
+    return found
 
+
+def _remove_blocks(
+    model: Any, calibration: Sequence[Encoded], fitted: Sequence[Encoded], settings: Distill, gone: int
+) -> list[dict[str, Any]]:
+    """Take out so many blocks, each time the one that is missed least."""
+    import torch
+
+    layers = model.get_decoder().layers
+    kept = len(layers) - gone
     original = list(range(len(layers)))
     history: list[dict[str, Any]] = []
-    weights: dict[str, Any] = {}
     ready = _Ready(model, fitted)
     with torch.no_grad(), events.progress("prune", len(layers) - kept, "blocks") as advance:
         while len(model.get_decoder().layers) > kept:
@@ -75,7 +95,7 @@ def prune(
                 weight += _stand_in(ready, position).to(weight.dtype)
                 better = trace.loss_without(position, start=position - 1)
                 if better < loss:
-                    loss, weights[str(len(history))] = better, weight.clone()
+                    loss = better
                 else:
                     weight.copy_(old)
             history.append(
@@ -88,36 +108,34 @@ def prune(
                     "candidates": {str(i): round(each, 5) for i, each in losses.items()},
                 }
             )
-            _remove(model, position)
+            remove(model, position)
             ready.forget(position)
             advance(note=f"loss {loss:.3f}")
-    _keep(record, history, weights)
     return history
 
 
-def _keep(record: Path, history: list[dict[str, Any]], weights: dict[str, Any]) -> None:
+def _keep(model: Any, record: Path, found: dict[str, Any]) -> None:
     """Write what `_repeat` reads; the file that says it is complete comes last."""
     from safetensors.torch import save_file
 
+    weights = {name: weight.contiguous() for name, weight in model.get_decoder().state_dict().items()}
+    need_space(record.parent, sum(weight.nbytes for weight in weights.values()))
     save_file(weights, record.with_suffix(".safetensors"))
-    record.with_suffix(".new").write_text(json.dumps(history))
+    record.with_suffix(".new").write_text(json.dumps(found))
     record.with_suffix(".new").rename(record)
 
 
-def _repeat(model: Any, record: Path) -> list[dict[str, Any]]:
-    """The removals of a run that was killed later."""
-    import torch
+def _repeat(model: Any, record: Path) -> dict[str, Any]:
+    """What a run that was killed later had pruned."""
     from safetensors.torch import load_file
 
-    history: list[dict[str, Any]] = json.loads(record.read_text())
-    weights = load_file(record.with_suffix(".safetensors"))
-    with torch.no_grad():
-        for n, entry in enumerate(history):
-            weight = _before(model, entry["position"])
-            if weight is not None and str(n) in weights:
-                weight.copy_(weights[str(n)])
-            _remove(model, entry["position"])
-    return history
+    found: dict[str, Any] = json.loads(record.read_text())
+    for entry in found["blocks"]:
+        remove(model, entry["position"])
+    if found["channels"]:
+        resize(model, found["channels"]["kept"])
+    model.get_decoder().load_state_dict(load_file(record.with_suffix(".safetensors")))
+    return found
 
 
 def _before(model: Any, position: int) -> Any | None:
@@ -149,9 +167,6 @@ def _stand_in(ready: "_Ready", position: int) -> Any:
     return torch.linalg.solve(squares + ridge, products).T
 
 
-Call = tuple[Any, dict[str, Any]]  # what a block is called with: hidden states, keywords
-
-
 class _Ready:
     """Rows on their way through the first blocks, as far as they were wanted, for as long as those stay as they are."""
 
@@ -167,68 +182,19 @@ class _Ready:
         hook = layers[position - 1].mlp.down_proj.register_forward_pre_hook(lambda _, args: held.append(args[0]))
         for n, packed in enumerate(self.packs):
             if len(self.calls[n]) <= position:
-                with _first_blocks(self.model, position + 1):
-                    self.calls[n] = _calls(self.model, packed)[0]
+                with first_blocks(self.model, position + 1):
+                    self.calls[n] = calls_of(self.model, packed)[0]
             held.clear()
             with packing.attention(self.model):
                 hidden, keywords = self.calls[n][position - 1]
-                before = _output(layers[position - 1](hidden, **keywords))
-                after = _output(layers[position](before, **self.calls[n][position][1]))
+                before = output_of(layers[position - 1](hidden, **keywords))
+                after = output_of(layers[position](before, **self.calls[n][position][1]))
             yield tuple(tokens(each, packed).float() for each in (held[-1], before, after))
         hook.remove()
 
     def forget(self, position: int) -> None:
         """A block was removed: from its place on all is different."""
         self.calls = [calls[:position] for calls in self.calls]
-
-
-def _calls(model: Any, packed: Packed) -> tuple[list[Call], Any]:
-    """What each block is called with, and what the last norm is given."""
-    calls: list[Call] = []
-    last: list[Any] = []
-
-    def keep(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        keywords = dict(keywords)
-        calls.append((args[0] if args else keywords.pop("hidden_states"), keywords))
-
-    decoder = model.get_decoder()
-    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in decoder.layers]
-    hooks.append(decoder.norm.register_forward_pre_hook(lambda _, args: last.append(args[0])))
-    packing.states(model, packed)
-    for hook in hooks:
-        hook.remove()
-    return calls, last[0]
-
-
-def _output(made: Any) -> Any:
-    return made[0] if isinstance(made, tuple) else made
-
-
-@contextmanager
-def _first_blocks(model: Any, count: int) -> Iterator[None]:
-    """Let the model be its first blocks alone."""
-    decoder = model.get_decoder()
-    whole = decoder.layers
-    decoder.layers = whole[:count]
-    try:
-        yield
-    finally:
-        decoder.layers = whole
-
-
-def _remove(model: Any, position: int) -> None:
-    """Drop one block and keep the configuration, and the cache index of every attention, in step."""
-    import torch
-
-    decoder = model.get_decoder()
-    left = [layer for i, layer in enumerate(decoder.layers) if i != position]
-    decoder.layers = torch.nn.ModuleList(left)
-    for i, layer in enumerate(left):
-        layer.self_attn.layer_idx = i
-    model.config.num_hidden_layers = len(left)
-    kinds = getattr(model.config, "layer_types", None)
-    if kinds:
-        model.config.layer_types = [kind for i, kind in enumerate(kinds) if i != position]
 
 
 class _Trace:
@@ -240,7 +206,7 @@ class _Trace:
 
         self.model, self.decoder = model, model.get_decoder()
         self.packed = pack(rows, model.device)
-        self.calls, last = _calls(model, self.packed)
+        self.calls, last = calls_of(model, self.packed)
         after = [*(hidden for hidden, _ in self.calls[1:]), last]
         self.influence = [
             1.0
@@ -258,7 +224,7 @@ class _Trace:
         with packing.attention(self.model):
             for i in range(start, len(self.calls)):
                 if i != position:
-                    hidden = _output(self.decoder.layers[i](hidden, **self.calls[i][1]))
+                    hidden = output_of(self.decoder.layers[i](hidden, **self.calls[i][1]))
         states = tokens(self.decoder.norm(hidden), self.packed)[self.packed.predicting]
         found = log_probs(states, head_of(self.model), self.packed.labels[:, None])
         return float(-found.mean().item())

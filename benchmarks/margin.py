@@ -1,0 +1,149 @@
+"""By what margin the default run passes: over seeds and arithmetic, not on one machine by luck.
+
+Trains the teacher and the student of params.yaml with each seed in float32 and in bfloat16, makes the files and lets each
+answer all test rows in its own runtime: the stages themselves, one workspace a run under .cache/margin. A stage that was
+done is not done again, so the benchmark can be stopped and started; a whole one takes hours on two cores. Exit code 1
+when a promise of the README does not hold: every student keeps 96 % of its teacher's accuracy, 97.5 % on average, with at
+most 85 % of the parameters, and in each run two files of at most 40 % of the teacher's F16 pass all gates on quality.
+
+    python -m benchmarks.margin [--seeds 17 18 19] [--precision fp32 bf16] [--json] [--set key=value]
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tasks import manifest, params
+from tasks.stage import folder
+from tasks.stages import STAGES
+
+ROOT = Path(__file__).resolve().parent.parent
+LEAST, MEAN, PARAMETERS = 0.96, 0.975, 0.85  # of the teacher's accuracy in each run and on average, of its parameters
+SMALL, FILES = 0.40, 2  # so many files of at most this share of the teacher's F16 pass
+TIMED = {"decode_speedup", "peak_rss_ratio"}  # gates of a quiet machine: no part of this
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18, 19])
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "margin", help="where the runs lie")
+    parser.add_argument("--json", action="store_true", help="the numbers as one JSON object, not as a table")
+    args = parser.parse_args()
+    runs = [
+        one_run(args.folder, seed, precision, args.overrides) for precision in args.precision for seed in args.seeds
+    ]
+    report = {"processor": processor(), "runs": runs, **spread(runs)}
+    print(json.dumps(report, indent=2) if args.json else table(report))
+    return 0 if report["holds"] else 1
+
+
+def one_run(parent: Path, seed: int, precision: str, overrides: list[str]) -> dict[str, Any]:
+    """The numbers of one seed in one arithmetic."""
+    root = parent / f"{precision}-{seed}"
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / "data").exists():
+        (root / "data").symlink_to(ROOT / "data")
+    settings = [
+        *overrides, f"finetune.seed={seed}", f"select.seeds=[{seed}]",
+        f"finetune.precision={precision}", f"distill.precision={precision}",
+    ]  # fmt: skip
+    values = params.load(ROOT / "params.yaml", settings)
+    for stage in STAGES.values():
+        if stage.name == "package":
+            continue
+        for item in stage.items(values) or (None,):
+            if not (folder(root, stage.name, item) / manifest.NAME).is_file():
+                run_stage(root, settings, stage.name, *filter(None, [item]))
+    student = manifest.load(folder(root, "distill", str(seed))).metrics
+    made = {"seed": seed, "precision": precision, "retention": student["retention"]}
+    made |= {name: student[name] for name in ("teacher_accuracy", "accuracy", "parameters_ratio", "validation_loss")}
+    return made | {"files": {variant: judged(root, variant) for variant in values.quantize.variants}}
+
+
+def run_stage(root: Path, settings: list[str], *stage: str) -> None:
+    """`python -m tasks STAGE`, as every way in runs it."""
+    print(f"{root.name}: {' '.join(stage)}", file=sys.stderr, flush=True)
+    sets = [word for text in settings for word in ("--set", text)]
+    command = [sys.executable, "-m", "tasks", *stage, "--params", str(ROOT / "params.yaml"), "--root", str(root), *sets]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if subprocess.run(command, cwd=ROOT, env=environment).returncode:
+        raise SystemExit(f"{root.name}: {' '.join(stage)} failed, see above")
+
+
+def judged(root: Path, variant: str) -> dict[str, Any]:
+    """What a file keeps, and which gates on quality and size it misses."""
+    metrics = json.loads((folder(root, "validate", variant) / "metrics.json").read_text())
+    verdict = json.loads((folder(root, "judge", variant) / "verdict.json").read_text())
+    missed = [
+        check["name"]
+        for check in verdict["checks"]
+        if check["name"] not in TIMED and (not check["ok"] or check.get("undecided"))
+    ]
+    names = ("accuracy", "accuracy_retention", "mean_kld", "size_ratio")
+    return {name: metrics[name] for name in names} | {"missed": missed}
+
+
+def spread(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the runs, and whether what is promised holds."""
+    kept = [run["retention"] for run in runs]
+    small = [sum(not file["missed"] and file["size_ratio"] <= SMALL for file in run["files"].values()) for run in runs]
+    return {
+        "retention_mean": statistics.fmean(kept),
+        "retention_sd": statistics.stdev(kept) if len(kept) > 1 else 0.0,
+        "retention_least": min(kept),
+        "small_files_that_pass": small,
+        "holds": min(kept) >= LEAST
+        and statistics.fmean(kept) >= MEAN
+        and min(small) >= FILES
+        and max(run["parameters_ratio"] for run in runs) <= PARAMETERS,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The runs as a Markdown table, as docs show it."""
+    variants = list(report["runs"][0]["files"])
+    lines = [
+        f"{report['processor']}",
+        "",
+        f"| arithmetic | seed | teacher | student | of the teacher's | {' | '.join(variants)} |",
+        "|---" * (5 + len(variants)) + "|",
+    ]
+    for run in report["runs"]:
+        files = [
+            f"{file['accuracy_retention']:.1%}" + (f" ({', '.join(file['missed'])})" if file["missed"] else "")
+            for file in run["files"].values()
+        ]
+        lines.append(
+            f"| {run['precision']} | {run['seed']} | {run['teacher_accuracy']:.3f} | {run['accuracy']:.3f} | "
+            f"{run['retention']:.1%} | {' | '.join(files)} |"
+        )
+    lines += [
+        "",
+        f"Students keep {report['retention_mean']:.1%} on average, with a standard deviation of {report['retention_sd']:.1%}, "
+        f"at least {report['retention_least']:.1%}. Files of at most {SMALL:.0%} of the teacher's F16 that pass, a run: "
+        f"{', '.join(map(str, report['small_files_that_pass']))}. What is promised {'holds' if report['holds'] else 'does NOT hold'}.",
+    ]
+    return "\n".join(lines)
+
+
+def processor() -> str:
+    """The processor's name, its cores, and what it has for bf16."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
+    found = [flag for flag in ("amx_bf16", "avx512_bf16") if f" {flag}" in text]
+    return f"{name or platform.machine()}, {len(os.sched_getaffinity(0))} cores, {' and '.join(found) or 'no bf16 instructions'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
