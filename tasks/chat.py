@@ -4,13 +4,13 @@ Rows were validated by `acquire`; here they are trusted. The loss mask covers wh
 its end-of-turn token, never the prompt, the template or padding.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tasks import jsonl
 from tasks.errors import ConfigError
 
 Messages = list[dict[str, str]]
@@ -35,8 +35,7 @@ class Encoded:
 
 def read_rows(path: Path) -> list[Messages]:
     """The conversations of a JSONL file that `acquire` wrote."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line)["messages"] for line in file]
+    return [row["messages"] for row in jsonl.read(path)]
 
 
 def prompt_ids(tokenizer: Any, messages: Messages) -> list[int]:
