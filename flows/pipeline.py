@@ -23,6 +23,7 @@ from flows import fan_out, locks, pages, release, results, tracking, versioning,
 from flows.display import Display
 from flows.report import write_report
 from tasks import cores, params
+from tasks.acquire import watched
 from tasks.errors import DiskFullError, PipelineError, StageError
 from tasks.stage import folder
 from tasks.stages import STAGES
@@ -127,6 +128,7 @@ def slmops(root: str, name: str, by: str | None = None) -> Result:
     here = Path(root)
     main = workspace.main_root(here)
     checked = params.load(here / "params.yaml")
+    watched.check(checked.acquire, here)
     with opened(here, name, checked) as desk:
         with desk.display:
             _stages(desk, name, checked)

@@ -67,20 +67,25 @@ class HubModel(Section):
     licence: str | None = Field(None, description="instead of the one that the repository's card names")
 
 
-class LocalData(Section):
-    """Chat JSONL: one file (split here) or a folder with train/validation/test[/unlabelled].jsonl."""
+class Splitting(Section):
+    """How a single file of rows is split; where there is a file per split these are not used."""
 
-    source: Literal["local"]
-    path: Path
     validation: Share = 0.1
     test: Share = 0.15
-    unlabelled: Path | None = None
-    text: Path | None = Field(None, description="plain text for perplexity and KLD; none: the test conversations")
-    licence: str | None = None
     seed: int = 17
 
 
-class HubData(Section):
+class LocalData(Splitting):
+    """Rows as JSONL, JSON, CSV or Parquet: one file (split here) or a folder with train/validation/test[/unlabelled]."""
+
+    source: Literal["local"]
+    path: Path
+    unlabelled: Path | None = None
+    text: Path | None = Field(None, description="plain text for perplexity and KLD; none: the test conversations")
+    licence: str | None = None
+
+
+class HubData(Splitting):
     """A data set repository of the Hub at one commit, holding the same files as a local folder."""
 
     source: Literal["hub"]
@@ -100,12 +105,15 @@ class Acquire(Section):
         (), description="licences that may be used, as SPDX ids; empty: any, but recorded"
     )
 
+    @property
+    def local(self) -> list[Path]:
+        """Every file and folder of this machine that is read, relative to the workspace."""
+        names = ("path", "unlabelled", "text")
+        return [path for part in (self.model, self.data) for name in names if (path := getattr(part, name, None))]
+
     @model_validator(mode="after")
     def _watched(self) -> "Acquire":
-        local = [
-            getattr(part, name, None) for part in (self.model, self.data) for name in ("path", "unlabelled", "text")
-        ]
-        for path in filter(None, local):
+        for path in self.local:
             if not path.is_relative_to(self.watch) or ".." in path.parts:
                 raise ValueError(
                     f"{path} lies outside watch ({self.watch}): DVC would not see it change: move it there, or set watch to "
