@@ -98,7 +98,7 @@ class Acquire(Section):
     watch: Path = Field(description="the folder or file that DVC watches: every local input lies in it")
     model: Annotated[PackageModel | GgufModel | LocalModel | HubModel, Field(discriminator="source")]
     data: Annotated[LocalData | HubData, Field(discriminator="source")]
-    near_duplicate: Share = Field(
+    near_duplicate: Annotated[float, Field(ge=0.1, le=1)] = Field(
         0.95, description="character 5-gram Jaccard similarity at which two prompts count as one"
     )
     licences: tuple[str, ...] = Field(

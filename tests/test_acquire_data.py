@@ -156,6 +156,45 @@ def test_pairs_are_those_of_comparing_all_with_all(texts: list[str], threshold: 
     assert len(found) == len(expected)
 
 
+@given(threshold=st.floats(0.1, 1.0))
+@settings(deadline=None, max_examples=100)
+def test_bands_overlook_next_to_no_pair_at_the_threshold(threshold: float) -> None:
+    of_a_band, bands = near_duplicates.banding(threshold)
+    assert (1 - threshold**of_a_band) ** bands <= 1e-11
+    assert of_a_band * bands <= 300
+
+
+def test_the_same_pairs_as_by_comparing_all_with_all_in_the_data_that_ships() -> None:
+    path = Path(__file__).parent.parent / "data" / "home" / "train.jsonl"
+    texts = sorted({row.text for row in rows.load({"train": path}, {"train": "train"}, "json")["train"]})[:1500]
+    grams = [near_duplicates.grams(text) for text in texts]
+    expected = set()
+    for j, one in enumerate(grams):
+        for i, other in enumerate(grams[:j]):
+            if 0.8 * max(len(one), len(other)) <= min(len(one), len(other)):
+                common = len(one & other)
+                if common >= 0.8 * (len(one) + len(other) - common):
+                    expected.add((i, j))
+    assert {(i, j) for i, j, _ in near_duplicates.pairs(texts, 0.8)} == expected
+    assert len(expected) > 5
+
+
+def test_what_all_prompts_begin_and_end_with_does_not_make_them_alike() -> None:
+    said = phrases(24, seed=2)
+    words = "Name the queue of this ticket with one word, as in these examples of what was sorted before. "
+    prompts = [f"{words * 20}Ticket: {text} -> queue of it in one word:" for text in said]
+    rest = near_duplicates.without_template([near_duplicates.normalise(prompt) for prompt in prompts])
+    assert max(map(len, rest)) < 60
+    rows.refuse_leaks({"train": made("train", *prompts[:20]), "test": made("test", *prompts[20:])}, 0.95)
+    again = [*prompts[:20], prompts[-1].replace("Ticket", "Ticket ")]
+    leak(train=made("train", *again), test=made("test", *prompts[20:]), near=0.8)
+
+
+def test_few_prompts_are_compared_whole() -> None:
+    texts = ["set the heating to twenty", "set the heating to twenty one"]
+    assert near_duplicates.without_template(texts) == texts
+
+
 def test_normalised_text_ignores_case_spacing_and_width() -> None:
     assert near_duplicates.normalise(" Turn\tthe ＬＡＭＰ  on\n") == "turn the lamp on"
 

@@ -168,7 +168,8 @@ def split(
         if not members:
             raise ConfigError(
                 f"{rows[0].where.rpartition(':')[0]}: {len(rows)} rows in {len(groups)} groups of unlike prompts leave {part} "
-                "empty: add rows, change the shares of acquire.data, or give train, validation and test files"
+                "empty: add rows, change the shares of acquire.data, give train, validation and test files, or, if prompts that "
+                f"differ in little are to be told apart, raise acquire.near_duplicate ({near})"
             )
     return {part: [rows[i] for i in sorted(found[part])] for part in SPLITS}
 
@@ -185,7 +186,8 @@ def _groups(texts: Sequence[str], near: float) -> list[list[int]]:
             i = leader[i]
         return i
 
-    for a, b, _ in near_duplicates.pairs([texts[i] for i in first], near):
+    compared = near_duplicates.without_template([texts[i] for i in first])
+    for a, b, _ in near_duplicates.pairs(compared, near):
         low, high = sorted((find(first[a]), find(first[b])))
         leader[high] = low
     members: defaultdict[int, list[int]] = defaultdict(list)
@@ -206,11 +208,14 @@ def refuse_leaks(splits: Mapping[str, Sequence[Row]], near: float) -> None:
             places[row.text].setdefault(name, row.where)
     texts = list(places)
     leaks = [leak for text in texts for leak in _leaks(places[text], places[text], "repeats")]
-    for a, b, similarity in near_duplicates.pairs(texts, near):
+    for a, b, similarity in near_duplicates.pairs(near_duplicates.without_template(texts), near):
         wording = f"nearly repeats (5-gram similarity {similarity:.2f})"
         leaks += _leaks(places[texts[a]], places[texts[b]], wording)
         leaks += _leaks(places[texts[b]], places[texts[a]], wording)
-    advice = f"the splits must share no prompt (acquire.near_duplicate is {near}), so remove one of each pair"
+    advice = (
+        f"the splits must share no prompt (acquire.near_duplicate is {near}), so remove one of each pair, or, if such "
+        "prompts are to be told apart, set acquire.near_duplicate to 1.0"
+    )
     report(leaks, "the data", advice)
 
 
