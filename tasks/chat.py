@@ -51,11 +51,6 @@ def plain(messages: Messages) -> Messages:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def whole_ids(tokenizer: Any, messages: Messages) -> list[int]:
-    """Ids of a conversation that ends with the assistant, up to the end of its turn."""
-    return prompt_ids(tokenizer, messages[:-1]) + answer_ids(tokenizer, messages[-1])
-
-
 def answer_ids(tokenizer: Any, message: Mapping[str, Any]) -> list[int]:
     """Ids of what the assistant says, with the end of its turn."""
     ids: list[int] = tokenizer(message["content"], add_special_tokens=False)["input_ids"]

@@ -281,6 +281,15 @@ class Params(Section):
     machine: Machine = Machine()
     release: Release = Release()
 
+    @model_validator(mode="after")
+    def _rows_fit_the_bundle(self) -> "Params":
+        if self.task.max_length > self.package.context_length:
+            raise ValueError(
+                f"task.max_length is {self.task.max_length} and package.context_length {self.package.context_length}: a "
+                "bundle could not take the longest rows that it was trained on: raise the second or lower the first"
+            )
+        return self
+
     def digest(self, sections: Iterable[str]) -> str:
         """sha256 over the named sections (`section` or `section.key`): what an output depends on besides its inputs."""
         values = self.model_dump(mode="json", by_alias=True)
@@ -380,6 +389,8 @@ def check(raw: dict[str, Any], where: str) -> Params:
 def _explain(problem: Any, raw: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     given, message = problem.get("input"), problem["msg"]
+    if not location:  # two sections that do not go together
+        return message.removeprefix("Value error, ")
     # Pydantic puts the tag of a union into the location; the person never wrote it.
     known = [
         part
