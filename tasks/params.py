@@ -390,7 +390,7 @@ def _explain(problem: Any, raw: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     given, message = problem.get("input"), problem["msg"]
     if not location:  # two sections that do not go together
-        return message.removeprefix("Value error, ")
+        return str(message).removeprefix("Value error, ")
     # Pydantic puts the tag of a union into the location; the person never wrote it.
     known = [
         part

@@ -31,10 +31,10 @@ def test_an_answer_that_may_not_be_given_whole_is_named_with_the_limit_that_woul
     tokenizer: Any, split: str
 ) -> None:
     said = "one two three four five six seven eight nine ten"
-    tokens = len(tokenizer(said)["input_ids"]) + 1  # and the end of the turn
+    tokens = len(tokenizer(said)["input_ids"])
     splits = {"train": [row("train:1")], split: [row(f"{split}:1"), row(f"{split}:2", said=said)]}
     check(tokenizer, splits, max_new_tokens=tokens)
-    with pytest.raises(ConfigError, match=rf"set it to {tokens}(?s:.*){split}:2: ") as caught:
+    with pytest.raises(ConfigError, match=rf"set it to {tokens + 1}(?s:.*){split}:2: ") as caught:
         check(tokenizer, splits, max_new_tokens=tokens - 1)
     assert f"{split}:1: " not in str(caught.value)
 

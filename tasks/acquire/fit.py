@@ -40,9 +40,9 @@ def check(tokenizer: Any, config: Any, splits: Mapping[str, Sequence[rows.Row]],
                 if len(ids) > limit:
                     longest = max(longest, len(ids))
                     long.append(f"{row.where}: {len(ids)} tokens")
-                if len(answer) > task.max_new_tokens:
+                if (said := len(answer) - 1) > task.max_new_tokens:  # the end of the turn may be cut off
                     need = max(need, len(answer))
-                    answers.append(f"{row.where}: an answer of {len(answer)} tokens")
+                    answers.append(f"{row.where}: an answer of {said} tokens")
                 if max(ids) >= known:
                     others.append(f"{row.where}: the model has nothing for {tokenizer.decode([max(ids)])[:40]!r}")
     advice = []
