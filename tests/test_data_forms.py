@@ -14,7 +14,7 @@ from conftest import ROOMS, tiny_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import events
+from tasks import acquire, events
 from tasks.acquire import containers, data_sources, forms, rows, watched
 from tasks.errors import ConfigError
 from tasks.params import Acquire, LocalData
@@ -182,6 +182,16 @@ def test_any_bytes_are_rows_or_problems(tmp_path_factory: pytest.TempPathFactory
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(content)
     assert all(isinstance(row, dict | str) for _, row in containers.read(path, name))
+
+
+def test_the_text_for_perplexity_is_no_pointer_and_loses_its_mark(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.txt", tmp_path / "b.txt"
+    source.write_bytes(DAMAGED["pointer.jsonl"])
+    with pytest.raises(ConfigError, match=r"a\.txt"):
+        acquire._copy_text(source, target)
+    source.write_bytes(b"\xef\xbb\xbfSome text.\r\n")
+    acquire._copy_text(source, target)
+    assert target.read_bytes() == b"Some text.\n"
 
 
 # --- which file is which split -----------------------------------------------------------------------

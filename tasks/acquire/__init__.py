@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from tasks import chat, manifest, models
-from tasks.acquire import data_sources, dequantise, fit, gguf_check, model_sources, rows, safe_weights, watched
+from tasks.acquire import (
+    data_sources,
+    dequantise,
+    fit,
+    gguf_check,
+    model_sources,
+    pointers,
+    rows,
+    safe_weights,
+    watched,
+)
 from tasks.errors import ArtifactError, ConfigError
 from tasks.params import Params
 from tasks.stage import need_space
@@ -185,9 +195,11 @@ def _save(opened: _Opened, out: Path) -> None:
 
 def _copy_text(source: Path, target: Path) -> None:
     try:
-        text = source.read_text(encoding="utf-8")
+        text = source.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"acquire.data.text: {source}: {error}: name a readable UTF-8 text file") from None
+    if pointers.is_pointer(text[:64].encode()):
+        raise ConfigError(f"acquire.data.text: {source} is {pointers.ADVICE}")
     if not text.strip():
         raise ConfigError(f"acquire.data.text: {source} is empty: name a file with text, or leave the parameter out")
     target.write_text(text, encoding="utf-8", newline="\n")

@@ -65,6 +65,12 @@ def from_hub(source: HubData, root: Path, scratch: Path) -> FoundData:
     repository = hub.describe(source.repo, source.revision, "dataset", hub.DATA_FILES)
     advice = "download it, bring its files into this form, and use `source: local`"
     roles = _roles(repository.files, str(repository), advice)
+    for name in roles.values():
+        if (size := repository.files[name].size) > containers.MAX_FILE:
+            raise ConfigError(
+                f"{repository}: {name} has {size / 1e9:.1f} GB, at most {containers.MAX_FILE / 1e9:.1f} GB are read: take a "
+                "part of it, and use `source: local`"
+            )
     about = [name for name in repository.files if name == "README.md" or name.startswith("LICENSE")]
     folder = scratch / "data"
     hub.download(repository, [*roles.values(), *about], folder)
