@@ -190,6 +190,19 @@ def test_what_all_prompts_begin_and_end_with_does_not_make_them_alike() -> None:
     leak(train=made("train", *again), test=made("test", *prompts[20:]), near=0.8)
 
 
+def test_like_prompts_are_linked_once_and_not_each_with_each() -> None:
+    template = " ".join(phrases(10, seed=5))
+    texts = [near_duplicates.normalise(f"{'so ' * (i % 2)}{template} {i}") for i in range(60)]
+    linked = {0}
+    links = [linked.add(j) or j for _, j, _ in near_duplicates.pairs(texts, 0.9, lambda i, j: {i, j} <= linked)]
+    assert links == list(range(1, 60))
+    whole = labelled(texts, ["on"] * 60)
+    rows.refuse_leaks({"train": whole}, 0.9)
+    with pytest.raises(ConfigError, match="1 groups"):
+        rows.split(whole, [], validation=0.1, test=0.1, near=0.9, seed=0)
+    leak(train=whole[:50], test=whole[50:], near=0.9)
+
+
 def test_few_prompts_are_compared_whole() -> None:
     texts = ["set the heating to twenty", "set the heating to twenty one"]
     assert near_duplicates.without_template(texts) == texts

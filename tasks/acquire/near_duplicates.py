@@ -8,7 +8,7 @@ by its grams themselves, so no pair is told that is not one.
 
 import math
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 GRAM = 5
@@ -45,8 +45,11 @@ def _beginning(texts: Sequence[str]) -> str:
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
-def pairs(texts: Sequence[str], threshold: float) -> Iterator[tuple[int, int, float]]:
-    """Yield `(i, j, similarity)`, i < j, for each pair of positions at or above `threshold` (0 to 1].
+def pairs(
+    texts: Sequence[str], threshold: float, skip: Callable[[int, int], bool] = lambda i, j: False
+) -> Iterator[tuple[int, int, float]]:
+    """Yield `(i, j, similarity)`, i < j, for each pair of positions at or above `threshold` (0 to 1] but those to skip,
+    which are asked for one by one, so that what was yielded before may decide.
 
     Texts are taken as they are: normalise them, and drop equal ones, before.
     """
@@ -60,6 +63,8 @@ def pairs(texts: Sequence[str], threshold: float) -> Iterator[tuple[int, int, fl
         sketch = RMinHash(num_perm=rows * bands, seed=0)
         sketch.update(sorted(own))
         for i in sorted(index.query(sketch)):
+            if skip(i, j):
+                continue
             other = compared(i)
             common = len(own & other)
             similarity = common / (len(own) + len(other) - common)
