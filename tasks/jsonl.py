@@ -4,6 +4,7 @@ Lines end at `\\n` alone, on bytes. `str.splitlines` also ends them at U+2028, U
 may hold inside a text.
 """
 
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,9 +17,9 @@ BOM = b"\xef\xbb\xbf"
 
 def lines(content: bytes) -> Iterator[tuple[int, bytes]]:
     """Number, from 1, and bytes of each line that is not blank; a byte order mark is no part of the first."""
-    for number, line in enumerate(content.removeprefix(BOM).split(b"\n"), 1):
+    for number, line in enumerate(io.BytesIO(content.removeprefix(BOM)), 1):
         if line.strip():
-            yield number, line
+            yield number, line.removesuffix(b"\n")
 
 
 def read(path: Path) -> list[Any]:

@@ -20,7 +20,7 @@ from tasks.acquire import pointers
 Found = Iterator[tuple[str, dict[str, Any] | str]]
 
 ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
-MAX_FILE = 2**30  # bytes, unpacked: all rows are held in memory, several times over
+MAX_FILE = 2**29  # bytes, unpacked: all rows are held in memory, several times over
 MAX_ROW = 2**22  # bytes of a line, characters of a conversation: more than the window of any model that is trained here
 # Beginnings of what people bring by mistake, and what it is.
 OTHERS: Mapping[bytes, str] = {
