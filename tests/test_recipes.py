@@ -86,7 +86,7 @@ def raw_params(model: Path, root: Path) -> dict[str, Any]:
     few = {"epochs": 0.4, "batch_tokens": 512, "evaluations": 1, "precision": "fp32"}
     raw["finetune"] |= few
     raw["distill"] |= few | {"calibration_rows": 4, "candidates": 2, "unlabelled_rows": 0}
-    raw["task"]["max_new_tokens"] = 32
+    raw["task"]["max_new_tokens"] = 16
     return raw
 
 
