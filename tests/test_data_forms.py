@@ -238,11 +238,11 @@ def test_a_folder_that_leaves_a_split_open_is_refused(tmp_path: Path, names: lis
 # --- what DVC watches --------------------------------------------------------------------------------
 
 
-def watching(root: Path) -> None:
+def watching(root: Path, place: Path = Path("data")) -> None:
     told = {
-        "watch": Path("data"),
-        "model": {"source": "local", "path": Path("data/model")},
-        "data": {"source": "local", "path": Path("data/rows")},
+        "watch": place,
+        "model": {"source": "local", "path": place / "model"},
+        "data": {"source": "local", "path": place / "rows"},
     }
     watched.check(Acquire.model_validate(told), root)
 
@@ -258,6 +258,8 @@ def test_a_linked_folder_in_an_input_is_refused_and_a_linked_file_is_not(tmp_pat
     (tmp_path / place).symlink_to(tmp_path / "outside")
     with pytest.raises(ConfigError, match=place):
         watching(tmp_path)
+    with pytest.raises(ConfigError, match=place):  # a watched folder outside the workspace
+        watching(tmp_path / "elsewhere", tmp_path / "data")
 
 
 def test_a_pipe_and_a_broken_link_are_refused(tmp_path: Path) -> None:

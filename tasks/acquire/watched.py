@@ -19,8 +19,9 @@ def check(acquire: Acquire, root: Path) -> None:
     """
     inputs = [root / path for path in acquire.local]
     problems = []
-    for path in _entries(root / acquire.watch):
-        shown = path.relative_to(root)
+    watch = root / acquire.watch
+    for path in _entries(watch):
+        shown = acquire.watch / path.relative_to(watch)  # which may lie outside the workspace
         if path.is_symlink() and path.is_dir():
             if any(path.is_relative_to(each) or each.is_relative_to(path) for each in inputs):
                 problems.append(
