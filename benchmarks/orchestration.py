@@ -26,7 +26,7 @@ from test_deployments import Servers  # noqa: E402
 from test_servers import start, stop  # noqa: E402
 
 from flows.pipeline import covered  # noqa: E402
-from tasks import params  # noqa: E402
+from tasks import jsonl, params  # noqa: E402
 from tasks.stages import STAGES  # noqa: E402
 
 LIMITS_S = {"a full run": 25.0, "everything cached": 30.0}
@@ -84,7 +84,7 @@ def show(what: str, limit: float, root: Path, servers: Servers, variants: Sequen
 
 def own(events: Path) -> float:
     """The seconds that the stage's command worked, 0 if DVC had no need of it."""
-    told = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
+    told = jsonl.read(events) if events.exists() else []
     return sum(event["seconds"] for event in told if event["event"] == "finished")
 
 

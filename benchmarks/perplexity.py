@@ -165,11 +165,9 @@ def number(pattern: str, text: str) -> float:
 
 def utterances() -> str:
     """What people say in the shipped data, a line each: short, plain English that makes enough windows."""
-    rows = [
-        json.loads(line)
-        for name in ("unlabelled", "train")
-        for line in (ROOT / "data" / "home" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    from tasks import jsonl
+
+    rows = [row for name in ("unlabelled", "train") for row in jsonl.read(ROOT / "data" / "home" / f"{name}.jsonl")]
     return "\n".join(m["content"] for row in rows for m in row["messages"] if m["role"] == "user") + "\n"
 
 

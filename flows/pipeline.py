@@ -22,8 +22,9 @@ from prefect.tasks import exponential_backoff
 from flows import fan_out, locks, pages, release, results, tracking, versioning, workspace
 from flows.display import Display
 from flows.report import write_report
-from tasks import cores, params
-from tasks.errors import DiskFullError, PipelineError, StageError
+from tasks import cores, manifest, params
+from tasks.acquire import watched
+from tasks.errors import ConfigError, DiskFullError, PipelineError, StageError
 from tasks.stage import folder
 from tasks.stages import STAGES
 
@@ -55,6 +56,7 @@ class Order:
     item: str | None
     parallel: int  # so many of its kind share a machine
     up_to_date: bool  # as `dvc status` found when the run began
+    params: str = ""  # digest of the sections that the stage reads, as they were then
 
     @property
     def key(self) -> Key:
@@ -127,6 +129,7 @@ def slmops(root: str, name: str, by: str | None = None) -> Result:
     here = Path(root)
     main = workspace.main_root(here)
     checked = params.load(here / "params.yaml")
+    watched.check(checked.acquire, here)
     with opened(here, name, checked) as desk:
         with desk.display:
             _stages(desk, name, checked)
@@ -195,7 +198,14 @@ def _stages(desk: Desk, run: str, checked: params.Params) -> None:
     parallel = min(checked.machine.parallel, len(checked.quantize.variants))
     behind = _behind(frozenset(versioning.status(desk.root)), checked)
     orders = [
-        Order(desk.root, run, *key, parallel if STAGES[key[0]].per == "variant" else 1, key not in behind)
+        Order(
+            desk.root,
+            run,
+            *key,
+            parallel if STAGES[key[0]].per == "variant" else 1,
+            key not in behind,
+            checked.digest(STAGES[key[0]].sections),
+        )
         for key in _keys(checked)
     ]
     by_name = {order.name: order for order in orders}
@@ -315,7 +325,8 @@ def bring(order: Order, post: fan_out.Post) -> versioning.Outcome:
         return versioning.Outcome("unchanged", 0.0, 0.0)
     try:
         with locks.joined(order.root, name) as descriptors:
-            return versioning.repro(
+            _hold_params(order, params.load(order.root / "params.yaml").digest(STAGES[order.stage].sections))
+            outcome = versioning.repro(
                 order.root,
                 order.stage,
                 order.item,
@@ -324,9 +335,25 @@ def bring(order: Order, post: fan_out.Post) -> versioning.Outcome:
                 env=_threads(order, post),
                 keep_open=descriptors,
             )
+        if outcome.how == "ran":
+            _hold_params(order, manifest.load(folder(order.root, order.stage, order.item)).params)
+        return outcome
     except PipelineError as error:
         post((name, {"event": "fail", "text": str(error)}))
         raise
+
+
+def _hold_params(order: Order, digest: str) -> None:
+    """Whoever edits params.yaml during a run must not get a model of other values than MLflow and the report tell.
+
+    Raises:
+        ConfigError: they are others than when the run began.
+    """
+    if order.params and digest != order.params:
+        raise ConfigError(
+            f"params.yaml was changed since this run began, and {order.name} depends on it: run again, and what is done and "
+            "did not change is taken from the cache; to work beside an edit use `slmops run --worktree`"
+        )
 
 
 def _teller(name: str, post: fan_out.Post) -> Callable[[versioning.Event], None]:

@@ -5,21 +5,25 @@ that matrix products measure here in the arithmetic that the work uses, times th
 was seen to reach with a 135M model on two cores.
 """
 
-import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flows import shape
 from tasks import models, params
+from tasks.acquire import data_sources, rows, watched
 from tasks.package.memory import minimum_ram
+from tasks.validate import gates
 
 # Speed of real work relative to the matrix product of the probe. Above 1 where most of the model need not be computed.
 TRAIN, FORWARD = 0.95, 2.9
 PREFILL, DECODE_BYTES_PER_S = 0.8, 1.5e10  # llama.cpp, float32: prompts are bound by arithmetic, answers by memory
-TOKENS_A_ROW = 60  # where the data cannot be read before acquire
+# Where the data cannot be read before acquire.
+TOKENS_A_ROW = 60
+GUESSED = {"train": 2000, "validation": 200, "test": 400, "unlabelled": 0}
+AGREEMENT = 0.9  # of student and teacher on a test row, to tell how many such rows a verdict needs
 CHARACTERS_A_TOKEN = 2.8
 OVERHEAD_S = {"acquire": 15.0, "select": 2.0, "convert": 10.0, "quantize": 3.0, "validate": 8.0, "package": 10.0}
 
@@ -44,19 +48,21 @@ class Plan:
     ram: dict[str, int]
     work: list[Work]
     disk: int
+    doubts: list[str]
 
 
 @dataclass(frozen=True)
 class _Rows:
     count: dict[str, int]
     tokens: int  # of a row with its answer, on average
+    exact: bool  # counted, not guessed
 
 
 def show(root: Path, path: Path, overrides: Sequence[str]) -> None:
     """Print the plan.
 
     Raises:
-        PipelineError: the params are wrong, or the model is not there.
+        PipelineError: the params or the data are wrong, or the model is not there.
     """
     from rich.console import Console
     from rich.table import Table
@@ -91,12 +97,16 @@ def show(root: Path, path: Path, overrides: Sequence[str]) -> None:
     console.print(f"disk: {plan.disk / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
     if plan.disk > free:
         console.print("warning: the disk is too small for this run: make room first", style="bold")
+    for doubt in plan.doubts:
+        console.print(f"warning: {doubt}", style="bold")
 
 
 def predict(root: Path, checked: params.Params, training: float, plain: float) -> Plan:
     """The plan for a machine that multiplies matrices at `training` operations a second in the arithmetic of training, and
     at `plain` in float32.
     """
+    watched.check(checked.acquire, root)
+    counted = _rows(root, checked)
     base = shape.read(checked.acquire, root)
     student = base.pruned(checked.distill)
     sizes: dict[str, int] = {
@@ -108,11 +118,11 @@ def predict(root: Path, checked: params.Params, training: float, plain: float) -
         )
         for variant, size in sizes.items()
     }
-    work = _work(checked, base, student, sizes, _rows(root, checked), training, plain)
+    work = _work(checked, base, student, sizes, counted, training, plain)
     # bf16 folders of base, teacher and students, the checkpoint (fp32 weights and two moments), two F16 files.
     folders = 2 * 2 * base.parameters + 2 * len(checked.select.seeds) * student.parameters + 12 * base.parameters
     files = 2 * base.parameters + 2 * student.parameters + sum(sizes.values())
-    return Plan(base, student, sizes, ram, work, int(1.1 * (folders + files)))
+    return Plan(base, student, sizes, ram, work, int(1.1 * (folders + files)), _doubts(checked, counted))
 
 
 def _work(
@@ -120,17 +130,17 @@ def _work(
     base: shape.Shape,
     student: shape.Shape,
     sizes: dict[str, int],
-    rows: _Rows,
+    counted: _Rows,
     training: float,
     plain: float,
 ) -> list[Work]:
-    train = rows.count["train"]
+    train = counted.count["train"]
     forward, training = training * FORWARD, training * TRAIN
-    taught = train + min(checked.distill.unlabelled_rows, rows.count["unlabelled"])
-    test = rows.count["test"] * rows.tokens
+    taught = train + min(checked.distill.unlabelled_rows, counted.count["unlabelled"])
+    test = counted.count["test"] * counted.tokens
 
     def trained(rows_used: int, settings: params.Training, model: shape.Shape) -> tuple[int, int, float]:
-        tokens = int(rows_used * rows.tokens * settings.epochs)
+        tokens = int(rows_used * counted.tokens * settings.epochs)
         return max(1, tokens // settings.batch_tokens), tokens, 6 * model.parameters * tokens / training
 
     steps, tokens, seconds = trained(train, checked.finetune, base) if checked.finetune.enabled else (0, 0, 0.0)
@@ -141,13 +151,13 @@ def _work(
     steps, tokens, seconds = trained(taught, checked.distill, student)
     # Each removal tries every candidate from its block on: half the model on average, after one whole pass.
     tried = (base.layers - student.layers) * (1 + checked.distill.candidates / 2)
-    calibration = 2 * base.parameters * checked.distill.calibration_rows * rows.tokens * tried / forward
+    calibration = 2 * base.parameters * checked.distill.calibration_rows * counted.tokens * tried / forward
     # What a removed block added is fitted on the blocks up to it, again half the model on average.
     calibration += (
-        base.parameters * checked.distill.fitted_rows * rows.tokens * (base.layers - student.layers) / forward
+        base.parameters * checked.distill.fitted_rows * counted.tokens * (base.layers - student.layers) / forward
     )
     # The teacher reads and answers; four models take the test.
-    answering = 2 * base.parameters * (2 * taught * rows.tokens + 4 * 2 * test) / forward
+    answering = 2 * base.parameters * (2 * taught * counted.tokens + 4 * 2 * test) / forward
     students = len(checked.select.seeds)
     each = seconds + calibration + answering
     found.append(Work("distill", students * steps, students * tokens, students * each))
@@ -157,47 +167,61 @@ def _work(
     found.append(Work("quantize", None, None, count * (OVERHEAD_S["quantize"] + 4 * student.parameters / 1e9)))
     prompts = test + checked.validate_.windows * checked.validate_.context * 3
     each = 2 * student.parameters * prompts / (plain * PREFILL)
-    answers = sum(rows.count["test"] * 16 * size / DECODE_BYTES_PER_S for size in sizes.values())
+    answers = sum(counted.count["test"] * 16 * size / DECODE_BYTES_PER_S for size in sizes.values())
     found.append(Work("validate", None, prompts * count, count * (OVERHEAD_S["validate"] + each) + answers))
     found.append(Work("package", None, None, OVERHEAD_S["package"]))
     return found
 
 
 def _rows(root: Path, checked: params.Params) -> _Rows:
-    """Rows of each split and their length, from the local files; guessed where they are not local."""
+    """Rows of each split and their length, from the local files as acquire reads them; guessed where they are not local.
+
+    Raises:
+        ConfigError: a file is missing, or rows are not as they must be.
+    """
     data = checked.acquire.data
-    count = {"train": 2000, "test": 400, "unlabelled": 0}
     if data.source != "local":
-        return _Rows(count, TOKENS_A_ROW)
-    path = root / data.path
-    if path.is_dir():
-        lines = {split: _lines(path / f"{split}.jsonl") for split in count}
-        found = {split: len(each) for split, each in lines.items()}
-    else:
-        lines = {"train": _lines(path)}
-        total = len(lines["train"])
-        extra = len(_lines(root / data.unlabelled)) if data.unlabelled else 0
-        found = {
-            "train": int(total * (1 - data.test - data.validation)),
-            "test": int(total * data.test),
-            "unlabelled": extra,
-        }
-    characters = [
-        sum(len(message["content"]) + 12 for message in row["messages"]) for row in map(_row, lines["train"]) if row
-    ]
-    tokens = int(sum(characters) / len(characters) / CHARACTERS_A_TOKEN) if characters else TOKENS_A_ROW
-    return _Rows(found, tokens)
+        return _Rows(GUESSED, TOKENS_A_ROW, exact=False)
+    found = data_sources.local(data, root, root)
+    loaded = rows.load(found.files, found.shown, checked.task.metric)
+    count = {name: len(loaded.get(name, [])) for name in (*rows.SPLITS, rows.UNLABELLED)}
+    train = loaded.get("train", [])
+    if data_sources.ALL in loaded:
+        train = loaded[data_sources.ALL]
+        count |= {"test": round(data.test * len(train)), "validation": round(data.validation * len(train))}
+        count["train"] = len(train) - count["test"] - count["validation"]
+    characters = sum(len(message["content"]) + 12 for row in train for message in row.messages)
+    return _Rows(count, int(characters / len(train) / CHARACTERS_A_TOKEN), exact=True)
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+def _doubts(checked: params.Params, found: _Rows) -> list[str]:
+    """What of the data will not do for what the params ask of it."""
+    if not found.exact:
+        return []
+    empty = [name for name in rows.SPLITS if not found.count[name]]
+    doubts = [f"{' and '.join(empty)} will be empty: add rows, or change the shares of acquire.data"] if empty else []
+    wanted, there = checked.distill.unlabelled_rows, found.count[rows.UNLABELLED]
+    if there < wanted:
+        doubts.append(f"distill.unlabelled_rows is {wanted}, and the data has {there} unlabelled prompts")
+    settings, test = checked.validate_, found.count["test"]
+    judged = {gate.name for gate in settings.gates} & {"accuracy", "accuracy_retention"}
+    for name in sorted(judged) if test else ():
+        half = _half_width(name, test, settings)
+        if half > settings.max_half_width:
+            enough = math.ceil(test * (half / settings.max_half_width) ** 2)
+            doubts.append(
+                f"{test} test rows tell {name} to about {half:.3f} either way, validate.max_half_width is "
+                f"{settings.max_half_width}: near a limit the verdict stays undecided; about {enough:,} test rows would do"
+            )
+    return doubts
 
 
-def _row(line: str) -> dict[str, Any]:
-    """A row, or nothing: acquire is the one to refuse a malformed line, with its number."""
-    try:
-        found = json.loads(line)
-        sum(len(message["content"]) for message in found["messages"])
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return dict(found)
+def _half_width(name: str, test: int, settings: params.Validate) -> float:
+    """Half of the gate's own interval, where the teacher is right in nine of ten rows and the student differs in one."""
+    count = min(max(test, 200), 5000)  # so few or so many are told from these
+    differ = round(count * (1 - AGREEMENT) / 2)
+    right = round(count * AGREEMENT)
+    teacher = [True] * right + [False] * (count - right)
+    student = [not correct if i < differ or i >= count - differ else correct for i, correct in enumerate(teacher)]
+    low, high = gates.intervals(student, teacher, settings.bootstrap, settings.seed)[name]
+    return (high - low) / 2 * math.sqrt(count / test)

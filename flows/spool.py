@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import files
+from tasks import jsonl
 from tasks.errors import PipelineError
 from tasks.stage import disk_full
 
@@ -89,8 +90,7 @@ class Spool:
 
     def records(self) -> Iterator[Record]:
         """All that was ever added."""
-        for line in (self.folder / "journal.jsonl").read_bytes().splitlines():
-            yield json.loads(line)
+        yield from jsonl.read(self.folder / "journal.jsonl")
 
     def deliver(self, tell: Callable[[Record], None]) -> int:
         """Tell, in order, what did not arrive yet; returns how many records that were. What `tell` raises ends it,

@@ -1,19 +1,19 @@
 """Chat rows and their tokens: `{"messages": [{"role", "content"}, ...]}`, one JSON object a line.
 
 Rows were validated by `acquire`; here they are trusted. The loss mask covers what the assistant says and
-its end-of-turn token, never the prompt, the template or padding.
+its end-of-turn token, never the prompt, the template or padding, nor an answer with `"weight": 0`.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tasks import jsonl
 from tasks.errors import ConfigError
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,26 @@ class Encoded:
 
 def read_rows(path: Path) -> list[Messages]:
     """The conversations of a JSONL file that `acquire` wrote."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line)["messages"] for line in file]
+    return [row["messages"] for row in jsonl.read(path)]
 
 
 def prompt_ids(tokenizer: Any, messages: Messages) -> list[int]:
     """Ids of a conversation that waits for the assistant, as every runtime must produce them."""
     ids: list[int] = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        plain(messages), add_generation_prompt=True, tokenize=True, return_dict=False
     )
     return ids
+
+
+def plain(messages: Messages) -> Messages:
+    """Role and content alone, as a chat template expects them."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def answer_ids(tokenizer: Any, message: Mapping[str, Any]) -> list[int]:
+    """Ids of what the assistant says, with the end of its turn."""
+    ids: list[int] = tokenizer(message["content"], add_special_tokens=False)["input_ids"]
+    return [*ids, end_of_turn(tokenizer)]  # type: ignore[list-item]
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
@@ -82,10 +92,10 @@ def encode(tokenizer: Any, messages: Messages, max_length: int) -> Encoded:
         if message["role"] != "assistant":
             continue
         prompt = prompt_ids(tokenizer, messages[:index])
-        answer = tokenizer(message["content"], add_special_tokens=False)["input_ids"] + [end_of_turn(tokenizer)]
+        answer, learned = answer_ids(tokenizer, message), message.get("weight") != 0
         # A template that rewrites earlier turns (dropped reasoning, say) makes the prompt the truth.
         known = len(ids) if prompt[: len(ids)] == ids else 0
-        ids, target = prompt + answer, target[:known] + [False] * (len(prompt) - known) + [True] * len(answer)
+        ids, target = prompt + answer, target[:known] + [False] * (len(prompt) - known) + [learned] * len(answer)
     if len(ids) > max_length:
         raise ConfigError(
             f"a row has {len(ids)} tokens, more than task.max_length ({max_length}): raise it or shorten the row: {str(messages)[:120]}"

@@ -67,20 +67,25 @@ class HubModel(Section):
     licence: str | None = Field(None, description="instead of the one that the repository's card names")
 
 
-class LocalData(Section):
-    """Chat JSONL: one file (split here) or a folder with train/validation/test[/unlabelled].jsonl."""
+class Splitting(Section):
+    """How a single file of rows is split; where there is a file per split these are not used."""
 
-    source: Literal["local"]
-    path: Path
     validation: Share = 0.1
     test: Share = 0.15
-    unlabelled: Path | None = None
-    text: Path | None = Field(None, description="plain text for perplexity and KLD; none: the test conversations")
-    licence: str | None = None
     seed: int = 17
 
 
-class HubData(Section):
+class LocalData(Splitting):
+    """Rows as JSONL, JSON, CSV or Parquet: one file (split here) or a folder with train/validation/test[/unlabelled]."""
+
+    source: Literal["local"]
+    path: Path
+    unlabelled: Path | None = None
+    text: Path | None = Field(None, description="plain text for perplexity and KLD; none: the test conversations")
+    licence: str | None = None
+
+
+class HubData(Splitting):
     """A data set repository of the Hub at one commit, holding the same files as a local folder."""
 
     source: Literal["hub"]
@@ -93,19 +98,22 @@ class Acquire(Section):
     watch: Path = Field(description="the folder or file that DVC watches: every local input lies in it")
     model: Annotated[PackageModel | GgufModel | LocalModel | HubModel, Field(discriminator="source")]
     data: Annotated[LocalData | HubData, Field(discriminator="source")]
-    near_duplicate: Share = Field(
+    near_duplicate: Annotated[float, Field(ge=0.1, le=1)] = Field(
         0.95, description="character 5-gram Jaccard similarity at which two prompts count as one"
     )
     licences: tuple[str, ...] = Field(
         (), description="licences that may be used, as SPDX ids; empty: any, but recorded"
     )
 
+    @property
+    def local(self) -> list[Path]:
+        """Every file and folder of this machine that is read, relative to the workspace."""
+        names = ("path", "unlabelled", "text")
+        return [path for part in (self.model, self.data) for name in names if (path := getattr(part, name, None))]
+
     @model_validator(mode="after")
     def _watched(self) -> "Acquire":
-        local = [
-            getattr(part, name, None) for part in (self.model, self.data) for name in ("path", "unlabelled", "text")
-        ]
-        for path in filter(None, local):
+        for path in self.local:
             if not path.is_relative_to(self.watch) or ".." in path.parts:
                 raise ValueError(
                     f"{path} lies outside watch ({self.watch}): DVC would not see it change: move it there, or set watch to "
@@ -276,6 +284,15 @@ class Params(Section):
     machine: Machine = Machine()
     release: Release = Release()
 
+    @model_validator(mode="after")
+    def _rows_fit_the_bundle(self) -> "Params":
+        if self.task.max_length > self.package.context_length:
+            raise ValueError(
+                f"task.max_length is {self.task.max_length} and package.context_length {self.package.context_length}: a "
+                "bundle could not take the longest rows that it was trained on: raise the second or lower the first"
+            )
+        return self
+
     def digest(self, sections: Iterable[str]) -> str:
         """sha256 over the named sections (`section` or `section.key`): what an output depends on besides its inputs."""
         values = self.model_dump(mode="json", by_alias=True)
@@ -375,6 +392,8 @@ def check(raw: dict[str, Any], where: str) -> Params:
 def _explain(problem: Any, raw: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     given, message = problem.get("input"), problem["msg"]
+    if not location:  # two sections that do not go together
+        return str(message).removeprefix("Value error, ")
     # Pydantic puts the tag of a union into the location; the person never wrote it.
     known = [
         part

@@ -66,14 +66,26 @@ BROKEN = {
     "not an object": (b"[1]", "a list, not an object"),
     "no messages": (b'{"text": "hi"}', "no messages"),
     "prompt without completion": (b'{"prompt": "hi"}', "no messages"),
-    "messages not a list": (b'{"messages": "hi"}', "not a list"),
+    "messages not a list": (b'{"messages": 7}', "not a list"),
+    "messages a text": (b'{"messages": "hi"}', "not JSON"),
     "empty messages": (b'{"messages": []}', "not a list with entries"),
-    "message not an object": (b'{"messages": ["hi"]}', "exactly role and content"),
-    "tool call": (chat(USER, ANSWER | {"tool_calls": []}), "message 2 is not an object of exactly"),
+    "message not an object": (b'{"messages": ["hi"]}', "role and content"),
+    "tool call": (chat(USER, ANSWER | {"tool_calls": [{"id": 1}]}), "tool_calls"),
+    "tools": (json.dumps({"messages": [USER, ANSWER], "tools": [{}]}).encode(), "tools"),
+    "image": (json.dumps({"prompt": "see", "completion": "{}", "images": ["a.png"]}).encode(), "images"),
+    "weight of a half": (chat(USER, ANSWER | {"weight": 0.5}), "weight '0.5'"),
+    "nothing to learn": (chat(USER, ANSWER | {"weight": 0}), "weight 0"),
+    "weighted row": (json.dumps({"messages": [USER, ANSWER], "weight": 0}).encode(), "weight 0"),
+    "wrong completion": (b'{"prompt": "on", "completion": "{}", "label": false}', "label False"),
+    "two systems": (json.dumps({"messages": [SYSTEM, USER, ANSWER], "system": "Be kind."}).encode(), "system"),
+    "preferences": (b'{"prompt": "on", "chosen": "a", "rejected": "b"}', "preference"),
+    "3,000 turns": (chat(*[USER, ANSWER] * 1500), "3,000 messages"),
+    "a row of 5 MB": (chat({"role": "user", "content": "a" * 5_000_000}, ANSWER), "5.0 MB"),
     "unknown role": (chat({"role": "tool", "content": "x"}, ANSWER), "role 'tool'"),
-    "role not text": (chat({"role": ["user"], "content": "x"}, ANSWER), "role ['user']"),
+    "role not text": (chat({"role": ["user"], "content": "x"}, ANSWER), "role \"['user']\""),
     "content not text": (chat({"role": "user", "content": None}, ANSWER), "content that is not text"),
-    "content in parts": (chat({"role": "user", "content": [{"type": "text"}]}, ANSWER), "content that is not text"),
+    "a part without text": (chat({"role": "user", "content": [{"type": "text"}]}, ANSWER), "content that is not text"),
+    "a part that is an image": (chat({"role": "user", "content": [{"type": "image_url"}]}, ANSWER), "(image_url)"),
     "blank": (chat({"role": "user", "content": " \n"}, ANSWER), "is blank"),
     "half a character": (chat({"role": "user", "content": "\ud83d"}, ANSWER), "lone surrogate"),
     "ends with user": (chat(USER), "does not end with the assistant"),
@@ -142,6 +154,58 @@ def test_pairs_are_those_of_comparing_all_with_all(texts: list[str], threshold: 
     found = list(near_duplicates.pairs(texts, threshold))
     assert {(i, j): value for i, j, value in found} == expected
     assert len(found) == len(expected)
+
+
+@given(threshold=st.floats(0.1, 1.0))
+@settings(deadline=None, max_examples=100)
+def test_bands_overlook_next_to_no_pair_at_the_threshold(threshold: float) -> None:
+    of_a_band, bands = near_duplicates.banding(threshold)
+    assert (1 - threshold**of_a_band) ** bands <= 1e-11
+    assert of_a_band * bands <= 300
+
+
+def test_the_same_pairs_as_by_comparing_all_with_all_in_the_data_that_ships() -> None:
+    path = Path(__file__).parent.parent / "data" / "home" / "train.jsonl"
+    texts = sorted({row.text for row in rows.load({"train": path}, {"train": "train"}, "json")["train"]})[:1500]
+    grams = [near_duplicates.grams(text) for text in texts]
+    expected = set()
+    for j, one in enumerate(grams):
+        for i, other in enumerate(grams[:j]):
+            if 0.8 * max(len(one), len(other)) <= min(len(one), len(other)):
+                common = len(one & other)
+                if common >= 0.8 * (len(one) + len(other) - common):
+                    expected.add((i, j))
+    assert {(i, j) for i, j, _ in near_duplicates.pairs(texts, 0.8)} == expected
+    assert len(expected) > 5
+
+
+def test_what_all_prompts_begin_and_end_with_does_not_make_them_alike() -> None:
+    said = phrases(24, seed=2)
+    words = "Name the queue of this ticket with one word, as in these examples of what was sorted before. "
+    prompts = [f"{words * 20}Ticket: {text} -> queue of it in one word:" for text in said]
+    rest = near_duplicates.without_template([near_duplicates.normalise(prompt) for prompt in prompts])
+    assert max(map(len, rest)) < 60
+    rows.refuse_leaks({"train": made("train", *prompts[:20]), "test": made("test", *prompts[20:])}, 0.95)
+    again = [*prompts[:20], prompts[-1].replace("Ticket", "Ticket ")]
+    leak(train=made("train", *again), test=made("test", *prompts[20:]), near=0.8)
+
+
+def test_like_prompts_are_linked_once_and_not_each_with_each() -> None:
+    template = " ".join(phrases(10, seed=5))
+    texts = [near_duplicates.normalise(f"{'so ' * (i % 2)}{template} {i}") for i in range(60)]
+    linked = {0}
+    links = [linked.add(j) or j for _, j, _ in near_duplicates.pairs(texts, 0.9, lambda i, j: {i, j} <= linked)]
+    assert links == list(range(1, 60))
+    whole = labelled(texts, ["on"] * 60)
+    rows.refuse_leaks({"train": whole}, 0.9)
+    with pytest.raises(ConfigError, match="1 groups"):
+        rows.split(whole, [], validation=0.1, test=0.1, near=0.9, seed=0)
+    leak(train=whole[:50], test=whole[50:], near=0.9)
+
+
+def test_few_prompts_are_compared_whole() -> None:
+    texts = ["set the heating to twenty", "set the heating to twenty one"]
+    assert near_duplicates.without_template(texts) == texts
 
 
 def test_normalised_text_ignores_case_spacing_and_width() -> None:

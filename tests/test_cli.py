@@ -10,7 +10,7 @@ from checkout import DEFAULTS, SLMOPS, environment, make_toy, slmops
 
 from flows import doctor, plan, shape
 from flows.cli import main
-from tasks import params
+from tasks import jsonl, params
 from tasks.errors import ArtifactError, ConfigError
 from tasks.params import Onnx
 
@@ -125,6 +125,55 @@ def test_a_plan_tells_all_of_a_run_before_any_work(tmp_path: Path) -> None:
     assert tuned.steps == tuned.tokens // 1000
     assert sum(work.seconds for work in slow.work) > sum(work.seconds for work in fast.work)
     assert all(slow.ram[name] > size for name, size in slow.sizes.items())
+
+
+def local_data(root: Path, rows: int, between: str = " ") -> params.Params:
+    """Params of a run on one file of so many labelled rows under `root`, and no unlabelled ones."""
+    model = params.load(DEFAULTS).acquire.model.model_dump()
+    data = {"source": "local", "path": "data/rows.jsonl", "validation": 0.1, "test": 0.2}
+    jsonl.write(root / "data" / "rows.jsonl", ({"prompt": f"a{between}b {i}", "completion": "{}"} for i in range(rows)))
+    raw = params.read(DEFAULTS) | {"acquire": {"watch": "data", "model": model, "data": data}}
+    raw["distill"]["unlabelled_rows"] = 0
+    return params.check(raw, "test")
+
+
+@pytest.mark.parametrize(("rows", "doubts"), [(100, 1), (4000, 0), (3, 2)])
+def test_a_plan_tells_when_the_test_rows_cannot_decide(tmp_path: Path, rows: int, doubts: int) -> None:
+    (tmp_path / "data").mkdir()
+    checked = local_data(tmp_path, rows)
+    assert checked.validate_.max_half_width == 0.04
+    assert len(plan.predict(tmp_path, checked, 1e11, 1e11).doubts) == doubts
+
+
+def test_a_plan_counts_rows_whatever_separators_their_texts_hold(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    found = [plan._rows(tmp_path, local_data(tmp_path, 50, between)) for between in (" ", "\u2028")]
+    assert found[0] == found[1]
+    assert found[0].count == {"train": 35, "validation": 5, "test": 10, "unlabelled": 0}
+
+
+def test_the_interval_that_a_plan_foresees_is_that_of_the_gates() -> None:
+    settings = params.load(DEFAULTS).validate_
+    assert plan._half_width("accuracy", 400, settings) == pytest.approx(1.96 * (0.9 * 0.1 / 400) ** 0.5, rel=0.05)
+    assert plan._half_width("accuracy_retention", 400, settings) == pytest.approx(0.035, abs=0.003)
+
+
+def test_a_plan_names_a_data_file_that_is_missing_and_a_row_that_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    checked = local_data(tmp_path, 20)
+    with (tmp_path / "data" / "rows.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(ConfigError, match=r"data/rows\.jsonl:21"):
+        plan.predict(tmp_path, checked, 1e11, 1e11)
+    (tmp_path / "data" / "rows.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"data/rows\.jsonl"):
+        plan.predict(tmp_path, checked, 1e11, 1e11)
+
+
+def test_a_bundle_must_take_the_longest_rows(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"package\.context_length"):
+        params.load(DEFAULTS, ["task.max_length=4096"])
+    params.load(DEFAULTS, ["task.max_length=4096", "package.context_length=4096"])
 
 
 def test_a_plan_for_a_model_that_is_not_there_says_so(tmp_path: Path) -> None:

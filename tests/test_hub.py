@@ -226,3 +226,36 @@ def test_something_that_is_not_a_hub_says_so(hub: Hub, tmp_path: Path) -> None:
     said = download(hub.url, tmp_path)
     assert said.startswith("StageError")
     assert "does not answer like a Hugging Face Hub" in said
+
+
+ROLES = """
+import json, sys
+from pathlib import Path
+from tasks.acquire import data_sources
+from tasks.errors import PipelineError
+from tasks.params import HubData
+try:
+    found = data_sources.from_hub(HubData(source="hub", repo="someone/rows", revision=sys.argv[1]), Path(), Path(sys.argv[2]))
+    print(json.dumps({role: path.read_text() for role, path in found.files.items()} | {"licence": found.licence}))
+except PipelineError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_data_of_a_repository_without_splits_is_to_be_split(hub: Hub, tmp_path: Path) -> None:
+    card, row = b"---\nlicense: mit\n---\n", b'{"prompt": "a", "completion": "b"}\n'
+    alone = {"README.md": card, "train.jsonl": row, "extra/train.jsonl": b"never", "data/note.txt": b"never"}
+    nested = {"data/train-00000-of-00001.jsonl": row, "data/test-00000-of-00001.jsonl": row}
+    commits = {letter * 40: files for letter, files in zip("ab", (alone, nested), strict=True)}
+    hub.repos["datasets/someone/rows"] = commits
+
+    def roles(commit: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", ROLES, commit, str(tmp_path / commit)]
+        return subprocess.run(command, cwd=ROOT, env=environment(hub.url), capture_output=True, text=True, timeout=60)
+
+    done = roles("a" * 40)
+    assert json.loads(done.stdout) == {"all": row.decode(), "licence": "mit"}
+    assert {path.name for path in (tmp_path / ("a" * 40)).rglob("*") if path.is_file()} == {"README.md", "train.jsonl"}
+    done = roles("b" * 40)  # no validation rows, and nothing is fetched for that
+    assert done.stderr.startswith("ConfigError")
+    assert not (tmp_path / ("b" * 40)).exists()

@@ -26,6 +26,8 @@ from checkout import (
 )
 
 from flows import mlflow_store
+from tasks import params
+from tasks.errors import ConfigError
 from tasks.stages import STAGES
 
 DEADLINE_S = 300
@@ -47,6 +49,31 @@ def runs(root: Path) -> list[tuple[str, str]]:
     store = mlflow_store.client(root)
     found = store.search_runs([mlflow_store.experiment(store, root)], order_by=["attributes.start_time ASC"])
     return [(run.data.tags["mlflow.runName"], run.info.status) for run in found]
+
+
+def test_params_that_are_edited_during_a_run_end_it_at_the_first_stage_that_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import pipeline, workspace
+
+    toy = make_toy(tmp_path)
+    path = toy / "params.yaml"
+    began, told = params.load(path), []
+
+    def bring(stage: str) -> str:
+        order = pipeline.Order(toy, "r", stage, None, 1, False, began.digest(STAGES[stage].sections))
+        return pipeline.bring(order, told.append).how
+
+    monkeypatch.setenv("TOY_LOG", str(toy / "toy.log"))
+    monkeypatch.setattr(pipeline, "_teller", lambda name, post: print)  # Prefect's part needs its server
+    with workspace.in_place(toy, "r", None, ()):
+        path.write_text(path.read_text().replace("keep_runs: 5", "keep_runs: 6"))  # no stage reads it
+        assert bring("acquire") == "ran"
+        path.write_text(path.read_text().replace("epochs: 1.0", "epochs: 2.0"))
+        with pytest.raises(ConfigError):
+            bring("finetune")
+    assert started(toy) == ["acquire"]
+    assert [event["event"] for name, event in told if name == "finetune"] == ["begin", "fail"]
 
 
 # --- the real stages, on a tiny model ----------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_a_recipe_says_only_what_differs(recipe: Path) -> None:
 def raw_params(model: Path, root: Path) -> dict[str, Any]:
     raw: dict[str, Any] = yaml.safe_load(DEFAULTS.read_text())
     (root / "data").mkdir(parents=True)
-    (root / "data" / "model").symlink_to(model)
+    shutil.copytree(model, root / "data" / "model")
     for split, rooms in {"train": ROOMS[:6], "validation": ROOMS[6:8], "test": ROOMS[8:]}.items():
         write_jsonl(root / "data" / "rows" / f"{split}.jsonl", tiny_rows(rooms))
     raw["acquire"] |= {
@@ -85,7 +86,7 @@ def raw_params(model: Path, root: Path) -> dict[str, Any]:
     few = {"epochs": 0.4, "batch_tokens": 512, "evaluations": 1, "precision": "fp32"}
     raw["finetune"] |= few
     raw["distill"] |= few | {"calibration_rows": 4, "candidates": 2, "unlabelled_rows": 0}
-    raw["task"]["max_new_tokens"] = 8
+    raw["task"]["max_new_tokens"] = 16
     return raw
 
 

@@ -1,21 +1,31 @@
 """Stage acquire: an open model and a person's data, checked, as one plain folder with their lineage.
 
 `acquire` reads top to bottom; each file beside it does one thing: `model_sources`, `data_sources` and `hub`
-find and fetch, `gguf_check` and `safe_weights` refuse what could harm, `dequantise` reads GGUF, `rows` and
-`near_duplicates` check the data.
+find and fetch, `gguf_check` and `safe_weights` refuse what could harm, `dequantise` reads GGUF, `containers` and
+`forms` read the data, `rows`, `near_duplicates` and `fit` check it.
 """
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import chat, events, logits, manifest, models
-from tasks.acquire import data_sources, dequantise, gguf_check, model_sources, rows, safe_weights
+from tasks import chat, logits, manifest, models
+from tasks.acquire import (
+    data_sources,
+    dequantise,
+    fit,
+    gguf_check,
+    model_sources,
+    pointers,
+    rows,
+    safe_weights,
+    watched,
+)
 from tasks.errors import ArtifactError, ConfigError
-from tasks.params import LocalData, Params
+from tasks.params import Params
 from tasks.stage import need_space
 
 __all__ = ["acquire"]
@@ -43,13 +53,20 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
         StageError: the network or the disk failed.
     """
     settings = params.acquire
+    watched.check(settings, root)
     data = data_sources.SOURCES[settings.data.source](settings.data, root, scratch)
     model_sources.check_licence(data.licence, settings.licences, "the data", required=False)
     splits = _splits(params, data)
 
     found = model_sources.SOURCES[settings.model.source](settings.model, root, scratch)
     opened = _open_gguf(found, settings.licences) if found.path.is_file() else _open_folder(found, settings.licences)
-    _check_rows(opened, splits, params.task.max_length)
+    tokenizer, config = opened.tokenizer, opened.model.config
+    if not models.fits(tokenizer, config.vocab_size):
+        raise ArtifactError(
+            f"the tokenizer knows {len(tokenizer)} tokens, the model's vocabulary has {config.vocab_size}: they do not "
+            "belong together, so take both from one place"
+        )
+    fit.check(tokenizer, config, splits, params.task)
     _check_numbers(opened.model)
     parameters = models.count(opened.model)
     _save(opened, out / "model")
@@ -88,7 +105,7 @@ def _splits(params: Params, data: data_sources.FoundData) -> dict[str, list[rows
     settings = params.acquire
     near = settings.near_duplicate
     found = rows.load(data.files, data.shown, params.task.metric)
-    if isinstance(settings.data, LocalData) and data_sources.ALL in found:
+    if data_sources.ALL in found:
         unlabelled, shares = found.get(rows.UNLABELLED, []), settings.data
         found = rows.split(
             found[data_sources.ALL],
@@ -150,37 +167,6 @@ def _refuse_too_large(parameters: int, where: str) -> None:
         )
 
 
-def _check_rows(opened: _Opened, splits: Mapping[str, Sequence[rows.Row]], limit: int) -> None:
-    """Refuse rows that training would have to cut or cannot embed, while they can still be named by file and line."""
-    from jinja2 import TemplateError
-
-    tokenizer, known = opened.tokenizer, opened.model.config.vocab_size
-    if not models.fits(tokenizer, known):
-        raise ArtifactError(
-            f"the tokenizer knows {len(tokenizer)} tokens, the model's vocabulary has {known}: they do not "
-            "belong together, so take both from one place"
-        )
-    problems = []
-    total = sum(map(len, splits.values()))
-    with events.progress("check row lengths", total, "rows") as advance:
-        for name, members in splits.items():
-            for row in members:
-                try:
-                    if name == rows.UNLABELLED:
-                        ids = chat.prompt_ids(tokenizer, row.messages)
-                    else:
-                        # The limit is ours to report: all rows at once, each with its place.
-                        ids = chat.encode(tokenizer, row.messages, 2**62).ids
-                    if len(ids) > limit:
-                        problems.append(f"{row.where}: {len(ids)} tokens")
-                    if max(ids) >= known:
-                        problems.append(f"{row.where}: the model has nothing for {tokenizer.decode([max(ids)])!r}")
-                except TemplateError as error:
-                    problems.append(f"{row.where}: the model's chat template refuses it: {error}")
-                advance()
-    rows.report(problems, "the data", f"task.max_length is {limit} tokens: raise it, or shorten these rows")
-
-
 def _check_numbers(model: Any) -> None:
     """Refuse weights that are no numbers, and an architecture whose losses would be computed wrong."""
     import torch
@@ -216,9 +202,11 @@ def _save(opened: _Opened, out: Path) -> None:
 
 def _copy_text(source: Path, target: Path) -> None:
     try:
-        text = source.read_text(encoding="utf-8")
+        text = source.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"acquire.data.text: {source}: {error}: name a readable UTF-8 text file") from None
+    if pointers.is_pointer(text[:64].encode()):
+        raise ConfigError(f"acquire.data.text: {source} is {pointers.ADVICE}")
     if not text.strip():
         raise ConfigError(f"acquire.data.text: {source} is empty: name a file with text, or leave the parameter out")
     target.write_text(text, encoding="utf-8", newline="\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from tasks import events
+from tasks.acquire import containers
 from tasks.errors import ArtifactError, ConfigError, StageError
 from tasks.stage import need_space
 
@@ -21,7 +22,9 @@ TIMEOUT = 10.0  # seconds to the first answer; an unreachable hub must not hold 
 MODEL_FILES = (
     "*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.*", "*.jinja", "LICENSE*", "README.md",
 )  # fmt: skip
-DATA_FILES = ("train.jsonl", "validation.jsonl", "test.jsonl", "unlabelled.jsonl", "LICENSE*", "README.md")
+DATA_FILES = (
+    *(f"{folder}*{ending}" for folder in ("", "data/") for ending in containers.ENDINGS), "LICENSE*", "README.md",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Repository:
 
 
 def describe(repo: str, revision: str, kind: Literal["model", "dataset"], patterns: Iterable[str]) -> Repository:
-    """Ask the hub what a commit holds; only names at the top level that match a pattern may be fetched.
+    """Ask the hub what a commit holds; only names that match a pattern, in the pattern's own folder, may be fetched.
 
     Raises:
         ConfigError: repository or commit do not exist, or access is not granted.
@@ -64,7 +67,7 @@ def describe(repo: str, revision: str, kind: Literal["model", "dataset"], patter
             found = {
                 each.rfilename: RemoteFile(int(each.size), each.lfs.sha256 if each.lfs else None, str(each.blob_id))
                 for each in info.siblings or []
-                if "/" not in each.rfilename and any(fnmatchcase(each.rfilename, pattern) for pattern in patterns)
+                if any(_allowed(each.rfilename, pattern) for pattern in patterns)
             }
         except (errors.HfHubHTTPError, errors.HFValidationError):
             raise  # some of them are ValueErrors too; `_told` knows them
@@ -75,6 +78,10 @@ def describe(repo: str, revision: str, kind: Literal["model", "dataset"], patter
     if info.sha != revision:
         raise ArtifactError(f"{_endpoint()} gave commit {info.sha} of {repo} instead of {revision}: check HF_ENDPOINT")
     return Repository(repo, revision, kind, names, found)
+
+
+def _allowed(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
 
 
 def download(repository: Repository, names: Iterable[str], folder: Path) -> None:
@@ -108,6 +115,7 @@ def _fetch(repository: Repository, name: str, folder: Path, advance: Callable[..
 
     remote = repository.files[name]
     target, part = _places(folder, name)
+    target.parent.mkdir(exist_ok=True)
     if target.is_file():
         advance(remote.size / 1e6)
     else:

@@ -1,17 +1,20 @@
-"""All pairs of texts whose character 5-grams overlap by at least a Jaccard similarity. Exact, not sampled.
+"""All pairs of texts whose character 5-grams overlap by at least a Jaccard similarity.
 
-Prefix filtering: with all grams in one order, rarest first, two sets of similarity t must share a gram among
-the first |x| - ceil(t|x|) + 1 of each, so only those are indexed (Bayardo, Ma and Srikant, "Scaling up all
-pairs similarity search", WWW 2007; Xiao et al., "Efficient similarity joins for near duplicate detection",
-WWW 2008).
+MinHash in bands finds candidates (Broder, "On the resemblance and containment of documents", 1997; Leskovec, Rajaraman
+and Ullman, "Mining of Massive Datasets", 2014, chapter 3): two texts of similarity s agree in a band of r rows with
+chance s**r, so with enough bands a pair at the threshold is overlooked once in 10**12. Each candidate is then compared
+by its grams themselves, so no pair is told that is not one.
 """
 
 import math
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 GRAM = 5
+MISSED = 1e-12  # the chance of a pair at the threshold to be overlooked
+PERMUTATIONS = 128  # 4 bytes of memory a text each; more of them only where the threshold is low
+TEMPLATE = 20  # texts from which on a beginning that all share counts as their template
 
 
 def normalise(text: str) -> str:
@@ -24,24 +27,59 @@ def grams(text: str) -> frozenset[str]:
     return frozenset(text[i : i + GRAM] for i in range(max(1, len(text) - GRAM + 1)))
 
 
-def pairs(texts: Sequence[str], threshold: float) -> Iterator[tuple[int, int, float]]:
-    """Yield `(i, j, similarity)` for each pair of different positions at or above `threshold` (0 to 1].
+def without_template(texts: Sequence[str]) -> list[str]:
+    """The texts without the whole words with which all of many begin or end: instructions and examples that every prompt
+    repeats say nothing about whether two are alike.
+    """
+    if len(set(texts)) < TEMPLATE:
+        return list(texts)
+    start = _beginning(texts).rfind(" ") + 1
+    rest = [text[start:] for text in texts]
+    end = _beginning([text[::-1] for text in rest]).rfind(" ") + 1
+    return [text[: len(text) - end] for text in rest]
+
+
+def _beginning(texts: Sequence[str]) -> str:
+    """What all texts begin with."""
+    first, last = min(texts), max(texts)
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def pairs(
+    texts: Sequence[str], threshold: float, skip: Callable[[int, int], bool] = lambda i, j: False
+) -> Iterator[tuple[int, int, float]]:
+    """Yield `(i, j, similarity)`, i < j, for each pair of positions at or above `threshold` (0 to 1] but those to skip,
+    which are asked for one by one, so that what was yielded before may decide.
 
     Texts are taken as they are: normalise them, and drop equal ones, before.
     """
-    sets = [grams(text) for text in texts]
-    frequency = Counter(gram for each in sets for gram in each)
-    rank = {gram: i for i, gram in enumerate(sorted(frequency, key=lambda gram: (frequency[gram], gram)))}
-    index: defaultdict[int, list[int]] = defaultdict(list)
-    # Smallest first, so that a candidate is never larger than the text it is looked up for.
-    for i in sorted(range(len(texts)), key=lambda i: (len(sets[i]), i)):
-        size = len(sets[i])
-        least = threshold * size - 1e-9  # an overlap or a size below this cannot reach the threshold
-        prefix = sorted(rank[gram] for gram in sets[i])[: size - math.ceil(least) + 1]
-        for j in sorted({j for gram in prefix for j in index[gram] if len(sets[j]) >= least}):
-            common = len(sets[i] & sets[j])
-            similarity = common / (size + len(sets[j]) - common)
+    from rensa import RMinHash, RMinHashLSH
+
+    rows, bands = banding(threshold)
+    index = RMinHashLSH(threshold, rows * bands, bands)
+    compared = lru_cache(maxsize=1024)(lambda i: grams(texts[i]))
+    for j, text in enumerate(texts):
+        own = grams(text)
+        sketch = RMinHash(num_perm=rows * bands, seed=0)
+        sketch.update(sorted(own))
+        for i in sorted(index.query(sketch)):
+            if skip(i, j):
+                continue
+            other = compared(i)
+            common = len(own & other)
+            similarity = common / (len(own) + len(other) - common)
             if similarity >= threshold - 1e-9:
-                yield min(i, j), max(i, j), similarity
-        for gram in prefix:
-            index[gram].append(i)
+                yield i, j, similarity
+        index.insert(j, sketch)
+
+
+def banding(threshold: float) -> tuple[int, int]:
+    """Rows of a band and bands: as many rows as leave a pair at the threshold a chance of at most MISSED to be overlooked,
+    so that few pairs below it are compared.
+    """
+    for rows in range(PERMUTATIONS, 0, -1):
+        equal = threshold**rows  # the chance that a band of the two is
+        bands = 1 if equal == 1 else max(1, math.ceil(math.log(MISSED) / math.log1p(-equal))) if equal > 1e-12 else 0
+        if bands and (rows * bands <= PERMUTATIONS or rows == 1):
+            return rows, bands
+    raise AssertionError("one row a band is always possible")

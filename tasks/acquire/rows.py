@@ -1,25 +1,27 @@
-"""Read chat JSONL from a person's files: every row checked, split where it is one file, no leak between splits.
+"""Read a person's rows: every one checked, split where they are one file, no leak between splits.
 
-Two forms of a row are taken: `{"messages": [{"role", "content"}, ...]}` (OpenAI and TRL) and TRL's
-`{"prompt": text, "completion": text}`. Labelled rows end with the assistant, unlabelled ones with the user.
-What is written is canonical: `messages` only, one JSON object a line.
+`containers` knows the files that hold rows, `forms` what a row may look like. Labelled rows end with the assistant,
+unlabelled ones with the user. What is written is canonical: `messages` only, one JSON object a line.
 """
 
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from tasks import manifest, scoring
-from tasks.acquire import near_duplicates
+from tasks import events, jsonl, manifest, scoring
+from tasks.acquire import containers, forms, near_duplicates
 from tasks.chat import Messages
 from tasks.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
 UNLABELLED = "unlabelled"
 SHOWN = 10  # problems in one message
+MANY = 1000  # pairs of rows that leak, after which no more are looked for
+MAX_MESSAGES = 512  # of a row: training reads what came before each answer again
 # Training on a prompt that is also trained on without its answer is no leak; these pairs are.
 _DISJOINT = (
     ("test", "train"), ("validation", "train"), ("test", "validation"), (UNLABELLED, "test"), (UNLABELLED, "validation"),
@@ -56,31 +58,31 @@ def report(problems: Sequence[str], what: str, advice: str) -> None:
 def load(files: Mapping[str, Path], shown: Mapping[str, str], metric: str) -> dict[str, list[Row]]:
     """Read and check files by role: a split's name, `unlabelled`, or `all` for one file to be split.
 
-    `shown[role]` names the file in messages. With metric `json` every answer must be JSON.
+    `shown[role]` names the file in messages. With metric `json` every answer must be JSON. Keys that were left out are
+    told once, with the number of their values.
 
     Raises:
         ConfigError: lists the first problems of all files, each with its file and line.
     """
     problems: list[str] = []
+    unused: Counter[str] = Counter()
     found = {}
     for role, path in files.items():
-        found[role] = _read(path, shown[role], role != UNLABELLED, metric, problems)
+        found[role] = _read(path, shown[role], role != UNLABELLED, metric, problems, unused)
     report(problems, "the data", "correct these rows")
+    if unused:
+        listed = ", ".join(f"{key} ({count:,})" for key, count in unused.most_common(SHOWN))
+        more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
+        events.note(f"the data has keys that are not used: {listed}{more}")
     return found
 
 
-def _read(path: Path, shown: str, labelled: bool, metric: str, problems: list[str]) -> list[Row]:
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        problems.append(f"{shown}: {error.strerror}: name a readable JSONL file")
-        return []
+def _read(
+    path: Path, shown: str, labelled: bool, metric: str, problems: list[str], unused: Counter[str]
+) -> list[Row]:  # fmt: skip
     rows, before = [], len(problems)
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{shown}:{number}"
-        found = _messages(line, labelled)
+    for where, value in containers.read(path, shown):
+        found = value if isinstance(value, str) else forms.messages(value, labelled, unused)
         problem = found if isinstance(found, str) else _problem(found, labelled, metric)
         if problem:
             problems.append(f"{where}: {problem}")
@@ -91,39 +93,11 @@ def _read(path: Path, shown: str, labelled: bool, metric: str, problems: list[st
     return rows
 
 
-def _messages(line: bytes, labelled: bool) -> Messages | str:
-    """The messages of a line, or what is wrong with it."""
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 (byte {error.start} of the line)"
-    except json.JSONDecodeError as error:
-        return f"not JSON: {error.msg} (column {error.colno})"
-    except (ValueError, RecursionError):
-        return "not JSON that can be read: a number too long or brackets too deep"
-    if not isinstance(row, dict):
-        return f"a {type(row).__name__}, not an object with messages"
-    if "messages" not in row:
-        pair = (row.get("prompt"), row.get("completion"))
-        if labelled and isinstance(pair[0], str) and isinstance(pair[1], str):
-            return [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-        if not labelled and isinstance(pair[0], str):
-            return [{"role": "user", "content": pair[0]}]
-        return 'no messages: write {"messages": [...]} or {"prompt": "...", "completion": "..."}'
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        return "messages is not a list with entries"
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            return f"message {i + 1} is not an object of exactly role and content"
-        if message["role"] not in ("system", "user", "assistant"):
-            return f"message {i + 1} has the role {message['role']!r}, not system, user or assistant"
-        if not isinstance(message["content"], str):
-            return f"message {i + 1} has content that is not text"
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
 def _problem(messages: Messages, labelled: bool, metric: str) -> str | None:
+    if len(messages) > MAX_MESSAGES:
+        return f"{len(messages):,} messages, at most {MAX_MESSAGES} are taken: cut the conversation"
+    if (size := sum(len(message["content"]) for message in messages)) > containers.MAX_ROW:
+        return f"{size / 1e6:.1f} million characters, at most {containers.MAX_ROW / 1e6:.1f} are taken"
     roles = [message["role"] for message in messages]
     if roles.count("system") > 1:
         return "two system messages, at most one is allowed"
@@ -137,6 +111,8 @@ def _problem(messages: Messages, labelled: bool, metric: str) -> str | None:
             return f"a {message['role']} message holds a lone surrogate"
     turns = roles[1:] if roles[0] == "system" else roles
     end = "assistant" if labelled else "user"
+    if labelled and messages[-1].get("weight") == 0:
+        return "its last answer has the weight 0, so nothing is to be learned or tested: cut the conversation before it"
     if not turns or turns[-1] != end:
         return f"the conversation does not end with the {end}"
     if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
@@ -194,7 +170,8 @@ def split(
         if not members:
             raise ConfigError(
                 f"{rows[0].where.rpartition(':')[0]}: {len(rows)} rows in {len(groups)} groups of unlike prompts leave {part} "
-                "empty: add rows, change the shares of acquire.data, or give train, validation and test files"
+                "empty: add rows, change the shares of acquire.data, give train, validation and test files, or, if prompts that "
+                f"differ in little are to be told apart, raise acquire.near_duplicate ({near})"
             )
     return {part: [rows[i] for i in sorted(found[part])] for part in SPLITS}
 
@@ -211,7 +188,9 @@ def _groups(texts: Sequence[str], near: float) -> list[list[int]]:
             i = leader[i]
         return i
 
-    for a, b, _ in near_duplicates.pairs([texts[i] for i in first], near):
+    compared = near_duplicates.without_template([texts[i] for i in first])
+    # Many that are alike would be compared each with each, where one link is enough.
+    for a, b, _ in near_duplicates.pairs(compared, near, lambda a, b: find(first[a]) == find(first[b])):
         low, high = sorted((find(first[a]), find(first[b])))
         leader[high] = low
     members: defaultdict[int, list[int]] = defaultdict(list)
@@ -232,16 +211,29 @@ def refuse_leaks(splits: Mapping[str, Sequence[Row]], near: float) -> None:
             places[row.text].setdefault(name, row.where)
     texts = list(places)
     leaks = [leak for text in texts for leak in _leaks(places[text], places[text], "repeats")]
-    for a, b, similarity in near_duplicates.pairs(texts, near):
+    apart = [frozenset(places[text]) for text in texts]
+    compared = near_duplicates.without_template(texts)
+    for a, b, similarity in near_duplicates.pairs(compared, near, lambda a, b: _harmless(apart[a], apart[b])):
+        if len(leaks) > MANY:
+            break
         wording = f"nearly repeats (5-gram similarity {similarity:.2f})"
         leaks += _leaks(places[texts[a]], places[texts[b]], wording)
         leaks += _leaks(places[texts[b]], places[texts[a]], wording)
-    advice = f"the splits must share no prompt (acquire.near_duplicate is {near}), so remove one of each pair"
+    advice = (
+        f"the splits must share no prompt (acquire.near_duplicate is {near}), so remove one of each pair, or, if such "
+        "prompts are to be told apart, set acquire.near_duplicate to 1.0"
+    )
     report(leaks, "the data", advice)
 
 
 def _leaks(one: Mapping[str, str], other: Mapping[str, str], wording: str) -> Iterable[str]:
     return [f"{one[a]} {wording} {other[b]}" for a, b in _DISJOINT if a in one and b in other]
+
+
+@cache
+def _harmless(one: frozenset[str], other: frozenset[str]) -> bool:
+    """May texts of these splits be alike?"""
+    return not any((a in one and b in other) or (a in other and b in one) for a, b in _DISJOINT)
 
 
 def write(splits: Mapping[str, Sequence[Row]], out: Path) -> dict[str, str]:
@@ -251,7 +243,6 @@ def write(splits: Mapping[str, Sequence[Row]], out: Path) -> dict[str, str]:
     for name, rows in splits.items():
         if rows:
             path = out / f"{name}.jsonl"
-            lines = (json.dumps({"messages": row.messages}, ensure_ascii=False) + "\n" for row in rows)
-            path.write_text("".join(lines), encoding="utf-8", newline="\n")
+            jsonl.write(path, ({"messages": row.messages} for row in rows))
             digests[path.name] = manifest.sha256(path)
     return digests

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks import events, models
+from tasks import events, jsonl, models
 from tasks.chat import Encoded, Messages, encode_all, end_of_turn, prompt_ids, read_rows
 from tasks.distill.pruning import prune
 from tasks.distill.targets import cache_targets, distillation
@@ -111,16 +111,17 @@ class _Judge:
     def write(self, out: Path) -> None:
         """`models.json` and `predictions.jsonl`."""
         (out / "models.json").write_text(json.dumps(self.models, indent=1, sort_keys=True) + "\n")
-        with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
-            for i, reference in enumerate(self.references):
-                row = {
-                    "reference": reference,
-                    "teacher": self.answers["teacher"][i],
-                    "student": self.answers["distilled"][i],
-                    "teacher_correct": self.correct["teacher"][i],
-                    "student_correct": self.correct["distilled"][i],
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = (
+            {
+                "reference": reference,
+                "teacher": self.answers["teacher"][i],
+                "student": self.answers["distilled"][i],
+                "teacher_correct": self.correct["teacher"][i],
+                "student_correct": self.correct["distilled"][i],
+            }
+            for i, reference in enumerate(self.references)
+        )
+        jsonl.write(out / "predictions.jsonl", rows)
 
 
 def _answered(

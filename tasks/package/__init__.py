@@ -127,7 +127,7 @@ def _release(settings: Package, best: Candidate, model: Path, source: Path, lice
         bos=tokenizer.bos_token or "",
         stops=tuple(tokenizer.convert_ids_to_tokens(models.stop_ids(model, tokenizer))),
         system=systems.pop() if len(systems) == 1 else None,
-        example=rows[0][:-1],
+        example=chat.plain(rows[0][:-1]),
         answer=rows[0][-1]["content"],
         context_length=context,
         minimum_ram_bytes=memory.minimum_ram(best.kind, _bytes(best.weights), config, context),

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from tasks import chat, models, scoring
+from tasks import chat, jsonl, models, scoring
 from tasks.cores import busy, quiet, threads
 from tasks.errors import ArtifactError
 from tasks.events import progress
@@ -91,15 +91,14 @@ def validate(
     _write_json(out / "metrics.json", metrics | details)
     _write_json(out / "measurements.json", measured)
     _write_json(out / "verdict.json", verdict)
-    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
-    (out / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+    jsonl.write(out / "predictions.jsonl", predictions)
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def _teacher(file: Path, rows: Sequence[chat.Messages]) -> list[bool]:
     """Whether the teacher was right, row by row of the test set."""
     require_file(file, "run the distill and select stages again")
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = jsonl.read(file)
     if [line["reference"] for line in lines] != [row[-1]["content"] for row in rows]:
         raise ArtifactError(f"{file} was made from other test rows: run the distill and select stages again")
     return [line["teacher_correct"] for line in lines]
