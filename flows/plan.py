@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows import shape
+from flows import preflight, shape
 from tasks import models, params
 from tasks.package.memory import minimum_ram
 
@@ -97,6 +97,7 @@ def predict(root: Path, checked: params.Params, training: float, plain: float) -
     """The plan for a machine that multiplies matrices at `training` operations a second in the arithmetic of training, and
     at `plain` in float32.
     """
+    preflight.check(root, checked)
     base = shape.read(checked.acquire, root)
     student = base.pruned(checked.distill.max_parameters)
     sizes: dict[str, int] = {

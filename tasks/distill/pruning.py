@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks import events, packing
+from tasks import events, packing, supports
 from tasks.chat import Encoded
 from tasks.errors import ConfigError
 from tasks.logits import head_of
@@ -42,18 +42,19 @@ def prune(
     """
     import torch
 
-    layers = model.get_decoder().layers
+    if settings.max_parameters >= 1:
+        return []
+    decoder, kind = model.get_decoder(), model.config.model_type
+    layers = getattr(decoder, "layers", [])
+    alike = hasattr(decoder, "norm") and all(hasattr(layer, "self_attn") for layer in layers)
+    if not layers or not alike or kind in supports.UNPRUNABLE:
+        raise ConfigError(supports.cannot_prune(kind))
     total = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in layers[0].parameters())
     kept = len(layers) - max(0, -int((settings.max_parameters * total - total) // block))
     if kept < 1:
         raise ConfigError(
             f"distill.max_parameters is {settings.max_parameters}, but embeddings and head alone are {1 - len(layers) * block / total:.2f} of this model: raise it"
-        )
-    if kept < len(layers) and model.config.model_type == "smollm3":
-        raise ConfigError(
-            "llama.cpp tells the blocks of a SmolLM3 that have no rotary embedding by their places (every fourth one), so none "
-            "may go: set distill.max_parameters to 1.0"
         )
     if record.is_file():
         return _repeat(model, record)
