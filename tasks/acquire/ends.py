@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tasks import chat, models
+from tasks import bounded, chat, models
 from tasks.errors import ArtifactError, brief
 
 # At these llama.cpp stops by their names (llama-vocab.cpp); besides them only at the one eos token of the GGUF, which its
@@ -14,6 +14,9 @@ NAMES = frozenset({
 })  # fmt: skip
 
 
+TEMPLATE_S = 10.0  # of the processor, to render one short conversation
+
+
 def stops(model: Any, tokenizer: Any) -> list[int]:
     """Every id that ends a turn, by the generation config, the tokenizer or the chat template.
 
@@ -23,7 +26,11 @@ def stops(model: Any, tokenizer: Any) -> list[int]:
     told, known = model.generation_config.eos_token_id, model.config.vocab_size
     eos: int | None = tokenizer.eos_token_id
     listed = told if isinstance(told, list) else [told]
-    with models.foreign("the model's chat template cannot be rendered", "choose a model with a working one"):
+    template = "the model's chat template"
+    with (
+        models.foreign(f"{template} cannot be rendered", "choose a model with a working one"),
+        bounded.seconds(TEMPLATE_S, template),
+    ):
         end = chat.end_of_turn(tokenizer)
     found = {*listed, eos, end} - {None}
     if not found:
