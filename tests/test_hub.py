@@ -226,3 +226,14 @@ def test_something_that_is_not_a_hub_says_so(hub: Hub, tmp_path: Path) -> None:
     said = download(hub.url, tmp_path)
     assert said.startswith("StageError")
     assert "does not answer like a Hugging Face Hub" in said
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b.json", "x" * 300 + ".json", "sub/" + "ü" * 128 + ".json", "../up.json", "a\nb.json"]
+)
+def test_a_name_that_no_file_system_takes_is_refused(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.repos[REPO] = {COMMIT: {"config.json": b"{}", name: b"{}"}}
+    told = download(hub.url, tmp_path / "out")
+    assert told.startswith("ArtifactError")
+    assert len(told) < 600
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import chat, dated, events, logits, manifest, models
+from tasks import chat, dated, events, logits, manifest, models, supports
 from tasks.acquire import data_sources, dequantise, ends, gguf_check, model_sources, rows, safe_weights
 from tasks.errors import ArtifactError, ConfigError, brief
 from tasks.params import LocalData, Params
@@ -54,6 +54,8 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
     stops = ends.stops(opened.model, opened.tokenizer)
     if dated.writes_day(opened.tokenizer.chat_template):
         events.note(dated.NOTE)
+    if (kind := opened.model.config.model_type) in supports.UNPRUNABLE:
+        events.note(supports.cannot_prune(kind))
     _check_rows(opened, splits, params.task.max_length)
     _check_numbers(opened.model)
     parameters = models.count(opened.model)
