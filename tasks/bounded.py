@@ -59,7 +59,7 @@ def watch(limits: Callable[[], Limits], what: str) -> None:
             os.waitpid(child, 0)
             text = (
                 f"{what} was stopped: {excess}, far more than files of their size need: a chat template, a tokenizer, a card or "
-                "the data makes work without end: look at the file named last above, or take the model from another place"
+                "the data makes work without end: take the model from another place, or the data in smaller parts"
             )
             events.error(ArtifactError.__name__, text)
             print(f"error: {text}", file=sys.stderr, flush=True)
