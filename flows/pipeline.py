@@ -19,7 +19,7 @@ from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.tasks import exponential_backoff
 
-from flows import fan_out, locks, pages, release, results, tracking, versioning, workspace
+from flows import fan_out, locks, pages, preflight, release, results, tracking, versioning, workspace
 from flows.display import Display
 from flows.report import write_report
 from tasks import cores, manifest, params
@@ -130,6 +130,7 @@ def slmops(root: str, name: str, by: str | None = None) -> Result:
     main = workspace.main_root(here)
     checked = params.load(here / "params.yaml")
     watched.check(checked.acquire, here)
+    preflight.check(here, checked)
     with opened(here, name, checked) as desk:
         with desk.display:
             _stages(desk, name, checked)

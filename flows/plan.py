@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows import shape
+from flows import preflight, shape
 from tasks import models, params
 from tasks.acquire import data_sources, rows, watched
 from tasks.package.memory import minimum_ram
@@ -106,6 +106,7 @@ def predict(root: Path, checked: params.Params, training: float, plain: float) -
     at `plain` in float32.
     """
     watched.check(checked.acquire, root)
+    preflight.check(root, checked)
     counted = _rows(root, checked)
     base = shape.read(checked.acquire, root)
     student = base.pruned(checked.distill)

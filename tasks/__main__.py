@@ -31,13 +31,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="the workspace (default: here)")
     args = parser.parse_args(argv)
 
-    from tasks import events, params, stage
+    from tasks import bounded, events, params, stage
     from tasks.errors import PipelineError
 
     _quiet()
     try:
         events.open_sink(os.environ.get("SLMOPS_EVENTS"))
         values = params.load(args.params or args.root / "params.yaml", params.expanded(args.overrides))
+        if bound := STAGES[args.stage].limits:
+            bounded.watch(lambda: bound(values, args.root), args.stage)
         stage.run(STAGES[args.stage], STAGES, values, args.root, args.item)
         events.finished(time.monotonic() - began)
     except PipelineError as error:

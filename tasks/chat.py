@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tasks import jsonl
+from tasks import dated, jsonl
 from tasks.errors import ConfigError
 
 Messages = list[dict[str, Any]]
@@ -38,10 +38,14 @@ def read_rows(path: Path) -> list[Messages]:
     return [row["messages"] for row in jsonl.read(path)]
 
 
-def prompt_ids(tokenizer: Any, messages: Messages) -> list[int]:
-    """Ids of a conversation that waits for the assistant, as every runtime must produce them."""
+def prompt_ids(tokenizer: Any, messages: Messages, *, today: bool = False) -> list[int]:
+    """Ids of a conversation that waits for the assistant, as every runtime must produce them.
+
+    A template that writes the day is given one that never changes, or the present one.
+    """
+    day = {} if today else dated.fixed(tokenizer)
     ids: list[int] = tokenizer.apply_chat_template(
-        plain(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        plain(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **day
     )
     return ids
 

@@ -23,3 +23,12 @@ class StageError(PipelineError):
 
 class DiskFullError(StageError):
     """No room. Not retried: waiting makes none, and each attempt costs the work that led there."""
+
+
+QUOTED = 200  # letters of what a file or another library said
+
+
+def brief(said: object) -> str:
+    """What a file or another library said, on one line and no longer than a person reads."""
+    text = " ".join(str(said)[: 4 * QUOTED].split())
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."

@@ -5,12 +5,13 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import ArtifactError, StageError
+from tasks.errors import ArtifactError, PipelineError, StageError, brief
 from tasks.stage import disk_full
 
 MICRO, SMALL, MEDIUM = 1.5e9, 14e9, 30e9
@@ -78,13 +79,35 @@ def load_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a model folder.
 
     Raises:
-        ArtifactError: it is missing or not JSON.
+        ArtifactError: it is missing or not a JSON object.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder / 'config.json'}: {error}: a Hugging Face model folder has this file") from None
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{folder / 'config.json'}: {brief(error)}: a Hugging Face model folder has this file"
+        ) from None
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{folder / 'config.json'} is not a JSON object: take the model from its source again")
     return config
+
+
+@contextmanager
+def foreign(what: str, cure: str = "take it from its source again") -> Iterator[None]:
+    """Let another library read what anybody may have written; whatever it raises means that it cannot.
+
+    tokenizers raises bare Exceptions, and a value of another type than expected leads transformers to any error at all.
+
+    Raises:
+        ArtifactError: with `what` could not be done.
+    """
+    try:
+        yield
+    except (PipelineError, MemoryError):
+        raise
+    except Exception as error:
+        kind = "" if type(error) is Exception else f"{type(error).__name__}: "
+        raise ArtifactError(f"{what}: {kind}{brief(error)}: {cure}") from error
 
 
 PROBE_SIDE, PROBE_S = 1024, 0.5
@@ -142,28 +165,39 @@ def load_model(folder: Path, dtype: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours is `events.progress`
-    try:
+    with foreign(f"{folder}: transformers cannot load this model"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ArtifactError(f"{folder}: transformers cannot load this model: {error}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`.
+    """The tokenizer in `folder`; of several named chat templates the default one.
 
     Raises:
         ArtifactError: it cannot be read or has no chat template.
     """
     from transformers import AutoTokenizer
 
-    try:
+    with foreign(
+        f"{folder}: transformers cannot load this tokenizer",
+        "it may be damaged, or of a newer release of `tokenizers` than the installed one",
+    ):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{folder}: transformers cannot load this tokenizer: {error}") from error
-    if not tokenizer.chat_template:
-        raise ArtifactError(f"{folder}: the tokenizer has no chat template: choose an instruction-tuned model")
+    choose_template(tokenizer, str(folder))
     return tokenizer
+
+
+def choose_template(tokenizer: Any, where: str) -> None:
+    """Leave a tokenizer the one chat template that is used.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = tokenizer.chat_template = template.get("default")
+    if not template or not isinstance(template, str):
+        raise ArtifactError(f"{where}: the tokenizer has no chat template: choose an instruction-tuned model")
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:

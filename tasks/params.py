@@ -406,16 +406,15 @@ def _explain(problem: Any, raw: dict[str, Any]) -> str:
             return f"{key}: unknown key: select.seeds has taken its place, a list"
         near = difflib.get_close_matches(location[-1], [name for name in _KEYS if name != location[-1]], n=1)
         return f"{key}: unknown key" + (f": did you mean {near[0]!r}?" if near else ": remove it")
-    if problem["type"] == "missing":
-        hint = (
-            ": the 40-digit hash of a commit, `git ls-remote https://huggingface.co/OWNER/NAME HEAD` tells the newest"
-        )
+    newest = "`git ls-remote https://huggingface.co/OWNER/NAME HEAD` tells the newest"
+    if (location[-1] == "revision" and not given) or problem["type"] == "missing":
+        hint = f": the 40-digit hash of a commit, {newest}"
         return f"{key}: missing" + (hint if location[-1] == "revision" else "")
     if isinstance(given, str) and problem["type"].startswith(("float", "int")):
         hint = f": write {float(given):.1e} with a dot" if _is_number(given) and "e" in given.lower() else ""
         return f"{key}: {given!r} is text, not a number{hint} (YAML reads 1e-4 as text, 1.0e-4 as a number)"
     if location[-1] == "revision":
-        return f"{key}: {given!r} is not a 40-digit commit hash: a branch or tag can move, so pin the commit it points to now"
+        return f"{key}: {given!r} is not a 40-digit commit hash: a branch or tag can move, so pin the commit it points to now ({newest})"
     if problem["type"] == "json_invalid":
         return f"not representable: {message}"
     return f"{key}: {message.removeprefix('Value error, ')}" + (

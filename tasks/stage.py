@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from tasks import manifest
+from tasks.bounded import Limits
 from tasks.errors import ArtifactError, ConfigError, DiskFullError, StageError
 from tasks.params import Params
 
@@ -36,6 +37,7 @@ class Stage:
     scratch: bool = False  # wants a folder that survives a kill
     sources: bool = False  # reads files outside build/: gets the workspace root
     measured: tuple[str, ...] = ()  # files whose bytes differ from run to run
+    limits: Callable[[Params, Path], Limits] | None = None  # what it may use, where its inputs are not trusted
 
     def items(self, params: Params) -> tuple[str, ...]:
         """What the stage is done once for each of; empty where it is done once."""

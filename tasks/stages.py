@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 
+from tasks.bounded import Limits
+from tasks.params import Params
 from tasks.stage import Stage
 
 
@@ -16,8 +19,12 @@ def _late(name: str) -> Callable[..., Mapping[str, float]]:
     return call
 
 
+def _acquire_limits(params: Params, root: Path) -> Limits:
+    return import_module("tasks.acquire.limits").limits(params, root)  # type: ignore[no-any-return]
+
+
 _ROWS = (
-    Stage("acquire", _late("acquire"), ("acquire", "task"), sources=True, scratch=True),
+    Stage("acquire", _late("acquire"), ("acquire", "task"), sources=True, scratch=True, limits=_acquire_limits),
     Stage("finetune", _late("finetune"), ("finetune", "task"), {"source": "acquire"}, scratch=True),
     Stage(
         "distill", _late("distill"), ("distill", "task"), {"source": "acquire", "teacher": "finetune"}, per="seed", scratch=True,

@@ -259,3 +259,14 @@ def test_data_of_a_repository_without_splits_is_to_be_split(hub: Hub, tmp_path: 
     done = roles("b" * 40)  # no validation rows, and nothing is fetched for that
     assert done.stderr.startswith("ConfigError")
     assert not (tmp_path / ("b" * 40)).exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b.json", "x" * 300 + ".json", "sub/" + "ü" * 128 + ".json", "../up.json", "a\nb.json"]
+)
+def test_a_name_that_no_file_system_takes_is_refused(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.repos[REPO] = {COMMIT: {"config.json": b"{}", name: b"{}"}}
+    told = download(hub.url, tmp_path / "out")
+    assert told.startswith("ArtifactError")
+    assert len(told) < 600
+    assert not (tmp_path / "out").exists()

@@ -7,14 +7,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from package_inputs import digits_apart, to_gguf, to_onnx, trained
 
 from tasks import chat, models
 from tasks.errors import ArtifactError, StageError
-from tasks.package import parity
+from tasks.package import parity, target_ollama
+from tasks.package.release import Release
 from tasks.package.turns import Turns, probe, render
 
 ROLES = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -22,11 +23,16 @@ BOS = "{{ bos_token }}" + ROLES
 CLOSES = ROLES.replace(
     "{% endfor %}{% if", "{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if"
 )
+BRACES = ROLES.replace("m.content", "'{' + m.content + '}'")
+DATED = "{{ '<|system|>\nToday: ' + strftime_now('%d %b %Y') + '\n' }}" + ROLES
 TRIMS = ROLES.replace("m.content", "m.content | trim")
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + ROLES
 QUOTES = ROLES.replace("'<|' + m.role + '|>\n'", "'{{ \"' + m.role + '\" }}'")
 FORGETS = "{% for m in messages %}{% if loop.last or m.role != 'assistant' %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
 CHATML = "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+CONVERSATION = parity.CONVERSATIONS["one question"]
 
 
 @pytest.fixture(scope="session")
@@ -207,8 +213,8 @@ def run_go(template: str, messages: list[dict[str, str]]) -> str:
 
 @pytest.mark.parametrize(
     "template",
-    [None, CHATML, ROLES, BOS, QUOTES, CLOSES],
-    ids=["smollm2", "chatml", "roles", "bos", "quotes", "closes"],
+    [None, CHATML, ROLES, BOS, QUOTES, CLOSES, BRACES, DATED],
+    ids=["smollm2", "chatml", "roles", "bos", "quotes", "closes", "braces", "dated"],
 )
 def test_the_go_template_renders_what_jinja_does(tokenizer, template: str | None):
     tokenizer.chat_template = template or tokenizer.chat_template
@@ -217,6 +223,65 @@ def test_the_go_template_renders_what_jinja_does(tokenizer, template: str | None
     for messages in parity.CONVERSATIONS.values():
         assert turns.render(messages) == render(tokenizer, messages)
         assert run_go(turns.go(), messages) == render(tokenizer, messages)
+    # Go reads the first two of three braces as the beginning of an action.
+    assert "{{{" not in turns.go()
+
+
+def test_a_template_that_writes_the_day_is_trained_with_one_that_never_changes(tokenizer):
+    plain = chat.prompt_ids(tokenizer, CONVERSATION)
+    assert chat.prompt_ids(tokenizer, CONVERSATION, today=True) == plain
+    tokenizer.chat_template = DATED
+    fixed, today = (tokenizer.decode(chat.prompt_ids(tokenizer, CONVERSATION, today=now)) for now in (False, True))
+    assert "Today: 26 Jul 2024\n" in fixed
+    assert "Today: 26 Jul 2024\n" not in today
+    tokenizer.chat_template = DATED.replace("strftime_now('%d %b %Y')", "strftime_now('%d' + ' %b %Y')")
+    assert tokenizer.decode(chat.prompt_ids(tokenizer, CONVERSATION)) == fixed
+    tokenizer.chat_template = DATED
+    assert "Today: 26 Jul 2024\n" in probe(tokenizer, parity.CONVERSATIONS.values()).go()
+
+
+def read_modelfile(text: str) -> list[tuple[str, str]]:
+    """Directives and their values, as Ollama's parser reads them: a value goes on until its quotes are closed."""
+    found, lines = [], text.split("\n")
+    while lines:
+        word, _, value = lines.pop(0).partition(" ")
+        if word == "PARAMETER":
+            name, _, value = value.partition(" ")
+            word = f"PARAMETER {name}"
+        for quote in ('"""', '"'):
+            if value.startswith(quote):
+                while len(value) < 2 * len(quote) or not value.endswith(quote):
+                    value += "\n" + lines.pop(0)
+                value = value[len(quote) : -len(quote)]
+                break
+        found += [(word, value)] if word else []
+    return found
+
+
+@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    stops=st.lists(st.text('ab"\\{ \n', min_size=1, max_size=9), max_size=3),
+    system=st.text('ab"\n ', min_size=1, max_size=9),
+)
+@example(stops=['x"\nFROM elsewhere\nPARAMETER stop "y'], system='"')
+def test_nothing_in_a_token_writes_a_directive(tmp_path: Path, stops: list[str], system: str):
+    (tmp_path / "weights").touch()
+    out = tmp_path / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    release = Release(
+        name="m", variant="q8_0", weights=tmp_path / "weights", runtime_version="1", conversations_checked=1, adds_bos=False,
+        needs_composed=False, turns=None, dated=False, bos="", stops=tuple(stops), system=system, example=CONVERSATION,
+        answer="", context_length=64, minimum_ram_bytes=1, licence="MIT",
+    )  # fmt: skip
+    notes = target_ollama.ollama(release, out)
+    told = read_modelfile((out / "Modelfile").read_text())
+    assert [word for word, _ in told if not word.startswith("PARAMETER")] in (
+        ["FROM", "SYSTEM", "LICENSE"],
+        ["FROM", "LICENSE"],
+    )
+    carried = [value for word, value in told if word == "PARAMETER stop"]
+    assert carried == [stop for stop in stops if target_ollama.NO_STOP.format(stop=stop) not in notes]
+    assert [value for word, value in told if word == "SYSTEM"] == ([] if target_ollama.NO_SYSTEM in notes else [system])
 
 
 @pytest.mark.parametrize("template", [TRIMS, NO_SYSTEM, FORGETS], ids=["trims", "no system role", "forgets answers"])

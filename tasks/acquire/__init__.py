@@ -6,16 +6,16 @@ find and fetch, `gguf_check` and `safe_weights` refuse what could harm, `dequant
 """
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import chat, logits, manifest, models
+from tasks import dated, events, logits, manifest, models, supports
 from tasks.acquire import (
     data_sources,
     dequantise,
+    ends,
     fit,
     gguf_check,
     model_sources,
@@ -24,11 +24,13 @@ from tasks.acquire import (
     safe_weights,
     watched,
 )
-from tasks.errors import ArtifactError, ConfigError
+from tasks.errors import ArtifactError, ConfigError, brief
 from tasks.params import Params
 from tasks.stage import need_space
 
 __all__ = ["acquire"]
+
+_ROOM = 1.5  # parameters of the model over those of the weights: an output layer may be the embedding once more
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
     splits = _splits(params, data)
 
     found = model_sources.SOURCES[settings.model.source](settings.model, root, scratch)
+    licence_text = model_sources.read_licence(found.licence_text) if found.licence_text else None
     opened = _open_gguf(found, settings.licences) if found.path.is_file() else _open_folder(found, settings.licences)
     tokenizer, config = opened.tokenizer, opened.model.config
     if not models.fits(tokenizer, config.vocab_size):
@@ -66,16 +69,21 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
             f"the tokenizer knows {len(tokenizer)} tokens, the model's vocabulary has {config.vocab_size}: they do not "
             "belong together, so take both from one place"
         )
+    stops = ends.stops(opened.model, tokenizer)
+    if dated.writes_day(tokenizer.chat_template):
+        events.note(dated.NOTE)
+    if config.model_type in supports.UNPRUNABLE:
+        events.note(supports.cannot_prune(config.model_type))
     fit.check(tokenizer, config, splits, params.task)
     _check_numbers(opened.model)
     parameters = models.count(opened.model)
-    _save(opened, out / "model")
+    _save(opened, stops, out / "model")
 
     rows.write(splits, out / "data")
     if data.text:
         _copy_text(data.text, out / "data" / "text.txt")
-    if found.licence_text:
-        shutil.copyfile(found.licence_text, out / "LICENSE")
+    if licence_text:
+        (out / "LICENSE").write_text(licence_text, encoding="utf-8", newline="")
     counts = {name: len(members) for name, members in splits.items() if members}
     sources = {data.shown[role]: manifest.sha256(path) for role, path in data.files.items()}
     lineage = {
@@ -132,7 +140,7 @@ def _open_gguf(found: model_sources.Found, allowed: tuple[str, ...]) -> _Opened:
 
 def _open_folder(found: model_sources.Found, allowed: tuple[str, ...]) -> _Opened:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = found.path
     model_sources.check_licence(found.licence, allowed, str(folder), required=True)
@@ -141,22 +149,62 @@ def _open_folder(found: model_sources.Found, allowed: tuple[str, ...]) -> _Opene
         _refuse_too_large(models.parameters_from_config(config), str(folder))
     found.finish()
     tensors, files = safe_weights.check_weights(folder)
-    _refuse_too_large(safe_weights.parameters(tensors, config), str(folder))
+    safe_weights.refuse_quantised(tensors, str(folder))
+    parameters = safe_weights.parameters(tensors, config)
+    _refuse_too_large(parameters, str(folder))
     tokenizer = models.load_tokenizer(folder)
-    try:
+    with models.foreign(f"{folder}: transformers cannot load this model"):
+        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(settings)
+    _refuse_other_sizes(str(folder), empty, tensors, parameters)
+    with models.foreign(f"{folder}: transformers cannot load this model"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
-        raise ArtifactError(f"{folder}: transformers cannot load this model: {error}") from error
     if hasattr(model.config, "auto_map"):  # it names code that is not here
         del model.config.auto_map
-    lost = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    _refuse_unfilled(str(folder), loading)
+    return _Opened(model.eval(), tokenizer, {path.name: manifest.sha256(path) for path in files}, found.licence)
+
+
+def _refuse_other_sizes(where: str, empty: Any, tensors: safe_weights.Tensors, parameters: int) -> None:
+    """Refuse weights of other sizes than the configuration's, before anything is allocated."""
+    announced = models.count(empty)
+    if announced > _ROOM * parameters:
+        raise ArtifactError(
+            f"{where}: config.json announces a model of {announced} parameters, the weights have {parameters}: take both "
+            "from one place"
+        )
+    own = {name: tuple(each.shape) for name, each in empty.state_dict().items()}
+    wrong = [name for name, (_, shape) in tensors.items() if own.get(name, shape) != shape]
+    if wrong and empty.config.model_type in models.DENSE:  # of others transformers may arrange weights anew
+        raise ArtifactError(
+            f"{where}: {wrong[0]} has the shape {list(tensors[wrong[0]][1])} where config.json asks for {list(own[wrong[0]])}: "
+            "take config.json and weights from one commit"
+        )
+
+
+def _refuse_unfilled(where: str, loading: Mapping[str, Any]) -> None:
+    """Refuse weights that are not exactly those that the configuration asks for."""
+    lost, extra = (
+        sorted(str(key[0] if isinstance(key, tuple) else key) for name in names for key in loading[name])
+        for names in (("missing_keys", "mismatched_keys"), ("unexpected_keys",))
+    )
     if lost:
         raise ArtifactError(
-            f"{folder}: its weights do not fill {', '.join(lost[:5])}, which would be random: fetch the model again"
+            f"{where}: its weights do not fill {_some(lost)}, which would be random: fetch the model again"
         )
-    return _Opened(model.eval(), tokenizer, {path.name: manifest.sha256(path) for path in files}, found.licence)
+    if extra:
+        raise ArtifactError(
+            f"{where}: its weights hold {_some(extra)}, for which the model of config.json has no place, so that they would "
+            "be lost: take config.json and weights from one commit (num_hidden_layers, for one, must be that of the weights)"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return brief(", ".join(names[:5])) + more
 
 
 def _refuse_too_large(parameters: int, where: str) -> None:
@@ -176,7 +224,7 @@ def _check_numbers(model: Any) -> None:
     logits.check(model)
 
 
-def _save(opened: _Opened, out: Path) -> None:
+def _save(opened: _Opened, stops: Sequence[int], out: Path) -> None:
     """Write the model with greedy decoding as its default and every id that ends a turn."""
     from transformers import GenerationConfig
 
@@ -186,15 +234,10 @@ def _save(opened: _Opened, out: Path) -> None:
             f"{models.sentence_pieces(tokenizer)} is missing: llama.cpp's converter reads a Gemma model's vocabulary from this "
             "file: take the model, with it, from its own repository (acquire.model.source: local or hub)"
         )
-    told = model.generation_config.eos_token_id
-    listed = told if isinstance(told, list) else [told]
-    stops = {*listed, tokenizer.eos_token_id, chat.end_of_turn(tokenizer)} - {None}
-    if not stops:
-        raise ArtifactError("neither tokenizer nor generation config names an end-of-turn token: choose another model")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     # A model's own sampling settings (temperature, top_p) would make evaluation and packaging non-greedy.
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(stops), pad_token_id=pad, do_sample=False
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=list(stops), pad_token_id=pad, do_sample=False
     )
     need_space(out, 2 * models.count(model))
     models.save(model, tokenizer, out)

@@ -7,13 +7,17 @@ name table. What it would leave out silently (a tensor it has no place for, rope
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tasks import events
+from tasks.acquire.config_check import MAX_SIZE
 from tasks.acquire.gguf_check import GgufInfo
-from tasks.errors import ArtifactError
+from tasks.errors import ArtifactError, brief
+from tasks.models import choose_template, foreign
+
+CURE = "use the model's safetensors instead (acquire.model.source: local or hub)"
 
 # Digits, case, accents, scripts, symbols, white space, contractions: where pre-tokenizers differ.
 PROBE = (
@@ -48,34 +52,33 @@ def dequantise(path: Path, info: GgufInfo) -> tuple[Any, Any]:
         raise _unsupported(
             path, f"it scales its rotary embedding ({scaling}), which transformers does not read from GGUF"
         )
+    _check_sizes(path, info)
     folder = path.parent
-    try:
+    with foreign(f"{path}: transformers cannot read it", CURE):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name, local_files_only=True)
         config = AutoConfig.from_pretrained(folder, gguf_file=path.name, local_files_only=True)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
-        raise _unsupported(path, f"transformers cannot read it ({type(error).__name__}: {error})") from error
     for name in ("quantization_config", "_name_or_path"):
         if hasattr(config, name):
             delattr(config, name)
-    if not tokenizer.chat_template:
-        raise ArtifactError(f"{path}: the tokenizer has no chat template: choose an instruction-tuned model")
+    choose_template(tokenizer, str(path))
     restore_pre_tokenizer(tokenizer, info)
     if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != native_ids(path, [PROBE])[0]:
         raise _unsupported(path, "the tokenizer that transformers rebuilds from it gives other tokens than llama.cpp")
 
-    with torch.device("meta"):
+    with foreign(f"{path}: transformers cannot build its architecture", CURE), torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    state = _state(path, info, config, list(empty.state_dict()))
-    model, loading = type(empty).from_pretrained(
-        None, config=config, state_dict=state, dtype=torch.bfloat16, output_loading_info=True
-    )
+    state = _state(path, info, config, {name: tuple(each.shape) for name, each in empty.state_dict().items()})
+    with foreign(f"{path}: transformers cannot load it", CURE):
+        model, loading = type(empty).from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.bfloat16, output_loading_info=True
+        )
     if lost := [*loading["missing_keys"], *loading["mismatched_keys"]]:
         raise _unsupported(path, f"it does not fill {', '.join(map(str, lost[:5]))}")
     return model.eval(), tokenizer
 
 
-def _state(path: Path, info: GgufInfo, config: Any, names: list[str]) -> dict[str, Any]:
-    """Weights by transformers' names, as bf16."""
+def _state(path: Path, info: GgufInfo, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Weights by transformers' names, as bf16; `shapes`: those of the model's own."""
     import gguf
     import numpy as np
     import torch
@@ -87,7 +90,7 @@ def _state(path: Path, info: GgufInfo, config: Any, names: list[str]) -> dict[st
         raise _unsupported(path, f"gguf does not know the architecture {architecture!r}")
     table = gguf.get_tensor_name_map(kinds[0], config.num_hidden_layers)
     places = {}
-    for name in names:
+    for name in shapes:
         base, _, suffix = name.rpartition(".")
         places[f"{table.get_name(base)}.{suffix}"] = name
     if strangers := [tensor.name for tensor in info.tensors if tensor.name not in places]:
@@ -107,8 +110,16 @@ def _state(path: Path, info: GgufInfo, config: Any, names: list[str]) -> dict[st
                 weights = gguf.dequantize(rows, kind)
             except NotImplementedError:
                 raise _unsupported(path, f"gguf cannot de-quantise {tensor.type}, the type of {tensor.name}") from None
-            placed = processor.process(weights=weights, name=tensor.name)
-            state[places[tensor.name]] = torch.from_numpy(np.array(placed.weights)).to(torch.bfloat16)
+            with foreign(f"{path}: transformers cannot place {tensor.name}", CURE):
+                placed = processor.process(weights=weights, name=tensor.name)
+            place = places[tensor.name]
+            if placed.weights.shape != shapes[place]:
+                raise _unsupported(
+                    path,
+                    f"{tensor.name} has the shape {list(placed.weights.shape)} where a model of its metadata has "
+                    f"{list(shapes[place])}",
+                )
+            state[place] = torch.from_numpy(np.array(placed.weights)).to(torch.bfloat16)
             advance()
     return state
 
@@ -157,5 +168,17 @@ def native_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
     return found
 
 
+def _check_sizes(path: Path, info: GgufInfo) -> None:
+    """Hold what the metadata says of the architecture against the tensors, before a module is built of it."""
+    architecture = info.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise _unsupported(path, "general.architecture is not the name of one")
+    blocks = {name.split(".")[1] for tensor in info.tensors if (name := tensor.name).startswith("blk.")}
+    for key, most in (("block_count", len(blocks)), ("embedding_length", MAX_SIZE), ("attention.head_count", MAX_SIZE)):
+        value = info.metadata.get(f"{architecture}.{key}")
+        if type(value) is not int or not 1 <= value <= most:
+            raise _unsupported(path, f"{architecture}.{key} is {brief(value)}, its tensors allow 1 to {most}")
+
+
 def _unsupported(path: Path, problem: str) -> ArtifactError:
-    return ArtifactError(f"{path}: {problem}: use the model's safetensors instead (acquire.model.source: local or hub)")
+    return ArtifactError(f"{path}: {problem}: {CURE}")

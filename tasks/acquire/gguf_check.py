@@ -14,11 +14,12 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-from tasks.errors import ArtifactError
+from tasks.errors import QUOTED, ArtifactError, brief
 
 MAX_ENTRIES = 65_536  # key-value pairs, and tensors
 MAX_STRING = 16 * 2**20  # bytes of one string; the longest in use, chat templates, take some 100 kB
-MAX_ELEMENTS = 2**24  # array elements in the whole file; a vocabulary of 256,000 needs under 2 million
+MAX_ELEMENTS = 2**22  # array elements in the whole file; a vocabulary of 256,000 needs under 2 million
+MAX_OTHER_ELEMENTS = 2**16  # of one array that is no vocabulary
 MAX_DEPTH = 4  # arrays in arrays
 MAX_DIMENSIONS = 4
 MAX_NAME = 64  # bytes of a tensor's name
@@ -91,6 +92,7 @@ class _Reader:
 
     def refuse(self, problem: str, at: int | None = None) -> ArtifactError:
         where = self.at if at is None else at
+        problem = problem if len(problem) <= 2 * QUOTED else brief(problem)
         return ArtifactError(
             f"{self.path} is not a usable GGUF file: at byte {where}: {problem}: fetch the file again, "
             "or take one that llama.cpp can read"
@@ -163,7 +165,17 @@ def _header(read: _Reader) -> GgufInfo:
         names.add(name)
         tensors.append(_placed(read, name, kind, shape, offset, at, alignment, data_start))
     _check_overlap(read, tensors, {name: at for name, *_, at in described})
+    _refuse_part(read.path, metadata)
     return GgufInfo(version, metadata, tuple(tensors))
+
+
+def _refuse_part(path: Path, metadata: Mapping[str, Any]) -> None:
+    number, count = metadata.get("split.no", 0), metadata.get("split.count", 1)
+    if isinstance(number, int) and isinstance(count, int) and count > 1:
+        raise ArtifactError(
+            f"{path} is part {number + 1} of {count} of a model: join them with llama.cpp's `llama-gguf-split --merge "
+            "FIRST-PART JOINED`, and name the joined file"
+        )
 
 
 def _check_alignment(read: _Reader, kind: int, value: Any, at: int) -> None:
@@ -198,6 +210,8 @@ def _array(read: _Reader, key: str, depth: int) -> list[Any]:
     least = struct.calcsize("<" + _SCALARS[kind]) if kind in _SCALARS else 8 if kind == _STRING else 12
     read.room(count * least, f"{key} with {count} elements")
     read.elements += count
+    if count > MAX_OTHER_ELEMENTS and not key.startswith("tokenizer."):
+        raise read.refuse(f"{key} holds {count} elements, more than {MAX_OTHER_ELEMENTS}", start)
     if read.elements > MAX_ELEMENTS:
         raise read.refuse(f"the arrays up to {key} hold more than {MAX_ELEMENTS} elements", start)
     if kind == _STRING:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from tasks import events
 from tasks.acquire import containers
-from tasks.errors import ArtifactError, ConfigError, StageError
+from tasks.errors import ArtifactError, ConfigError, StageError, brief
 from tasks.stage import need_space
 
 TIMEOUT = 10.0  # seconds to the first answer; an unreachable hub must not hold a person up
@@ -77,11 +77,22 @@ def describe(repo: str, revision: str, kind: Literal["model", "dataset"], patter
             ) from None
     if info.sha != revision:
         raise ArtifactError(f"{_endpoint()} gave commit {info.sha} of {repo} instead of {revision}: check HF_ENDPOINT")
+    if odd := [name for name in names if not _is_name(name)]:
+        raise ArtifactError(
+            f"{repo} lists {brief(repr(odd[0]))}, which is no name of a file: choose another repository, or check HF_ENDPOINT"
+        )
     return Repository(repo, revision, kind, names, found)
 
 
 def _allowed(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file system takes a name: no control characters, no half characters, no part above 255 bytes."""
+    raw = name.encode("utf-8", "replace")
+    whole = name.isprintable() and raw.decode() == name
+    return whole and all(part not in (b"", b".", b"..") and len(part) <= 255 for part in raw.split(b"/"))
 
 
 def download(repository: Repository, names: Iterable[str], folder: Path) -> None:

@@ -6,12 +6,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tasks import manifest, models
-from tasks.acquire import hub, safe_weights
+from tasks import events, manifest, models
+from tasks.acquire import cards, hub, safe_weights
 from tasks.errors import ArtifactError, ConfigError
 from tasks.params import GgufModel, HubModel, LocalModel, PackageModel
+
+MAX_LICENCE = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -117,25 +117,42 @@ SOURCES: Mapping[str, Callable[[Any, Path, Path], Found]] = {
 
 
 def card_licence(folder: Path) -> str | None:
-    """The `license` of a model or data set card: YAML between `---` lines at the head of README.md."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return None
-    head, *rest = path.read_text(encoding="utf-8", errors="replace").split("\n---", 1)
-    if not head.startswith("---") or not rest:
-        return None
-    try:
-        card = yaml.safe_load(head[3:])
-    except yaml.YAMLError:
-        return None  # a card that cannot be read says nothing; the licence then counts as unknown
-    licence = card.get("license") if isinstance(card, dict) else None
+    """The `license` of a model or data set card."""
+    licence = cards.entry(folder, "license")
     return licence if isinstance(licence, str) else None
 
 
 def licence_text(folder: Path) -> Path | None:
-    """The folder's licence file, if it has one."""
+    """The folder's licence file, if it has one.
+
+    Raises:
+        ArtifactError: it is a link to a file elsewhere, which would be given to everybody with the bundle.
+    """
     found = sorted(path for path in folder.glob("LICENSE*") if path.is_file()) if folder.is_dir() else []
-    return found[0] if found else None
+    if not found:
+        return None
+    # A download cache keeps the files of a snapshot in the folder `blobs` of the same repository.
+    homes = [folder] + ([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])
+    if not any(found[0].resolve().is_relative_to(home.resolve()) for home in homes):
+        raise ArtifactError(f"{found[0]} is a link to a file outside {folder}: put a copy of the licence in its place")
+    return found[0]
+
+
+def read_licence(path: Path) -> str:
+    """The text of a licence file, which later becomes part of UTF-8 files.
+
+    Raises:
+        ArtifactError: it is no text, or too long for one.
+    """
+    with path.open("rb") as file:
+        raw = file.read(MAX_LICENCE + 1)
+    if len(raw) > MAX_LICENCE or b"\0" in raw:
+        raise ArtifactError(f"{path} is not the text of a licence: replace it by one in UTF-8")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        events.note(f"{path} is not UTF-8: it was read as Latin-1")
+        return raw.decode("latin-1")
 
 
 def check_licence(licence: str | None, allowed: tuple[str, ...], what: str, required: bool) -> None:

@@ -11,16 +11,21 @@ from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tasks import models
-from tasks.errors import ArtifactError
+from tasks import events, models
+from tasks.acquire import config_check, pointers
+from tasks.errors import ArtifactError, brief
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+MAX_HEADER = 16 * 2**20  # bytes; some 120,000 tensors. The library's own limit is 100 MB
+MAX_DIMENSIONS = 8
+MAX_JSON = 64 * 2**20  # bytes of a configuration or an index
 # bits of an element, by dtype
 DTYPES: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "F4": 4,
     "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
+_PLAIN = frozenset({"F16", "BF16", "F32", "F64"})
+INDEX = "model.safetensors.index.json"
 _CODE = frozenset({".py", ".pyc", ".pyd", ".so", ".dll", ".dylib"})
 _OTHER_WEIGHTS = frozenset({
     ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".h5", ".keras", ".msgpack",
@@ -37,7 +42,7 @@ def check_names(where: str, names: list[str]) -> None:
     code = sorted(name for name in names if Path(name).suffix.lower() in _CODE)
     if code:
         raise ArtifactError(
-            f"{where} carries code ({', '.join(code[:5])}): such a model needs trust_remote_code, which is never given: "
+            f"{where} carries code ({brief(', '.join(code[:5]))}): such a model needs trust_remote_code, which is never given: "
             "choose a model that transformers supports by itself, or leave the code out where it does"
         )
 
@@ -53,16 +58,22 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{folder} is not a folder: name a Hugging Face model folder, or use source: gguf for a file"
         )
-    files = sorted(
-        path for path in folder.rglob("*") if path.is_file() and ".git" not in path.relative_to(folder).parts
-    )
+    files = sorted(path for path in folder.rglob("*") if ".git" not in path.relative_to(folder).parts)
+    odd = [path for path in files if not (path.is_file() or path.is_dir())]
+    if odd:
+        raise ArtifactError(f"{odd[0]} is no regular file (a broken link, a pipe or a device): remove it")
+    files = [path for path in files if path.is_file()]
     check_names(str(folder), [path.relative_to(folder).as_posix() for path in files])
+    unread = _left_aside(folder, files)
     for path in files:
+        pointers.refuse(path)
+        if path in unread:
+            continue
         _refuse_pickle(path)
         if path.suffix.lower() in _OTHER_WEIGHTS:
             raise ArtifactError(
                 f"{path}: only safetensors and GGUF weights are read, other formats can run code when they are loaded: "
-                "remove it, and save the weights with save_pretrained (safetensors) if they are the only ones"
+                "save the weights with save_pretrained (safetensors)"
             )
         if path.suffix == ".json" and "config" in path.name and _wants_code(path):
             raise ArtifactError(
@@ -77,6 +88,17 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _left_aside(folder: Path, files: list[Path]) -> set[Path]:
+    """Files that nobody loads: a trainer's state, or the weights once more in a format that is not read."""
+    if not any((folder / name).is_file() for name in ("model.safetensors", INDEX)):
+        return set()
+    unread = {path for path in files if path.suffix.lower() in _OTHER_WEIGHTS}
+    if unread:
+        names = ", ".join(sorted(path.relative_to(folder).as_posix() for path in unread))
+        events.note(f"left aside in {folder}, neither loaded nor copied: {brief(names)}")
+    return unread
+
+
 def check_architecture(folder: Path) -> dict[str, Any]:
     """Refuse what could be trained but not served; returns the model's config.
 
@@ -84,8 +106,7 @@ def check_architecture(folder: Path) -> dict[str, Any]:
         ArtifactError: config.json is missing or damaged, or names such an architecture.
     """
     config = models.load_config(folder)
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{folder / 'config.json'} is not a JSON object: take the model from its source again")
+    config_check.check(config, str(folder / "config.json"))
     if config.get("model_type") == "bitnet":
         raise ArtifactError(
             f"{folder} is a BitNet model, which this pipeline cannot carry: training here would not keep its weights ternary, "
@@ -116,6 +137,8 @@ def _refuse_pickle(path: Path) -> None:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_JSON:
+        raise ArtifactError(f"{path} has {path.stat().st_size} bytes, far more than a configuration needs")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
@@ -131,7 +154,7 @@ def weight_names(folder: Path) -> list[str]:
     Raises:
         ArtifactError: the index is damaged or points out of the folder.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.is_file():
         return ["model.safetensors"]
     shards = _json_object(index).get("weight_map")
@@ -156,16 +179,32 @@ def check_weights(folder: Path) -> tuple[Tensors, list[Path]]:
         for name, value in check_safetensors(path).items():
             if name in tensors:
                 raise ArtifactError(
-                    f"{path} holds the tensor {name!r}, which {origin[name]} holds too: save the model again"
+                    f"{path} holds the tensor {brief(repr(name))}, which {origin[name]} holds too: save the model again"
                 )
             tensors[name], origin[name] = value, path.name
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file() and (listed := _json_object(index)["weight_map"]) != origin:
         wrong = sorted(name for name in {*listed, *origin} if listed.get(name) != origin.get(name))
         raise ArtifactError(
-            f"{index} does not agree with the files about {', '.join(wrong[:5])}: fetch the model again"
+            f"{index} does not agree with the files about {brief(', '.join(wrong[:5]))}: fetch the model again"
         )
     return tensors, paths
+
+
+def refuse_quantised(tensors: Tensors, where: str) -> None:
+    """Refuse weights whose numbers mean something only together with scales kept elsewhere.
+
+    Raises:
+        ArtifactError: names some.
+    """
+    found = sorted(
+        f"{name} ({dtype})" for name, (dtype, _) in tensors.items() if name.endswith("weight") and dtype not in _PLAIN
+    )
+    if found:
+        raise ArtifactError(
+            f"{where}: its weights are quantised already or no real numbers ({brief(', '.join(found[:5]))}): take the "
+            "original model, its weights are needed in full"
+        )
 
 
 def parameters(tensors: Tensors, config: Mapping[str, Any]) -> int:
@@ -193,7 +232,7 @@ def check_safetensors(path: Path) -> Tensors:
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        _refuse(path, f"its header is not JSON ({error})")
+        _refuse(path, f"its header is not JSON ({brief(error)})")
     header.pop("__metadata__", None)
     if not header:
         _refuse(path, "it holds no tensors")
@@ -206,7 +245,9 @@ def check_safetensors(path: Path) -> Tensors:
     end = 0
     for first, last, name in sorted(spans):
         if first != end:
-            _refuse(path, f"{name} begins at byte {first} of the data, not at {end} where the tensor before it ends")
+            _refuse(
+                path, f"{brief(name)} begins at byte {first} of the data, not at {end} where the tensor before it ends"
+            )
         end = last
     if end != size - 8 - length:
         _refuse(path, f"its tensors end at byte {end} of {size - 8 - length} bytes of data")
@@ -215,15 +256,19 @@ def check_safetensors(path: Path) -> Tensors:
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        _refuse(path, f"{name} is not described by dtype, shape and data_offsets")
+        _refuse(path, f"{brief(name)} is not described by dtype, shape and data_offsets")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        _refuse(path, f"{name} has the unknown dtype {dtype!r}")
+        _refuse(path, f"{brief(name)} has the unknown dtype {brief(repr(dtype))}")
     for numbers in (shape, span):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            _refuse(path, f"{name} has a shape or offsets that are not whole numbers")
+        if (
+            not isinstance(numbers, list)
+            or len(numbers) > MAX_DIMENSIONS
+            or not all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+        ):
+            _refuse(path, f"{brief(name)} has a shape or offsets that are not a few whole numbers")
     if len(span) != 2 or (span[1] - span[0]) * 8 != prod(shape) * DTYPES[dtype]:
-        _refuse(path, f"{name} has offsets {span} that do not fit its shape {shape} of {dtype}")
+        _refuse(path, f"{brief(name)} has offsets {span} that do not fit its shape {shape} of {dtype}")
     return dtype, tuple(shape), (span[0], span[1])
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks import events, models, packing
+from tasks import events, models, packing, supports
 from tasks.chat import Encoded
 from tasks.distill.blocks import Call, calls_of, first_blocks, output_of, remove
 from tasks.distill.plan import planned
@@ -46,7 +46,13 @@ def prune(
         ConfigError: even one block would be too large, or this architecture cannot lose any.
     """
 
-    layers = model.get_decoder().layers
+    if settings.max_parameters >= 1:
+        return {"blocks": [], "channels": None}
+    decoder, kind = model.get_decoder(), model.config.model_type
+    layers = getattr(decoder, "layers", [])
+    alike = hasattr(decoder, "norm") and all(hasattr(layer, "self_attn") for layer in layers)
+    if not layers or not alike or kind in supports.UNPRUNABLE:
+        raise ConfigError(supports.cannot_prune(kind))
     total = models.count(model)
     block = sum(p.numel() for p in layers[0].parameters())
     inner = model.config.intermediate_size if can_narrow(model) else 0
@@ -54,11 +60,6 @@ def prune(
     if gone >= len(layers):
         raise ConfigError(
             f"distill.max_parameters is {settings.max_parameters}, but embeddings and head alone are {1 - len(layers) * block / total:.2f} of this model: raise it"
-        )
-    if gone and model.config.model_type == "smollm3":
-        raise ConfigError(
-            "llama.cpp tells the blocks of a SmolLM3 that have no rotary embedding by their places (every fourth one), so none "
-            "may go: set distill.block_share to 0.0, or distill.max_parameters to 1.0"
         )
     if record.is_file():
         return _repeat(model, record)

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tasks import chat, manifest, models
+from tasks import chat, dated, manifest, models
 from tasks.errors import ArtifactError
 from tasks.events import progress
 from tasks.package import bundle, card, memory, parity
@@ -67,6 +67,7 @@ def package(
         for name in settings.targets:
             if release := releases.get(TARGETS[name].kind):
                 notes = TARGETS[name].write(release, out / name) + ([COMPOSE] if release.needs_composed else [])
+                notes += [dated.NOTE] if release.dated else []
                 targets[name] = bundle.Target(
                     variant=release.variant,
                     runtime="ollama" if name == "ollama" else RUNTIME[TARGETS[name].kind],
@@ -124,6 +125,7 @@ def _release(settings: Package, best: Candidate, model: Path, source: Path, lice
         adds_bos=runtime.adds_bos,
         needs_composed=parity.needs_composed(tokenizer, runtime),
         turns=probe(tokenizer, parity.CONVERSATIONS.values()),
+        dated=dated.writes_day(tokenizer.chat_template),
         bos=tokenizer.bos_token or "",
         stops=tuple(tokenizer.convert_ids_to_tokens(models.stop_ids(model, tokenizer))),
         system=systems.pop() if len(systems) == 1 else None,

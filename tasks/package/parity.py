@@ -119,7 +119,7 @@ RUNTIMES: Mapping[Kind, Callable[[Path], Runtime]] = {"gguf": gguf, "onnx": onnx
 def difference(tokenizer: Any, runtime: Runtime, conversations: Mapping[str, Messages] = CONVERSATIONS) -> str | None:
     """The first place where the runtime's prompt ids differ from the tokenizer's, in words; None: nowhere."""
     for name, messages in supported(tokenizer, conversations).items():
-        want, got = chat.prompt_ids(tokenizer, messages), runtime.ids(messages)
+        want, got = chat.prompt_ids(tokenizer, messages, today=True), runtime.ids(messages)
         if want == got:
             continue
         at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), min(len(want), len(got)))
@@ -175,6 +175,7 @@ def check(model: Path, tokenizer: Any, runtime: Runtime, weights: Path, extra: I
     if missing:
         raise StageError(
             f"{weights} would not stop at {tokenizer.convert_ids_to_tokens(missing)}, which end a turn in {model}: "
-            "correct eos_token_id in the model's generation_config.json and convert again"
+            "set eos_token in the model's tokenizer_config.json to the one that ends a turn, take any other out of eos_token_id "
+            "in its generation_config.json, and run `acquire` again"
         )
     return len(supported(tokenizer, conversations))

@@ -20,6 +20,7 @@ class Release:
     adds_bos: bool  # the runtime would put the bos token before a rendered prompt
     needs_composed: bool  # the runtime reads letters apart from their accents otherwise than the tokenizer
     turns: Turns | None  # None: only Jinja can render this model's chat template
+    dated: bool  # the chat template writes the day
     bos: str
     stops: tuple[str, ...]  # texts of the end-of-turn tokens
     system: str | None  # the system prompt that all rows of the data share

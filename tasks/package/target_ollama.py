@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tasks import dated
 from tasks.package.release import Release, write
 from tasks.package.turns import Turns
 from tasks.stage import place
@@ -23,6 +24,11 @@ ADDS_BOS = "Ollama puts a bos token before every prompt of this GGUF, which the 
 NO_SYSTEM = (
     'The data\'s system prompt ends with a quote or holds """, which a Modelfile cannot carry: send it yourself.'
 )
+NO_STOP = "A Modelfile cannot carry the end-of-turn token {stop!r}: send it as a stop sequence with each request."
+FIXED_DAY = (
+    "The chat template writes the day, which the Modelfile's TEMPLATE cannot: it says {day:%d %B %Y} for good, as the model "
+    "was trained. Serve the llama-server bundle where the day matters."
+)
 
 
 def ollama(release: Release, out: Path) -> list[str]:
@@ -31,15 +37,17 @@ def ollama(release: Release, out: Path) -> list[str]:
     lines = ["FROM ./model.gguf", f"PARAMETER num_ctx {release.context_length}"]
     # Greedy and unpenalised, as the model was validated; Ollama's defaults sample and punish repetition.
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
-    lines += [f'PARAMETER stop "{stop}"' for stop in release.stops]
+    for stop in release.stops:
+        quoted = _quoted(stop)
+        lines += [f"PARAMETER stop {quoted}"] if quoted else []
+        notes += [] if quoted else [NO_STOP.format(stop=stop)]
     if release.system is not None:
-        quoted = f'{release.system}"""'
-        if quoted.index('"""') == len(release.system):
-            lines.append(f'SYSTEM """{quoted}')
-        else:
-            notes.append(NO_SYSTEM)
+        quoted = _quoted(release.system, always_long=True)
+        lines += [f"SYSTEM {quoted}"] if quoted else []
+        notes += [] if quoted else [NO_SYSTEM]
     if turns is not None:
         lines.append(f'TEMPLATE """{turns.go()}"""')
+        notes += [FIXED_DAY.format(day=dated.DAY)] if release.dated else []
     licence = release.licence.strip().replace('"""', "'''")
     lines.append(f'LICENSE """{licence}\n"""')
     place(release.weights, out / "model.gguf")
@@ -49,6 +57,13 @@ def ollama(release: Release, out: Path) -> list[str]:
     told = "".join(f"\n{note}\n" for note in notes)
     write(out / "README.md", README.format(name=release.name, variant=release.variant, question=question, notes=told))
     return notes
+
+
+def _quoted(text: str, always_long: bool = False) -> str | None:
+    """A value of a Modelfile; None: it has no way to say this one."""
+    if not always_long and not any(each in text for each in '"\n\r'):
+        return f'"{text}"'
+    return None if '"""' in text or text.endswith('"') else f'"""{text}"""'
 
 
 def _turns(release: Release) -> tuple[Turns | None, list[str]]:

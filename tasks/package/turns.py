@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tasks import dated
 from tasks.chat import Messages
 
 _MARKS = ("mark-one", "mark-two", "mark-three", "mark-four", "mark-five")
@@ -52,8 +53,8 @@ class Turns:
 
 
 def _literal(text: str) -> str:
-    # Text with braces or quotes could end the action or the Modelfile's string; Go reads JSON strings.
-    plain = "{{" not in text and "}}" not in text and '"' not in text
+    # Braces can begin or end an action, even with one that follows, and quotes the Modelfile's string; Go reads JSON strings.
+    plain = not any(each in text for each in '{}"')
     return text if plain else f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}"
 
 
@@ -72,8 +73,10 @@ def probe(tokenizer: Any, conversations: Iterable[Messages]) -> Turns | None:
 
 
 def render(tokenizer: Any, messages: Messages, *, generation: bool = True) -> str:
-    """The tokenizer's own rendering, as text."""
-    text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=generation, tokenize=False)
+    """The tokenizer's own rendering, as text; where it writes the day, a fixed one."""
+    text: str = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=generation, tokenize=False, **dated.fixed(tokenizer)
+    )
     return text
 
 
