@@ -28,7 +28,7 @@ HEAVY = (
     "pandas",
 )
 # What carries a stage rather than making its result: a change there redoes nothing.
-FRAME = {"tasks.errors", "tasks.events", "tasks.manifest", "tasks.params", "tasks.stage"}
+FRAME = {"tasks.crashes", "tasks.errors", "tasks.events", "tasks.manifest", "tasks.params", "tasks.stage"}
 
 
 def module(path: Path) -> str:

@@ -187,7 +187,7 @@ def test_a_bug_in_a_stage_is_told_with_its_log(toy: Path) -> None:
     (toy / "tasks" / "finetune" / "__init__.py").write_text("def finetune(params, **rest):\n    os.getcwd()\n")
     done = run_toy(toy, "--set", "machine.retries=0", "--name", "bug")
     assert done.returncode == 1
-    assert "finetune ended without a message" in done.stderr
+    assert "finetune ended with exit code 1" in done.stderr
     assert "NameError: name 'os' is not defined" in done.stderr
     assert "Traceback" in (toy / ".runs" / "logs" / "bug" / "finetune.log").read_text()
 
