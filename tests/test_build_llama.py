@@ -83,6 +83,16 @@ def test_amx_is_left_out_where_the_compiler_cannot_or_the_source_is_another(tmp_
         assert "mmq.cpp" in reason
 
 
+def test_the_source_of_the_version_in_use_is_the_one_that_is_mended() -> None:
+    packages = list((Path(__file__).parent.parent / ".cache").glob("llama_cpp_python-*.tar.gz"))
+    if not packages:
+        pytest.skip("no source package here: make setup")
+    for package in packages:
+        name = f"{package.name.removesuffix('.tar.gz')}/{build_llama.SOURCE}"
+        done = subprocess.run(["tar", "-xOzf", package, name], capture_output=True, text=True, check=True)
+        assert build_llama.decide(done.stdout, build_llama.DROPS)[1] == build_llama.KEPT
+
+
 @pytest.mark.parametrize(
     ("native", "cmake_args"), [("", ""), (AMX, "-DGGML_NATIVE=OFF"), (AMX, "-DGGML_CUDA=ON -DGGML_NATIVE:BOOL=off")]
 )
