@@ -3,6 +3,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
+LLAMA = .cache/llama_cpp_python-$(shell sed -n 's/^llama.cpp.python==//p' constraints.txt).tar.gz
 
 # Nothing that we start reports to anyone.
 export PYTHON
@@ -22,9 +23,10 @@ run: setup  ## the whole pipeline with params.yaml
 up: setup  ## Prefect's server, MLflow's and a worker, until Ctrl-C
 	$(BIN)/slmops up
 
-setup: .venv/.ready  ## the environment, once; about 10 minutes on 2 cores
+setup: .venv/.ready  ## the environment, once; about 10 minutes on 2 cores. Again where it was moved to another processor
+	@$(BIN)/python infra/build_llama.py --check $(LLAMA) >/dev/null || infra/setup.sh
 
-.venv/.ready: constraints.txt pyproject.toml infra/setup.sh
+.venv/.ready: constraints.txt pyproject.toml infra/setup.sh infra/build_llama.py
 	infra/setup.sh
 
 test: setup lint  ## the style, the types and all but the slow tests

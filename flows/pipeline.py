@@ -24,7 +24,7 @@ from flows.display import Display
 from flows.report import write_report
 from tasks import cores, manifest, params
 from tasks.acquire import watched
-from tasks.errors import ConfigError, DiskFullError, PipelineError, StageError
+from tasks.errors import BrokenRuntimeError, ConfigError, DiskFullError, PipelineError, StageError
 from tasks.stage import folder
 from tasks.stages import STAGES
 
@@ -382,11 +382,11 @@ def _teller(name: str, post: fan_out.Post) -> Callable[[versioning.Event], None]
 
 
 def _worth_a_retry(task: Any, run: Any, state: Any) -> bool:
-    """Only work that failed (network, memory, a library) may go better next time; a wrong parameter, a damaged file or
-    a full disk will not.
+    """Only work that failed (network, memory) may go better next time; a wrong parameter, a damaged file, a full disk or
+    a library that crashes will not.
     """
     error = state.result(raise_on_failure=False)
-    return isinstance(error, StageError) and not isinstance(error, DiskFullError)
+    return isinstance(error, StageError) and not isinstance(error, (DiskFullError, BrokenRuntimeError))
 
 
 def _threads(order: Order, post: fan_out.Post) -> dict[str, str | None]:

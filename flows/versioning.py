@@ -4,6 +4,7 @@ import configparser
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import IO, Any, Literal
 import yaml
 
 from flows import files, quiet
-from tasks import errors
+from tasks import crashes, errors
 from tasks.errors import ArtifactError, ConfigError, PipelineError, StageError
 from tasks.manifest import sha256
 
@@ -75,7 +76,7 @@ def repro(
 
     Raises:
         PipelineError: of the stage's own family, with its own message.
-        StageError: the stage died without a word (killed, out of memory, a bug).
+        StageError: the stage died without a word; of its own family, where to run it again will not help.
         ArtifactError: DVC's own state is damaged.
     """
     name = address(stage, item)
@@ -346,10 +347,8 @@ def _failure(text: str, told: list[Event], name: str, log: Path, root: Path) -> 
     if "are missing from" in text or "dvc.yaml' is invalid" in text or "dvc.yaml' validation failed" in text:
         return ConfigError(f"{name}: {_dvc_error(text)}: params.yaml must hold each section that dvc.yaml names")
     if "Running stage" in text:
-        return StageError(
-            f"{name} ended without a message (killed, out of memory or a bug); its last line: {_last_output(text)!r}: "
-            f"see {log}, then run again"
-        )
+        code = re.findall(r"exited with (-?\d+)", text)
+        return crashes.told(name, int(code[-1]) if code else 1, _stage_output(text), root, f": see {log}")
     return StageError(f"{name}: dvc failed: {_dvc_error(text)}: see {log}")
 
 
@@ -371,9 +370,9 @@ def _dvc_error(text: str) -> str:
     return _last_line(text)
 
 
-def _last_output(text: str) -> str:
-    """The last line before DVC's own report."""
-    return _last_line(text.split("ERROR: failed to reproduce")[0])
+def _stage_output(text: str) -> str:
+    """All before DVC's own report."""
+    return text.split("ERROR: failed to reproduce")[0]
 
 
 def _last_line(text: str) -> str:

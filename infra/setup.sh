@@ -32,7 +32,6 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$python" -m venv --clear "$venv"
 fi
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-installed() { "$venv/bin/python" -c "from importlib.metadata import version; print(version('$1'))" 2>/dev/null || true; }
 
 step='downloading the source package of llama-cpp-python'
 mkdir -p "$cache"
@@ -43,15 +42,8 @@ if ! tar -tzf "$tarball" >/dev/null 2>&1; then
     pip download --quiet --no-deps --no-binary llama-cpp-python -d "$cache" "llama-cpp-python==$llama_version"
 fi
 
-step='compiling llama-cpp-python'
-if [ "$(installed llama-cpp-python)" != "$llama_version" ]; then
-    say "compiling llama-cpp-python $llama_version: about 7 minutes on 2 cores"
-    CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(getconf _NPROCESSORS_ONLN)} \
-        pip install --quiet -c constraints.txt "$tarball"
-fi
-
 step='unpacking the GGUF converter'
-# From the very package that was compiled, so that converter and runtime cannot drift apart.
+# From the very package that is compiled next, so that converter and runtime cannot drift apart.
 converter=$venv/share/llama.cpp
 if [ "$(cat "$converter/VERSION" 2>/dev/null || true)" != "$llama_version" ]; then
     say 'GGUF converter'
@@ -64,9 +56,15 @@ if [ "$(cat "$converter/VERSION" 2>/dev/null || true)" != "$llama_version" ]; th
     mv "$converter.new" "$converter"
 fi
 
+step='compiling llama-cpp-python'
+say 'llama-cpp-python: about 7 minutes on 2 cores where it is to be compiled'
+"$venv/bin/python" infra/build_llama.py "$tarball"
+
 step='installing the packages'
 say 'packages, 2.7 GB in all'
 pip install --quiet -c constraints.txt -e ".[${SLMOPS_EXTRAS:-all,dev}]" "torch==$(pin torch)"
+step='checking what was installed'
+say 'checking, with a self-test of the runtimes'
 "$venv/bin/slmops" doctor >"$cache/doctor.txt" || { cat "$cache/doctor.txt"; die 'slmops doctor found something missing, see above'; }
 
 touch "$venv/.ready"

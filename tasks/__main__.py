@@ -1,6 +1,7 @@
 """`python -m tasks STAGE [ITEM]`: the one command behind every way in."""
 
 import argparse
+import faulthandler
 import os
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     """Run one stage; exit code 1 with `error: ...` for anything a person can act on."""
     began = time.monotonic()
+    faulthandler.enable()  # a crash in native code tells at least where in Python it was
     from tasks.stages import STAGES
 
     parser = argparse.ArgumentParser(
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="the workspace (default: here)")
     args = parser.parse_args(argv)
 
-    from tasks import bounded, events, params, stage
+    from tasks import bounded, events, params, selftest, stage
     from tasks.errors import PipelineError
 
     _quiet()
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         values = params.load(args.params or args.root / "params.yaml", params.expanded(args.overrides))
         if bound := STAGES[args.stage].limits:
             bounded.watch(lambda: bound(values, args.root), args.stage)
+        selftest.ensure(selftest.used(args.stage, args.item))
         stage.run(STAGES[args.stage], STAGES, values, args.root, args.item)
         events.finished(time.monotonic() - began)
     except PipelineError as error:

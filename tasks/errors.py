@@ -21,6 +21,10 @@ class StageError(PipelineError):
     """The work itself failed (disk, memory, network, a native library). May be retried."""
 
 
+class BrokenRuntimeError(StageError):
+    """A native library crashed or computes wrongly on this machine. Not retried: it would do so again."""
+
+
 class DiskFullError(StageError):
     """No room. Not retried: waiting makes none, and each attempt costs the work that led there."""
 

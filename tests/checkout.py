@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = ROOT / "tests" / "params.yaml"
 SLMOPS = Path(sys.executable).with_name("slmops")
 WAIT_S, ASK_S = 300.0, 1200.0  # where other work has all the cores
-FILES = ("dvc.yaml", ".dvcignore", ".gitignore", "constraints.txt")
+FILES = ("dvc.yaml", ".dvcignore", ".gitattributes", ".gitignore", "constraints.txt")
 
 # A toy stage writes the smallest valid output. It waits as TOY_WAIT or the file TOY_WAIT_FILE tells
 # ({"stage": seconds}) and fails as TOY_FAIL tells ({"stage": ["error's family", how many times]}). Each start is a line of the file TOY_LOG.

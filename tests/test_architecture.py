@@ -28,7 +28,9 @@ HEAVY = (
     "pandas",
 )
 # What carries a stage rather than making its result: a change there redoes nothing.
-FRAME = {"tasks.bounded", "tasks.errors", "tasks.events", "tasks.manifest", "tasks.params", "tasks.stage"}
+FRAME = {
+    "tasks.bounded", "tasks.crashes", "tasks.errors", "tasks.events", "tasks.manifest", "tasks.params", "tasks.stage",
+}  # fmt: skip
 
 
 def module(path: Path) -> str:

@@ -1,17 +1,18 @@
 """The command line: what it says, what it costs to ask, and how it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from checkout import DEFAULTS, SLMOPS, environment, make_toy, slmops
+from checkout import DEFAULTS, SLMOPS, commit, environment, git, make_toy, slmops
 
 from flows import doctor, plan, shape
 from flows.cli import main
 from tasks import jsonl, params
-from tasks.errors import ArtifactError, ConfigError
+from tasks.errors import ArtifactError, BrokenRuntimeError, ConfigError
 from tasks.params import Onnx
 
 ROOT = Path(__file__).parent.parent
@@ -204,9 +205,20 @@ def test_a_plan_for_a_model_that_is_not_there_says_so(tmp_path: Path) -> None:
 # --- doctor ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def _proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runtimes that pass their self-test, which takes a while (tests/test_selftest.py)."""
+    made = {"checks": 36, "distance": 0.02, "kernels": "AVX2"}
+    monkeypatch.setattr(doctor.selftest, "check", lambda name: made)
+
+
+@pytest.mark.usefixtures("_proved")
 def test_doctor_finds_this_environment_in_order() -> None:
     checks = {check.name: check for check in doctor.examine(ROOT)}
     assert {"python", "git", "C++ compiler", "torch", "prefect", "GGUF converter", "cache links"} <= set(checks)
+    assert {"llama.cpp build", "llama.cpp test", "ONNX Runtime GenAI test", "HOME is writable", "line ends"} <= set(
+        checks
+    )
     assert [name for name, check in checks.items() if check.needed and not check.ok] == []
 
 
@@ -225,3 +237,37 @@ def test_doctor_names_the_command_that_mends_each_fault(tmp_path: Path) -> None:
         "9.9.9 was tested", "-> pip install 'torch==9.9.9'", "-> git init",
     ):  # fmt: skip
         assert line in done.stdout
+
+
+def test_doctor_tells_a_runtime_that_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crashes(name: str) -> dict:
+        raise BrokenRuntimeError(f"{name} died by SIGSEGV")
+
+    monkeypatch.setattr(doctor.selftest, "check", crashes)
+    found = [check for check in doctor.examine(ROOT) if not check.ok and check.needed]
+    assert {"llama.cpp test", "ONNX Runtime GenAI test"} <= {check.name for check in found}
+    assert any("infra/setup.sh" in check.fix for check in found)
+
+
+@pytest.mark.parametrize("attributes", [False, True])
+def test_doctor_knows_line_ends_that_scripts_do_not_survive(tmp_path: Path, attributes: bool) -> None:
+    """As core.autocrlf = true leaves them in a checkout, which .gitattributes prevents."""
+    source = tmp_path / "source"
+    (source / "infra").mkdir(parents=True)
+    shutil.copy(ROOT / "infra" / "python", source / "infra")
+    if attributes:
+        shutil.copy(ROOT / ".gitattributes", source)
+    git(source, "init", "-q")
+    commit(source)
+    git(tmp_path, "clone", "-q", "-c", "core.autocrlf=true", str(source), "clone")
+    check = doctor._line_ends(tmp_path / "clone")
+    assert check.ok == attributes
+    assert check.needed == (b"\r" in (tmp_path / "clone" / "infra" / "python").read_bytes()) == (not attributes)
+
+
+def test_doctor_names_a_folder_that_is_not_writable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    monkeypatch.delenv("PREFECT_HOME", raising=False)
+    bad = [check for check in doctor._writable() if not check.ok]
+    assert [check.name.split()[0] for check in bad] == ["HOME", "PREFECT_HOME"]
+    assert all("/proc/nobody" in check.found for check in bad)

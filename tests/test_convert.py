@@ -8,8 +8,8 @@ import pytest
 from gguf_inputs import converted, stage_input
 
 from tasks import manifest
-from tasks.convert import convert
-from tasks.errors import ArtifactError, StageError
+from tasks.convert import CONVERTER, convert
+from tasks.errors import ArtifactError, BrokenRuntimeError, StageError
 
 
 def test_two_conversions_in_different_folders_give_equal_bytes(tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -39,6 +39,17 @@ def test_a_missing_converter_names_set_up(
     source = stage_input(tiny_model_folder, tmp_path / "source")
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     with pytest.raises(StageError, match="make setup"):
+        convert(None, teacher=source, student=source, out=tmp_path)
+
+
+def test_a_converter_that_crashes_is_told_as_that(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = stage_input(tiny_model_folder, tmp_path / "source")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    (tmp_path / CONVERTER).parent.mkdir(parents=True)
+    (tmp_path / CONVERTER).write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(BrokenRuntimeError, match="SIGSEGV"):
         convert(None, teacher=source, student=source, out=tmp_path)
 
 

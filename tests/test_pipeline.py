@@ -25,9 +25,9 @@ from checkout import (
     wait_for,
 )
 
-from flows import mlflow_store
+from flows import mlflow_store, versioning
 from tasks import params
-from tasks.errors import ConfigError
+from tasks.errors import BrokenRuntimeError, ConfigError, PipelineError, StageError
 from tasks.stages import STAGES
 
 DEADLINE_S = 300
@@ -193,7 +193,7 @@ def test_work_that_failed_is_tried_again(toy: Path) -> None:
     assert runs(toy).count(("finetune", "FINISHED")) == 1
 
 
-@pytest.mark.parametrize("family", ["ConfigError", "DiskFullError"])
+@pytest.mark.parametrize("family", ["ConfigError", "DiskFullError", "BrokenRuntimeError"])
 def test_what_waiting_does_not_mend_is_not_tried_again(toy: Path, family: str) -> None:
     done = run_toy(toy, "--name", "wrong", TOY_FAIL=json.dumps({"finetune": [family, 9]}))
     assert (done.returncode, started(toy)) == (1, ["acquire", "finetune"])
@@ -214,9 +214,31 @@ def test_a_bug_in_a_stage_is_told_with_its_log(toy: Path) -> None:
     (toy / "tasks" / "finetune" / "__init__.py").write_text("def finetune(params, **rest):\n    os.getcwd()\n")
     done = run_toy(toy, "--set", "machine.retries=0", "--name", "bug")
     assert done.returncode == 1
-    assert "finetune ended without a message" in done.stderr
+    assert "finetune ended with exit code 1" in done.stderr
     assert "NameError: name 'os' is not defined" in done.stderr
     assert "Traceback" in (toy / ".runs" / "logs" / "bug" / "finetune.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("end", "family", "words"),
+    [
+        ("ctypes.string_at(0)", BrokenRuntimeError, ["SIGSEGV", "tasks/acquire/__init__.py", "slmops doctor"]),
+        ("os.kill(os.getpid(), 9)", StageError, ["SIGKILL", "memory", "run again"]),
+    ],
+)
+def test_a_stage_that_ends_by_a_signal_is_told_as_that(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, end: str, family: type[Exception], words: list[str]
+) -> None:
+    code = f"import ctypes, os\n\ndef acquire(params, **rest):\n    {end}\n"
+    (toy / "tasks" / "acquire" / "__init__.py").write_text(code)
+    for name, value in environment(toy).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PipelineError) as told:
+        versioning.repro(toy, "acquire", log=toy / "acquire.log")
+    assert type(told.value) is family
+    for word in ("acquire", *words):
+        assert word in str(told.value)
+    assert ("run again" in str(told.value)) == (family is StageError)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

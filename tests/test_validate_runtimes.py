@@ -2,13 +2,18 @@
 
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from checkout import DEFAULTS
 from conftest import ROOMS, tiny_rows
 from gguf_inputs import converted, quantized
 
-from tasks import chat, models
+from tasks import chat, models, params
 from tasks.errors import ArtifactError, ConfigError
+from tasks.quantize import quantize
+from tasks.selftest import llama, tiny
 from tasks.validate import likelihood, llama_runtime, onnx_runtime
 
 LIMIT = 10
@@ -25,6 +30,22 @@ def lively(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     out = tmp_path_factory.mktemp("lively")
     models.save(LlamaForCausalLM(config), models.load_tokenizer(tiny_model_folder), out)
     return out
+
+
+class Wide(NamedTuple):
+    """A random model with rows of 576 and 1536 weights, and the convert stage's output for it."""
+
+    model: Any
+    shape: tiny.Shape
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Wide:
+    folder, shape = tmp_path_factory.mktemp("wide"), tiny.SHAPES[0]
+    model = tiny.model(shape)
+    llama.write(model, shape, folder / "student.gguf")
+    return Wide(model, shape, folder)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +73,23 @@ def plain_greedy(file: Path, prompts: list[list[int]]) -> list[list[int]]:
         found.append(answer)
     runtime.close()
     return found
+
+
+@pytest.mark.parametrize("variant", ["q8_0", "q4_0", "q4_k_m"])
+def test_a_file_as_wide_as_a_real_one_computes_what_torch_does(wide: Wide, tmp_path: Path, variant: str) -> None:
+    """Rows of 576 and 1536 take kernels that those of the tiny model do not: tiles, and blocks of 256."""
+    quantize(params.load(DEFAULTS), student=tmp_path, converted=wide.folder, variant=variant, out=tmp_path)
+    file, ids = tmp_path / "model.gguf", tiny.tokens()
+    wanted = tiny.reference(wide.model, llama.weights(file, wide.shape), ids)
+    with llama_runtime.window_logits(file, len(ids), 2) as logits:
+        tiny.disturb()
+        whole = tiny.distance(logits(ids, 0), wanted[:-1])
+    with llama_runtime.Session(file, threads=2, cells=64) as session:
+        ones = [session.decode([token], [at], [0], [True])[0].copy() for at, token in enumerate(ids[:24])]
+    one_by_one = tiny.distance(np.stack(ones), wanted[:24])
+    for found in (whole, one_by_one):
+        assert 0 < found.whole <= tiny.EIGHT_BITS.whole
+        assert found.worst <= tiny.EIGHT_BITS.worst
 
 
 def until(answers: list[list[int]], stops: list[int]) -> list[list[int]]:
@@ -177,7 +215,6 @@ def test_a_short_text_makes_one_shorter_window(capsys: pytest.CaptureFixture[str
 
 
 def test_infinite_perplexity_is_no_crash() -> None:
-    import numpy as np
 
     logits = np.zeros((7, 50), np.float32)
     logits[:, 0] = 2000.0

@@ -127,7 +127,7 @@ def test_a_process_that_dies_while_it_is_measured_is_told(inputs: dict, tmp_path
     whole = inputs["converted"] / "teacher.gguf"
     torn = tmp_path / "torn.gguf"
     torn.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    with pytest.raises(StageError, match=r"torn\.gguf: measuring it failed: .*cannot load it"):
+    with pytest.raises(StageError, match=r"torn\.gguf: .*cannot load it"):
         measure(whole, torn, [1, 2, 3], repeats=1)
 
 

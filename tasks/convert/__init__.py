@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tasks import crashes
 from tasks.convert import windows
 from tasks.errors import StageError
 from tasks.events import progress
@@ -40,6 +41,8 @@ def convert(params: Params, *, teacher: Path, student: Path, out: Path) -> dict[
         with progress("convert", len(running), "models") as advance:
             for name, process in running.items():
                 log = process.communicate()[0]
+                if crashes.signal_of(process.returncode):
+                    raise crashes.told(f"llama.cpp's converter, on the {name},", process.returncode, log, out)
                 if process.returncode != 0:
                     raise _failure(name, folders[name], out, log)
                 require_file(out / f"{name}.gguf", "the converter ended well yet wrote no file")

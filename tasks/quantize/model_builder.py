@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tasks import crashes
 from tasks.cores import threads
 from tasks.errors import StageError
 from tasks.params import Onnx
@@ -110,6 +111,8 @@ def _run_olive(config: dict[str, Any], scratch: Path, out: Path) -> None:
         return
     if "No space left on device" in done.stdout:
         raise disk_full(out)
+    if crashes.signal_of(done.returncode):
+        raise crashes.told("Olive, which builds onnx-int4,", done.returncode, done.stdout, out)
     raise StageError(
         f"Olive cannot build onnx-int4: {_reason(done.stdout)}: leave it out of quantize.variants, or choose an architecture that ModelBuilder supports"
     )

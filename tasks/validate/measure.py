@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from tasks import crashes
 from tasks.cores import available
-from tasks.errors import StageError
 from tasks.validate.timed import CONTEXT, DECODED
 
 ROUNDS = 5  # of prefill and generation
@@ -26,7 +26,7 @@ def measure(file: Path, yardstick: Path, prompt: Sequence[int], repeats: int) ->
     """Load time, time to first token of `prompt`, prefill and decode speed, peak memory; the yardstick's as `reference`.
 
     Raises:
-        StageError: a process dies.
+        StageError: a process dies; of its own family, where to run it again will not help.
     """
     with _Timed(file, prompt) as ours, _Timed(yardstick, prompt) as theirs:
         for name, rounds in (("ttft", repeats), ("prefill", ROUNDS), ("decode", ROUNDS)):
@@ -78,9 +78,7 @@ class _Timed:
         except (OSError, ValueError):
             code = self.process.wait()
         self.errors.seek(0)
-        lines = [line for line in self.errors.read().splitlines() if line.strip()]
-        reason = lines[-1] if lines else f"exit code {code}"
-        raise StageError(f"{self.file}: measuring it failed: {reason}: free memory and run the stage again")
+        raise crashes.told(f"measuring {self.file}", code, self.errors.read(), self.file.parent)
 
     def run(self, name: str) -> None:
         """Time one more `ttft`, `prefill` or `decode`."""

@@ -6,6 +6,7 @@ the seconds it took, or `peak_rss`, answered in bytes.
 """
 
 import argparse
+import faulthandler
 import json
 import re
 import sys
@@ -21,6 +22,7 @@ Step = Callable[[Sequence[int], int], int]
 
 
 def main(argv: list[str] | None = None) -> int:
+    faulthandler.enable()  # whoever started this process reads where native code crashed
     parser = argparse.ArgumentParser(prog="python -m tasks.validate.timed", description=__doc__)
     parser.add_argument("file", type=Path, help="a .gguf file or an ONNX Runtime GenAI folder")
     parser.add_argument("--threads", type=int, required=True)

@@ -1,0 +1,41 @@
+"""`python -m tasks.selftest LIBRARY FOLDER`: the self-test itself, one line of JSON for what begins and for what it gave."""
+
+import argparse
+import faulthandler
+import json
+import sys
+from pathlib import Path
+from typing import get_args
+
+from tasks.params import Variant
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 says that all was computed, not that it was right."""
+    faulthandler.enable()
+    parser = argparse.ArgumentParser(prog="python -m tasks.selftest", description=__doc__)
+    parser.add_argument("library", choices=["llama", "onnx"])
+    parser.add_argument("folder", type=Path, help="an empty one, for the models")
+    args = parser.parse_args(argv)
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+
+    def say(**fields: object) -> None:
+        print(json.dumps(fields), file=answers, flush=True)
+
+    if args.library == "llama":
+        from tasks.selftest import llama
+
+        say(kernels=llama.kernels())
+        steps = llama.steps([each for each in get_args(Variant) if not each.startswith("onnx")], args.folder)
+    else:
+        from tasks.selftest import onnx_genai
+
+        steps = onnx_genai.steps(args.folder)
+    for what, compute, limit in steps:
+        say(what=what)
+        say(what=what, distance=compute(), limit=limit)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
