@@ -279,8 +279,8 @@ def check_state(root: Path) -> None:
 
 def _check_rwlock(root: Path, held: Any) -> None:
     """DVC takes a lock for held while any process has the number that is in it."""
-    parts = [held.get(part, {}) for part in ("read", "write")] if isinstance(held, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
+    parts = [held.get(part, {}) for part in ("read", "write")] if isinstance(held, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
         raise _damaged_rwlock(root)
     for holders in (holders for part in parts for holders in part.values()):
         for holder in holders if isinstance(holders, list) else [holders]:
