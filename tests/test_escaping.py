@@ -1,7 +1,7 @@
 """Texts of strangers stay text in Markdown: rendered, they are what they were."""
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -15,6 +15,7 @@ texts = st.text(
 )
 
 
+@settings(deadline=None)
 @given(texts)
 @example(HOSTILE)
 def test_a_text_in_a_line_is_rendered_as_it_is(text: str) -> None:
@@ -23,6 +24,7 @@ def test_a_text_in_a_line_is_rendered_as_it_is(text: str) -> None:
     assert inner.children[0].content == f"a {' '.join(text.split())} b"
 
 
+@settings(deadline=None)
 @given(texts)
 @example("``` x")
 def test_code_in_a_line_is_rendered_as_it_is(text: str) -> None:
@@ -32,6 +34,7 @@ def test_code_in_a_line_is_rendered_as_it_is(text: str) -> None:
     assert found.content.strip() == line
 
 
+@settings(deadline=None)
 @given(texts)
 @example("````\n<b>out</b>\n````")
 def test_a_block_is_rendered_as_it_is(text: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from checkout import DEFAULTS, commit, git
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flows import strictness
@@ -16,6 +16,7 @@ from tasks.errors import ConfigError
 from tasks.validate import gates as judging
 
 RAW = params.read(DEFAULTS)
+BASE = params.check(RAW, "test")
 NAMES = ("accuracy", "perplexity", "size_ratio")
 limits = st.one_of(st.floats(0, 1, width=16), st.sampled_from([math.inf, -math.inf]))
 gates = st.builds(
@@ -30,11 +31,12 @@ releases = st.builds(
 
 
 def _with(release: params.Release, wanted: list[params.Gate], width: float) -> params.Params:
-    base = params.check(RAW, "test")
+    base = BASE
     validated = base.validate_.model_copy(update={"gates": tuple(wanted), "max_half_width": width})
     return base.model_copy(update={"release": release, "validate_": validated})
 
 
+busy = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is slow, not wrong
 policies = st.builds(_with, releases, st.lists(gates, max_size=3), st.floats(0.01, 0.5))
 
 
@@ -42,17 +44,20 @@ def changed(**values: Any) -> params.Params:
     return params.check({**RAW, **{k: {**RAW[k], **v} for k, v in values.items()}}, "test")
 
 
+@busy
 @given(policies)
 def test_a_policy_is_as_strict_as_itself(one: params.Params) -> None:
     assert strictness.loosened(one, one) == []
 
 
+@busy
 @given(policies, policies, policies)
 def test_strictness_is_transitive(one: params.Params, two: params.Params, three: params.Params) -> None:
     if not strictness.loosened(one, two) and not strictness.loosened(two, three):
         assert strictness.loosened(one, three) == []
 
 
+@busy
 @given(policies, policies, st.dictionaries(st.sampled_from(NAMES), st.floats(0, 1, width=16)))
 def test_what_passes_the_stricter_gates_passes_the_others(
     said: params.Params, wanted: params.Params, values: dict[str, float]
@@ -140,3 +145,19 @@ def test_what_a_run_committed_is_not_a_persons_say(root: Path) -> None:
         strictness.check(root, name, changed())
     git(root, "merge", "-q", "runs/b")  # a person takes it over
     strictness.check(root, "HEAD", changed(validate={"gates": []}))
+
+
+def test_a_form_without_gates_makes_no_run(root: Path) -> None:
+    from flows import deployments
+
+    def planned(**form: Any) -> params.Params:
+        chosen = {key.replace("_", ".", 1): value for key, value in form.items()}
+        return deployments._planned(root, "a", "HEAD", deployments._overrides(chosen))
+
+    for form in ({"validate_gates": []}, {"release_approval": "auto"}, {"release_margin": -0.1}):
+        with pytest.raises(ConfigError, match=next(iter(form)).replace("_", r"\.")):
+            planned(**form)
+    stricter = [*RAW["validate"]["gates"], {"name": "accuracy", "at_least": 0.9}]
+    made = planned(validate_gates=stricter, release_separate_duties=True)
+    assert len(made.validate_.gates) == len(stricter)
+    assert made.release.separate_duties
