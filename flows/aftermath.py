@@ -1,4 +1,5 @@
-"""What killed runs left open with the servers, closed: their tasks in Prefect, their runs in MLflow.
+"""What killed runs left open with the servers, closed: their tasks in Prefect, their runs in MLflow. And what suspended
+runs are to be told: the decisions that were made by command while Prefect's server was away.
 
 The next run calls it, and `slmops up` (`python -m flows.aftermath CHECKOUT`) as soon as a run's spool has lost its owner,
 which the kernel tells the moment the run's process ends. That the flow run itself crashed Prefect finds out by its
@@ -24,7 +25,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed
 
-from flows import mlflow_store, spool
+from flows import approval, mlflow_store, spool
 from tasks.errors import PipelineError, StageError
 
 OPEN = [StateType.PENDING, StateType.RUNNING]
@@ -40,6 +41,8 @@ def close(main: Path, say: Callable[[str], None]) -> None:
         for flow_run in spool.left(main):
             if tasks := _crash_tasks(UUID(flow_run)):
                 say(f"Prefect was told that these tasks ended with their run: {', '.join(tasks)}")
+        for line in approval.deliver(main):
+            say(line)
     mlflow_store.deliver_left(main, say)
 
 

@@ -16,24 +16,28 @@ from httpx import TransportError
 from prefect import get_client, runtime
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.responses import SetStateStatus
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput, keyset_from_base_key, read_flow_run_input
 from prefect.logging import get_run_logger
 from prefect.states import AwaitingRetry
 from pydantic import Field
 
-from flows import pages, questions, release, results, workspace
+from flows import audit, pages, questions, release, results, workspace
 from tasks import params
 from tasks.errors import ArtifactError, ConfigError
+from tasks.package import escaping
 
 
 class Decision(RunInput):
     """The approval form."""
 
     decision: Literal["approve", "reject"] = Field(description="approve: it becomes the champion")
-    name: str = Field(title="Your name", description="kept in the history, as is the reason", min_length=1)
-    reason: str = Field(min_length=1)
+    name: str = Field(
+        title="Your name", description="kept in the history, as is the reason", min_length=1,
+        max_length=release.LONGEST_NAME,
+    )  # fmt: skip
+    reason: str = Field(min_length=1, max_length=audit.LONGEST)
     even_if_worse: bool = Field(False, description="approve it although the champion is more accurate")
     even_if_rejected: bool = Field(False, description="approve it although it was rejected before")
 
@@ -42,11 +46,12 @@ def released(main: Path, root: Path) -> str:
     """Register what a finished run made, and release it as the policy says; one line for a person."""
     policy = params.load(root / "params.yaml").release
     registered, said = release.register_if_passed(root, main)
+    asked = root / workspace.QUESTION
     if registered is None or registered.champion:  # nothing passed, or this very bundle is released already
+        asked.unlink(missing_ok=True)  # by command, while the run waited
         return told(said)
     if policy.approval == "auto":
         return told(release.auto_approve(main, registered.name, registered.version, policy.margin))
-    asked = root / workspace.QUESTION
     ask = partial(
         questions.ask, main, registered, policy.expires_hours, asked, flow_run=str(runtime.flow_run.id)
     )  # fmt: skip
@@ -70,14 +75,38 @@ def released(main: Path, root: Path) -> str:
             return told(line)
 
 
-def answer(flow_run: str, **decision: str) -> bool:
-    """Have a suspended flow run go on with a decision that was made elsewhere; whether the server took it."""
+def answer(flow_run: str, **decision: str) -> Literal["taken", "gone", "away"]:
+    """Have a suspended flow run go on with a decision that was made elsewhere: the server took it; no such run waits there
+    any more; or the server does not answer.
+    """
     try:
         with get_client(sync_client=True) as client:
-            taken = client.resume_flow_run(UUID(flow_run), run_input=decision)
-    except (TransportError, PrefectHTTPStatusError):  # it is away, or the run is another server's
-        return False
-    return bool(taken.status == SetStateStatus.ACCEPT)
+            if client.resume_flow_run(UUID(flow_run), run_input=decision).status == SetStateStatus.ACCEPT:
+                return "taken"
+            state = client.read_flow_run(UUID(flow_run)).state
+    except PrefectHTTPStatusError as error:
+        return "gone" if error.response.status_code == 404 else "away"
+    except ObjectNotFound:
+        return "gone"
+    except TransportError:
+        return "away"
+    return "gone" if state and state.is_final() else "away"
+
+
+def deliver(main: Path) -> list[str]:
+    """Tell suspended runs the decisions that were made by command; a line each that heard of it. A question that no run
+    asks any more is settled by that.
+    """
+    said = []
+    for place, question in questions.unsettled(main).items():
+        if decided := question.get("decided"):
+            heard, run = answer(question["flow_run"], **decided), place.parent.parent.name
+            if heard == "taken":
+                said.append(f"told run {run}, which waited for it")
+            elif heard == "gone":
+                place.unlink(missing_ok=True)
+                said.append(f"run {run} waits no longer: Prefect's server has no such run that does")
+    return said
 
 
 def expire(main: Path) -> list[str]:
@@ -98,7 +127,7 @@ def expire(main: Path) -> list[str]:
 
 def _answer(root: Path, shown: dict[str, Any]) -> Decision:
     """What a person answers to the question `shown`; until then the flow is suspended."""
-    refused = f"**Not done: {shown['refused']}**\n\n" if shown["refused"] else ""
+    refused = f"**Not done: {escaping.inline(shown['refused'])}**\n\n" if shown["refused"] else ""
     variants = results.markdown(results.rows(root, params.load(root / "params.yaml")))
     parts = (shown["text"], pages.links(root), "What this run made:", variants)
     # Prefect shows a few lines before one has to scroll: why this file comes first.

@@ -6,7 +6,10 @@ so number and hash of the last line (`Head`) are kept in MLflow too, as a tag of
 `problems` holds the two together. The tags of a version mirror the lines about it.
 
 A decision is written here before it takes effect: killed in between, it can be made again, and nothing was ever
-released without a line. So a torn last line, from a write that was killed, tells of nothing that happened.
+released without a line. So a torn last line, from a write that was killed, tells of nothing that happened. Where
+MLflow refuses what was decided, a line `void` says so: the line that it names counts for nothing.
+
+The record is the truth, and the aliases in MLflow follow it: `standing` is what they must say.
 
 Lines from before there was a chain may stand at the beginning. Nobody can say whether they were changed before
 the first chained line was written; its `previous` is the sha256 of them all, so later changes are found.
@@ -17,8 +20,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,8 @@ HEAD_TAG = "slmops.audit_head"  # of the registered model
 FIRST = "0" * 64
 FIELDS = {"at", "action", "model", "version", "bundle_digest", "by", "reason"}
 CHAIN: Mapping[str, type] = {"seq": int, "previous": str, "hash": str}
+VOID = "void"  # the action of a line that takes back another one, by its number (`voids`)
+LONGEST = 2000  # characters of a reason; MLflow takes a line of 100,000 bytes as a tag
 
 Entry = dict[str, Any]
 
@@ -65,10 +71,12 @@ def place(main: Path) -> Path:
     return main / "registry" / "history.jsonl"
 
 
-def record(
-    client: Any, main: Path, action: str, name: str, version: str, *, digest: str, by: str, reason: str, facts: str = ""
-) -> None:
-    """Write a decision on a version down, and mirror it in MLflow. Call it before anything takes effect.
+@contextmanager
+def decision(
+    client: Any, main: Path, action: str, name: str, version: str, *, digest: str, by: str, reason: str, **more: str
+) -> Iterator[None]:
+    """Write a decision on a version down and mirror it in MLflow; then the body lets it take effect. Should that fail, a
+    line `void` takes it back. `more`: other fields of the line.
 
     Raises:
         ArtifactError: the record was changed, cut off or torn.
@@ -81,35 +89,108 @@ def record(
         "version": version,
         "bundle_digest": digest,
         "by": by,
-        "reason": reason,
-        "facts": facts,
+        "reason": reason if len(reason) <= LONGEST else f"{reason[: LONGEST - 4]} ...",
+        "facts": "",
+        **more,
     }
-    line = append(place(main), entry, heads(client, main, name))
-    head = Head(line["seq"], line["hash"])
-    tags = {"decision": action, "decided_by": by, "decided_at": entry["at"], "decision_reason": reason}
-    for key, value in {f"slmops.audit.{head.count:06}": _canonical(line).decode(), **tags}.items():
+    known = heads(client, main, name)
+    line = append(place(main), entry, known)
+    try:
+        _mirror(client, line)
+        yield
+    except BaseException as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        with suppress(StageError):  # then the aliases tell, which are not what the line says
+            append(
+                place(main),
+                {**entry, "action": VOID, "voids": line["seq"], "by": "slmops", "reason": f"it failed: {said}"},
+                known,
+            )
+        raise
+
+
+def record(client: Any, main: Path, action: str, name: str, version: str, **fields: str) -> None:
+    """A `decision` that has no effect besides."""
+    with decision(client, main, action, name, version, **fields):
+        pass
+
+
+def _mirror(client: Any, line: Entry) -> None:
+    head, name, version = Head(line["seq"], line["hash"]), line["model"], line["version"]
+    tags = {"decision": line["action"], "decided_by": line["by"], "decided_at": line["at"]}
+    tags |= {"decision_reason": line["reason"], f"slmops.audit.{head.count:06}": _canonical(line).decode()}
+    for key, value in tags.items():
         client.set_model_version_tag(name, version, key, value)
     client.set_registered_model_tag(name, HEAD_TAG, head.text())  # last: then all of it is known there
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What the record says of one model: versions, "" for none."""
+
+    champion: str = ""
+    previous: str = ""
+    decided: Entry | None = None  # the line that made the champion
+    digests: Mapping[str, str] = field(default_factory=dict)  # version -> digest of its bundle
+
+
+def standing(lines: Iterable[Entry | None], name: str) -> Standing:
+    """Where a model stands after the lines of the record, oldest first."""
+    found = Standing()
+    for line in effective(lines):
+        if line["model"] != name:
+            continue
+        version, digest = line["version"], line["bundle_digest"]
+        if line["action"] == "register" and found.digests.get(version, digest) != digest:
+            found = Standing()  # the model was made anew in MLflow, where versions count anew
+        digests = {**found.digests, version: digest}
+        if line["action"] in ("approve", "rollback"):
+            before = found.champion if found.champion not in ("", version) else found.previous
+            found = Standing(version, before, line, digests)
+        elif line["action"] == "reject" and version == found.previous:
+            found = Standing(found.champion, "", found.decided, digests)
+        else:
+            found = Standing(found.champion, found.previous, found.decided, digests)
+    return found
+
+
+def effective(lines: Iterable[Entry | None]) -> list[Entry]:
+    """The lines that can be read and were not taken back."""
+    read = [line for line in lines if line]
+    gone = {line.get("voids") for line in read if line["action"] == VOID}
+    return [line for line in read if line["action"] != VOID and ("seq" not in line or line["seq"] not in gone)]
+
+
 def heads(client: Any, main: Path, name: str) -> list[Head]:
-    """How far the record went, as MLflow was told at this model and at each that the record names.
+    """How far the record went, as MLflow was told at this model, at each that the record names, and at each whose bundles
+    lie beside it: where all lines about a model were cut off, the record does not name it.
 
     Raises:
         ArtifactError: a tag was changed by hand.
     """
-    named = {str(entry["model"]) for entry in entries(read(place(main))) if entry}
-    tags = [
-        model.tags.get(HEAD_TAG)
-        for each in sorted(named | {name})
-        for model in client.search_registered_models(f"name = '{each}'")
+    named = {name, *models(main)}
+    marked = client.search_registered_models(f"tags.`{HEAD_TAG}` LIKE '%'", max_results=1000)  # MLflow's most
+    return [
+        parse_head(each.tags[HEAD_TAG]) for each in marked if each.name in named or _beside(client, main, each.name)
     ]
-    return [parse_head(text) for text in tags if text]
+
+
+def models(main: Path) -> list[str]:
+    """The models that the record names."""
+    return sorted({str(entry["model"]) for entry in entries(read(place(main))) if entry})
+
+
+def _beside(client: Any, main: Path, name: str) -> bool:
+    folder = str(main / "registry") + os.sep
+    versions = client.search_model_versions(f"name = '{name}'")
+    return any(str(version.tags.get("bundle", "")).startswith(folder) for version in versions)
 
 
 def decisions(main: Path, name: str, version: str, digest: str) -> list[Entry]:
-    """The lines about one version, oldest first. A model made anew in MLflow counts its versions anew: hence `digest`."""
-    found = filter(None, entries(read(place(main))))
+    """The lines about one version that count, oldest first. A model made anew in MLflow counts its versions anew: hence
+    `digest`.
+    """
+    found = effective(entries(read(place(main))))
     wanted = (name, version, digest)
     return [entry for entry in found if (entry["model"], entry["version"], entry["bundle_digest"]) == wanted]
 
@@ -119,7 +200,7 @@ def read(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-def append(path: Path, entry: Mapping[str, str], heads: Collection[Head] = ()) -> Entry:
+def append(path: Path, entry: Mapping[str, Any], heads: Collection[Head] = ()) -> Entry:
     """Add a line, on the disk when this returns; nothing is added to a record that `problems` finds fault with.
 
     Raises:

@@ -73,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     add("plan", plan, "predict sizes, memory and time before any work")
     add("doctor", doctor, "check that this machine has what is needed")
     add("report", report, "write report.html from the finished stages")
+    sub = registered("ask", ask, "ask the packaged model something; or a registered one")
+    sub.add_argument("text")
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("--version", type=int, metavar="N", help="this registered version, released or not")
+    which.add_argument("--champion", action="store_true", help="the version that is released")
+    sub.add_argument(
+        "--system", metavar="TEXT", help="system prompt (default: the one that all rows of its data share)"
+    )
     add("register", register, "register the packaged model as `candidate`")
     sub = registered("compare", compare, "show a registered version's numbers beside the champion's")
     sub.add_argument("version", type=int)
@@ -237,6 +245,22 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
+def ask(args: argparse.Namespace) -> int:
+    """`slmops ask TEXT`."""
+    from flows import release, workspace
+    from flows.ask import answer
+    from tasks.stage import folder
+
+    if args.champion:
+        _, place = release.champion(*_model(args))
+    elif args.version is not None:
+        place = release.registered_bundle(*_model(args), str(args.version))
+    else:
+        place = folder(workspace.find(Path()), "package")
+    print(answer(place, args.text, args.system))
+    return 0
+
+
 def register(args: argparse.Namespace) -> int:
     """`slmops register`."""
     from flows import release, workspace
@@ -289,17 +313,14 @@ def _wake(main: Path, name: str, args: argparse.Namespace, decision: str) -> Non
     """Let the deployed runs that wait for this decision end."""
     from flows import questions
 
-    for place, question in questions.unsettled(main).items():
-        if (question["name"], question["version"]) != (name, str(args.version)):
-            continue
-        run = place.parent.parent.name
-        if "PREFECT_API_URL" in os.environ:
-            from flows import approval
+    runs = questions.decide(main, name, str(args.version), decision=decision, name=args.by, reason=args.reason)
+    if runs and "PREFECT_API_URL" in os.environ:
+        from flows import approval
 
-            if approval.answer(question["flow_run"], decision=decision, name=args.by, reason=args.reason):
-                print(f"told run {run}, which waited for it")
-                continue
-        print(f"note: run {run} still waits: start `slmops up` and decide the same in its form on Prefect's page")
+        for line in approval.deliver(main):
+            print(line)
+    elif runs:
+        print(f"note: {', '.join(runs)} still waits for it: `slmops up` tells it as soon as it runs")
 
 
 def rollback(args: argparse.Namespace) -> int:

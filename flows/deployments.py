@@ -24,7 +24,19 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Scheduled, State
 from pydantic import BaseModel, Field
 
-from flows import approval, automations, files, locks, pages, pipeline, release, results, versioning, workspace
+from flows import (
+    approval,
+    automations,
+    files,
+    locks,
+    pages,
+    pipeline,
+    release,
+    results,
+    strictness,
+    versioning,
+    workspace,
+)  # fmt: skip
 from tasks import params
 from tasks.errors import ConfigError
 
@@ -284,8 +296,7 @@ def _planned(main: Path, name: str, commit: str, overrides: list[str]) -> params
     workspace.fetch(main, commit)
     committed = workspace.planned(main, name, commit, None, [])[1]
     planned = workspace.planned(main, name, commit, None, overrides)[1]
-    if committed.release.separate_duties and not planned.release.separate_duties:
-        raise ConfigError("release.separate_duties is on in params.yaml, and no single run may switch it off")
+    strictness.check(main, commit, planned)
     if planned.acquire.watch.is_absolute() and planned.acquire.watch != committed.acquire.watch:
         raise ConfigError(
             f"acquire.watch: {planned.acquire.watch} lies outside the workspace, and only params.yaml may name such a place"

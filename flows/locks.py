@@ -8,17 +8,19 @@ is given up for good), hold for runs without a server, and tell who has them.
 import fcntl
 import json
 import os
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
-from flows import versioning
-from tasks.errors import PipelineError
+from flows import processes, versioning
+from tasks.errors import PipelineError, StageError
 
-MARK = "SLMOPS_RUN_PID"
+MARK = "SLMOPS_RUN_PID"  # for a person
+MARK_EXACT = "SLMOPS_RUN"
 ORPHAN_S = versioning.GRACE_S + 5.0  # in which the stage of a killed run ends
 
 
@@ -34,25 +36,23 @@ def locked(root: Path, name: str) -> Iterator[None]:
         Busy: another run holds it; the message names that run.
     """
     path = root / ".runs" / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + ORPHAN_S
-    with path.open("a+") as handle:
+    with opened(path) as handle:
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if _holder_lives(path) or time.monotonic() > deadline:
+                holding = _holder(path)
+                if (holding and _lives(holding)) or time.monotonic() > deadline:
                     raise Busy(_busy(path, root)) from None
             time.sleep(0.1)
-        handle.seek(0)
-        left = handle.read()
+        left = _holder(path)
         if left:  # its run was killed, or it would have emptied the file
             _end_orphans(left)
-        handle.truncate(0)
-        holder = {"name": name, "pid": os.getpid(), "started": datetime.now().isoformat(" ", "seconds")}
-        handle.write(json.dumps(holder))
-        handle.flush()
+        started = datetime.now().isoformat(" ", "seconds")
+        holder = {"name": name, "pid": os.getpid(), "started": started, "process": processes.identity(os.getpid())}
+        _write(handle, path, json.dumps(holder))
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for its stages to join; no other run can take it
         except BlockingIOError:  # the moment between the two locks was another's
@@ -68,9 +68,7 @@ def joined(root: Path, stage: str) -> Iterator[tuple[int, int]]:
     """Hold the workspace with its run while one stage works, in whatever process and on whatever machine. Waits for
     what a killed worker left at work on this stage. Yields descriptors for dvc to keep open, as it may outlive us.
     """
-    path = root / ".runs" / "logs" / f"{stage}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (root / ".runs" / "lock").open() as run, path.open("a") as own:
+    with opened(root / ".runs" / "lock") as run, opened(root / ".runs" / "logs" / f"{stage}.lock") as own:
         fcntl.flock(run, fcntl.LOCK_SH)
         fcntl.flock(own, fcntl.LOCK_EX)
         yield run.fileno(), own.fileno()
@@ -84,57 +82,84 @@ def one_at_a_time(main: Path, model: str, name: str) -> Iterator[None]:
         Busy: another run holds it; the message names that run.
     """
     path = main / ".runs" / "models" / model
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as handle:
+    with opened(path) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = f"run {path.read_text() or '(just starting)'} works on {model}"
+            told = path.read_text(encoding="utf-8", errors="replace")[:200]
+            holder = f"run {told or '(just starting)'} works on {model}"
             raise Busy(f"{holder}: wait for it, or give this run a model of its own (package.name)") from None
-        handle.truncate(0)
-        handle.write(name)
-        handle.flush()
+        _write(handle, path, name)
         try:
             yield
         finally:
             handle.truncate(0)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[FileIO]:
+    """A file to be locked, made where it is missing.
+
+    Raises:
+        StageError: it cannot be: the disk is full or read-only, or it belongs to someone else.
+    """
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = stack.enter_context(path.open("a+b", buffering=0))
+        except OSError as error:
+            raise _unusable(path, error) from None
+        yield handle
+
+
+def _write(handle: FileIO, path: Path, text: str) -> None:
+    """Say in a lock's file who holds it."""
+    try:
+        handle.truncate(0)
+        handle.write(text.encode())
+    except OSError as error:
+        raise _unusable(path, error) from None
+
+
+def _unusable(path: Path, error: OSError) -> StageError:
+    return StageError(
+        f"the lock {path} cannot be taken ({error.strerror}): nothing was begun; see to the disk (`df {path.parent}`) and "
+        "to who may write there, then run again"
+    )
+
+
 def mark() -> None:
-    """Let every process that this one starts carry its id, so that a later run can tell whose orphan it is."""
-    os.environ[MARK] = str(os.getpid())
+    """Let every process that this one starts carry who it is, so that a later run can tell whose orphan it is."""
+    os.environ[MARK], os.environ[MARK_EXACT] = str(os.getpid()), processes.identity(os.getpid())
 
 
-def _end_orphans(left: str) -> None:
+def _end_orphans(left: dict[str, Any]) -> None:
     """End what a killed run left behind: Prefect's server, which would go on for ever. Its stage has ended: dvc, which
     holds the lock too, is ended with it (see versioning.py).
     """
-    try:
-        wanted = f"{MARK}={json.loads(left)['pid']}".encode()
-    except (ValueError, KeyError):
-        return  # killed in the middle of the line
-    for entry in Path("/proc").glob("[0-9]*"):  # empty where there is no such thing
-        try:
-            if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                os.kill(int(entry.name), signal.SIGTERM)
-        except (PermissionError, FileNotFoundError, ProcessLookupError):
-            continue  # someone else's, or it ended meanwhile
+    if left.get("process"):
+        processes.end_marked(f"{MARK_EXACT}={left['process']}")
 
 
-def _holder_lives(path: Path) -> bool:
+def _holder(path: Path) -> dict[str, Any] | None:
+    """Who holds a workspace, as its lock's file tells; None where it does not: it is empty, being written, or was damaged."""
     try:
-        return Path(f"/proc/{json.loads(path.read_text())['pid']}").exists() or not Path("/proc").exists()
-    except ValueError:
-        return False  # it is just writing that line, or someone looks whether the lock is held
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.keys() >= {"name", "pid", "started"} else None
+
+
+def _lives(holder: dict[str, Any]) -> bool:
+    return processes.lives(str(holder.get("process"))) or not processes.PROC.exists()
 
 
 def _busy(path: Path, root: Path) -> str:
     advice = "wait for it, or use `slmops run --worktree`"
-    try:
-        holder = json.loads(path.read_text())
-    except ValueError:
+    holder = _holder(path)
+    if holder is None:
         return f"another run works in {root}: {advice}"
-    who = f"process {holder['pid']}" + ("" if _holder_lives(path) else " was killed, but its stage still works")
+    who = f"process {holder['pid']}" + ("" if _lives(holder) else " was killed, but its stage still works")
     return f"run {holder['name']} works in {root} since {holder['started']} ({who}): {advice}"
 
 

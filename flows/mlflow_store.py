@@ -1,16 +1,18 @@
 """Where MLflow is, and what delivers to it what spools hold: idempotent, so that a record told twice counts once."""
 
 import os
+import sqlite3
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from flows import spool
-from tasks.errors import ConfigError, StageError
+from tasks.errors import ArtifactError, ConfigError, StageError
 
 EXPERIMENT = "slmops"
 PASSING = {401, 403, 408, 429}  # a password, a host's name, a moment: nothing that the record itself is refused for
@@ -38,11 +40,14 @@ def uri(main: Path) -> str:
 
 
 def check_server(where: str) -> None:
-    """Ask a tracking server for its health, before any work starts.
+    """Ask a tracking server for its health, or look at the database in its place, before any work starts.
 
     Raises:
         StageError: it does not answer within seconds.
+        ArtifactError: the database is damaged, or no file.
     """
+    if where.startswith("sqlite:///"):
+        _check_database(Path(where.removeprefix("sqlite:///")))
     if not where.startswith(("http://", "https://")):
         return
     try:
@@ -50,6 +55,19 @@ def check_server(where: str) -> None:
             answer.read()
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise down(where, getattr(error, "reason", error)) from None
+
+
+def _check_database(file: Path) -> None:
+    if not file.exists():
+        return  # MLflow makes it
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.DatabaseError as error:
+        raise ArtifactError(
+            f"MLflow's database {file} cannot be read ({error}): bring it back from a backup. Moved away, it is made anew, "
+            "without the runs and the registered models that it knew; registry/history.jsonl tells what was released"
+        ) from None
 
 
 def down(where: str, why: object) -> StageError:

@@ -13,6 +13,7 @@ from uuid import uuid4
 from flows import audit, files, registry, release, workspace
 from tasks.errors import ArtifactError
 
+ASKED = {"id", "flow_run", "name", "version", "digest", "champion", "decisions", "hours", "expires"}
 GRACE = timedelta(minutes=10)  # in which an answer that was given in time reaches the registry
 
 
@@ -52,10 +53,34 @@ def unsettled(main: Path) -> dict[Path, dict[str, Any]]:
     found = {}
     for place in sorted((main / ".runs").glob(f"*/{workspace.QUESTION}")):
         try:
-            found[place] = json.loads(place.read_bytes())
+            question = json.loads(place.read_bytes())
         except FileNotFoundError:
             continue  # settled at this moment
+        except ValueError:
+            question = None
+        if not isinstance(question, dict) or not question.keys() >= ASKED:
+            raise ArtifactError(
+                f"{place} is damaged: delete it, and resume its run on Prefect's page, which asks again"
+            )
+        found[place] = question
     return found
+
+
+def decide(main: Path, model: str, version: str, **decision: str) -> list[str]:
+    """Note a decision that was made by command in the questions about that version, for their runs to be told; the names
+    of these runs.
+    """
+    waiting = []
+    for place, question in unsettled(main).items():
+        if (question["name"], question["version"]) == (model, version):
+            files.write(place, json.dumps(question | {"decided": decision}))
+            waiting.append(place.parent.parent.name)
+    return waiting
+
+
+def untold(main: Path) -> bool:
+    """Does a run wait that was not told yet of a decision by command?"""
+    return any("decided" in question for question in unsettled(main).values())
 
 
 def expire(main: Path, ended: Container[str] = ()) -> list[str]:

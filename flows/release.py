@@ -7,11 +7,12 @@ bundles and the record of every decision (`audit`), which the tags of model and 
 
 Rules: what did not pass is not registered; a version known to be worse than the champion, or rejected before, is
 approved only by someone who says so; the policy approves only what nobody has decided on. A decision is on record
-before an alias moves, so that one that was stopped in between can be made again.
+before an alias moves, so that one that was stopped in between can be made again. What is champion the record says: where
+MLflow's aliases say otherwise, neither the policy nor a rollback goes on, and a person's approval puts them right.
 """
 
 import getpass
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tasks.stage import folder
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 INSTEAD = "instead of version "  # in the record of a rollback
+LONGEST_NAME = 200  # characters; of a reason: audit.LONGEST
 POLICY = "policy"  # who approves where no person does
 
 
@@ -71,8 +73,8 @@ def register(root: Path, main: Path, by: str | None = None, *, separate_duties: 
     with registry.opened(main) as client:
         version = registry.by_digest(client, bundle.name, digest)
         fresh = version is None
+        place = registry.place(source, main / "registry" / bundle.name / digest[:12])
         if version is None:
-            place = registry.place(source, main / "registry" / bundle.name / digest[:12])
             tags = {
                 "bundle_digest": digest,
                 "bundle": str(place),
@@ -87,12 +89,16 @@ def register(root: Path, main: Path, by: str | None = None, *, separate_duties: 
         decided = audit.decisions(main, bundle.name, version, digest)
         if not decided:  # new, or stopped before it was on record
             who = _signed(by, "starts a run")[0] if by else getpass.getuser()
-            audit.record(client, main, "register", bundle.name, version, digest=digest, by=who, reason=bundle.reason)
+            code = registry.find_version(client, bundle.name, version).tags.get("code_digest")
+            known = {"code_digest": str(code)} if code else {}  # none: a version from before there was one
+            audit.record(
+                client, main, "register", bundle.name, version, digest=digest, by=who, reason=bundle.reason, **known
+            )
         last = decided[-1]["action"] if decided else "register"
         newest = registry.aliased(client, bundle.name, CANDIDATE) or version
         if last == "register" and int(newest) <= int(version):
             client.set_registered_model_alias(bundle.name, CANDIDATE, version)
-        champion = registry.aliased(client, bundle.name, CHAMPION) == version
+        champion = registry.aliased(client, bundle.name, CHAMPION) == version == _standing(main, bundle.name).champion
         return Registered(bundle.name, version, digest, fresh, last == "reject", champion)
 
 
@@ -116,7 +122,7 @@ def compare(main: Path, name: str, version: str) -> Comparison:
         StageError: the MLflow server does not answer.
     """
     with registry.opened(main) as client:
-        return _compare(client, name, registry.find_version(client, name, version))
+        return _compare(client, main, name, registry.find_version(client, name, version))
 
 
 def approve(
@@ -153,7 +159,7 @@ def approve(
                 f"{by} started the run of {name} version {version} and may not approve it: someone else must "
                 "(release.separate_duties)"
             )
-        known = str(found.tags["bundle_digest"])
+        known = registry.tag(found, "bundle_digest")
         if digest is not None and (len(digest) < 12 or not known.startswith(digest)):
             raise ArtifactError(
                 f"{name} version {version} is bundle {known[:12]}, and the decision was on {digest[:12]}: look at it again"
@@ -168,7 +174,7 @@ def approve(
                 f"{name} version {version} was rejected by {last['by']} ({last['reason']}): "
                 "--even-if-rejected approves it all the same"
             )
-        seen = _compare(client, name, found)
+        seen = _compare(client, main, name, found)
         if expected_champion is not None and seen.champion not in (expected_champion, version):
             raise ConfigError(
                 f"the champion of {name} is {_which(seen.champion)} now, and the decision was made beside "
@@ -196,10 +202,12 @@ def auto_approve(main: Path, name: str, version: str, margin: float) -> str:
     """
     with registry.opened(main) as client:
         found = registry.find_version(client, name, version)
-        seen = _compare(client, name, found)
+        refused = f"{name} version {version} is not approved by the policy: "
+        if wrong := _differences(client, main, name):
+            return f"{refused}{'; '.join(wrong)}: {_way_out(main, name)}"
+        seen = _compare(client, main, name, found)
         if seen.champion == version:
             return f"{name} version {version} is the champion already"
-        refused = f"{name} version {version} is not approved by the policy: "
         if found.tags.get("verdict") != "pass":
             return f"{refused}its verdict is {found.tags.get('verdict')}"
         last = _last(main, name, found)
@@ -222,12 +230,12 @@ def reject(main: Path, name: str, version: str, by: str, reason: str) -> str:
     by, reason = _signed(by, reason)
     with registry.opened(main) as client:
         found = registry.find_version(client, name, version)
-        if registry.aliased(client, name, CHAMPION) == version:
+        if version in (registry.aliased(client, name, CHAMPION), _standing(main, name).champion):
             raise ConfigError(f"{name} version {version} is the champion: `slmops rollback` takes it back")
         last = _last(main, name, found)
         if (last["action"], last["by"], last["reason"]) == ("reject", by, reason):  # told twice: here and in the form
             return f"{name} version {version} is rejected already"
-        record_rejection(client, main, name, version, str(found.tags["bundle_digest"]), by, reason)
+        record_rejection(client, main, name, version, registry.tag(found, "bundle_digest"), by, reason)
     return f"{name} version {version} is rejected"
 
 
@@ -237,46 +245,150 @@ def record_rejection(client: Any, main: Path, name: str, version: str, digest: s
     Raises:
         ArtifactError: the record is damaged.
     """
-    audit.record(client, main, "reject", name, version, digest=digest, by=by, reason=reason)
-    for alias in (CANDIDATE, PREVIOUS):
-        if registry.aliased(client, name, alias) == version:
-            client.delete_registered_model_alias(name, alias)
+    with audit.decision(client, main, "reject", name, version, digest=digest, by=by, reason=reason):
+        for alias in (CANDIDATE, PREVIOUS):
+            if registry.aliased(client, name, alias) == version:
+                client.delete_registered_model_alias(name, alias)
 
 
 def rollback(main: Path, name: str, by: str, reason: str) -> str:
-    """Swap champion and previous, whichever is better; one line for a person.
+    """Swap champion and previous, whichever is better; one line for a person. One that was stopped is finished.
 
     Raises:
         ConfigError: there is no previous champion, or name or reason is empty.
-        ArtifactError: its bundle moved or changed, or the record is damaged.
+        ArtifactError: its bundle moved or changed, the record is damaged, or MLflow's aliases are not what it says.
         StageError: the MLflow server does not answer.
     """
     by, reason = _signed(by, reason)
     with registry.opened(main) as client:
-        champion, previous = registry.aliased(client, name, CHAMPION), registry.aliased(client, name, PREVIOUS)
-        if champion and champion == previous and (taken := _taken_back(main, name, champion)):
-            client.set_registered_model_alias(name, PREVIOUS, taken)
-            return f"{name} version {champion} is the champion again, version {taken} the previous one"
-        if not champion or not previous or champion == previous:
+        now = _expected(client, main, name)
+        champion, previous = now.champion, now.previous
+        if wrong := _differences(client, main, name):
+            if now.decided is None or now.decided["action"] != "rollback":
+                raise ArtifactError(f"{name} is not rolled back: {'; '.join(wrong)}: {_way_out(main, name)}")
+            _released_bundle(client, main, name, champion)
+            _settle(client, main, name)
+            return f"{name} version {champion} is the champion again, version {previous} the previous one"
+        if not previous:
             raise ConfigError(
                 f"{name} has no previous champion to go back to: `slmops history` shows what was released"
             )
-        digest, _ = registry.intact(registry.find_version(client, name, previous))
+        digest = _released_bundle(client, main, name, previous)
         facts = f"{INSTEAD}{champion}"
-        audit.record(client, main, "rollback", name, previous, digest=digest, by=by, reason=reason, facts=facts)
-        client.set_registered_model_alias(name, CHAMPION, previous)
-        client.set_registered_model_alias(name, PREVIOUS, champion)
+        with audit.decision(client, main, "rollback", name, previous, digest=digest, by=by, reason=reason, facts=facts):
+            client.set_registered_model_alias(name, CHAMPION, previous)
+        _settle(client, main, name)
     return f"{name} version {previous} is the champion again, version {champion} the previous one"
 
 
-def _taken_back(main: Path, name: str, champion: str) -> str | None:
-    """The version that a rollback to `champion` took back, if that is the newest decision on the model: it was stopped
-    between its two steps.
+def champion(main: Path, name: str) -> tuple[str, Path]:
+    """The version that is released, and its bundle, all of it held against the record.
+
+    Raises:
+        ConfigError: nothing was released yet.
+        ArtifactError: its bundle or code moved or changed, the record is damaged, or MLflow's aliases are not what it says.
+        StageError: the MLflow server does not answer.
     """
-    decided = [each for each in _decisions(main) if each["model"] == name]
-    if not decided or (decided[-1]["action"], decided[-1]["version"]) != ("rollback", champion):
-        return None
-    return str(decided[-1]["facts"]).removeprefix(INSTEAD)
+    with registry.opened(main) as client:
+        path = audit.place(main)
+        audit.check(path, audit.problems(audit.read(path), audit.heads(client, main, name)))
+        if wrong := _differences(client, main, name):
+            raise ArtifactError(f"{'; '.join(wrong)}: {_way_out(main, name)}")
+        version = _standing(main, name).champion
+        if not version:
+            raise ConfigError(f"{name} has no champion: `slmops approve` releases a version")
+        _released_bundle(client, main, name, version)
+        return version, Path(registry.tag(registry.find_version(client, name, version), "bundle"))
+
+
+def registered_bundle(main: Path, name: str, version: str) -> Path:
+    """The bundle of a version, released or not, held against what was registered.
+
+    Raises:
+        ConfigError: there is no such version.
+        ArtifactError: its bundle or code moved or changed.
+        StageError: the MLflow server does not answer.
+    """
+    with registry.opened(main) as client:
+        found = registry.find_version(client, name, version)
+        _intact(main, name, found)
+        return Path(registry.tag(found, "bundle"))
+
+
+def _standing(main: Path, name: str) -> audit.Standing:
+    return audit.standing(audit.entries(audit.read(audit.place(main))), name)
+
+
+def _expected(client: Any, main: Path, name: str) -> audit.Standing:
+    """`_standing`, with no previous champion where that version was deleted in MLflow: there is no way back to it."""
+    now = _standing(main, name)
+    try:
+        registry.find_version(client, name, now.previous)
+    except ConfigError:
+        return replace(now, previous="")
+    return now
+
+
+def _differences(client: Any, main: Path, name: str) -> list[str]:
+    """Where MLflow's aliases say something else than the record; empty: nowhere."""
+    now, found = _expected(client, main, name), []
+    for alias, wanted in ((CHAMPION, now.champion), (PREVIOUS, now.previous)):
+        there = registry.aliased(client, name, alias) or ""
+        if there != wanted:
+            found.append(f"MLflow's {alias} of {name} is {_which(there)}, and the record's {_which(wanted)}")
+        elif there:
+            digest = registry.tag(registry.find_version(client, name, there), "bundle_digest")
+            if digest != now.digests.get(there):
+                found.append(
+                    f"MLflow has {name} version {there} as bundle {digest[:12]}, and the record as "
+                    f"{now.digests.get(there, 'none')[:12]}"
+                )
+    return found
+
+
+def _way_out(main: Path, name: str) -> str:
+    """What to do about `_differences`."""
+    now = _standing(main, name)
+    moved = "someone moved it by hand, or a decision was stopped in the middle"
+    if not now.champion:
+        return f"{moved}: delete that alias in MLflow, or `slmops approve` a version"
+    if now.decided and now.decided["action"] == "rollback":
+        return f"{moved}: the same `slmops rollback` again makes MLflow agree with the record"
+    return (
+        f"{moved}: `slmops approve {now.champion}` again makes MLflow agree with the record, or approve another version"
+    )
+
+
+def _settle(client: Any, main: Path, name: str) -> None:
+    """Have MLflow's aliases say what the record says."""
+    now = _expected(client, main, name)
+    for alias, wanted in ((CHAMPION, now.champion), (PREVIOUS, now.previous)):
+        there = registry.aliased(client, name, alias) or ""
+        if wanted and there != wanted:
+            client.set_registered_model_alias(name, alias, wanted)
+        elif there and not wanted:
+            client.delete_registered_model_alias(name, alias)
+
+
+def _released_bundle(client: Any, main: Path, name: str, version: str) -> str:
+    """The digest of the bundle of a version that was released, held against the record."""
+    digest, _ = _intact(main, name, registry.find_version(client, name, version))
+    known = _standing(main, name).digests.get(version)
+    if digest != known:
+        raise ArtifactError(
+            f"{name} version {version} was released as bundle {str(known)[:12]}, and MLflow has it as {digest[:12]}: set "
+            "its tags bundle and bundle_digest back"
+        )
+    return digest
+
+
+def _intact(main: Path, name: str, found: Any) -> tuple[str, Bundle]:
+    """`registry.intact`, and the code that MLflow keeps held against the record too."""
+    digest, bundle = registry.intact(found)
+    for line in audit.decisions(main, name, str(found.version), digest):
+        if "code_digest" in line:
+            registry.check_code(main, found, line["code_digest"])
+    return digest, bundle
 
 
 def history(main: Path, name: str) -> str:
@@ -301,31 +413,47 @@ def started_by(main: Path, name: str, version: str) -> str | None:
 
 
 def _decisions(main: Path) -> list[audit.Entry]:
-    """All lines of the record that can be read, oldest first."""
-    return [entry for entry in audit.entries(audit.read(audit.place(main))) if entry]
+    """All lines of the record that can be read and count, oldest first."""
+    return audit.effective(audit.entries(audit.read(audit.place(main))))
 
 
 def verify_audit(main: Path, name: str) -> str:
     """Hold the record against its own chain and against what MLflow knows of it; one line for a person.
 
     Raises:
-        ArtifactError: a line was edited, removed, added, cut off or torn; names each by its number.
+        ArtifactError: a line was edited, removed, added, cut off or torn (names each by its number), or what MLflow says is
+            released, or the code that it would run, is not what the record says.
     """
     path, content = audit.place(main), audit.read(audit.place(main))
     try:
         with registry.opened(main) as client:
             content = audit.read(path)
             heads = audit.heads(client, main, name)
+            audit.check(path, audit.problems(content, heads) or audit.unconfirmed(content, heads))
+            for each in {name, *audit.models(main)}:
+                _verify_released(client, main, each)
     except StageError as error:
         if found := audit.problems(content):
             audit.check(path, [*found, f"besides, MLflow could not be asked ({error}): remove nothing before it was"])
         beside = f"; MLflow could not be asked, so a cut-off end would not be seen ({error})"
     else:
-        audit.check(path, audit.problems(content, heads) or audit.unconfirmed(content, heads))
         beside = ", as MLflow knows it"
+    if not content:
+        return f"{path}: nothing was decided yet{beside}"
     old = audit.unchained(content)
     before = f"; lines 1 to {old} are from before there was a chain and could have been changed then" if old else ""
     return f"{path}: {len(audit.entries(content))} lines, nothing changed{beside}{before}"
+
+
+def _verify_released(client: Any, main: Path, name: str) -> None:
+    if wrong := _differences(client, main, name):
+        raise ArtifactError(f"{'; '.join(wrong)}: {_way_out(main, name)}")
+    now = _expected(client, main, name)
+    for version in filter(None, (now.champion, now.previous)):
+        found = registry.find_version(client, name, version)
+        for line in audit.decisions(main, name, version, now.digests[version]):
+            if "code_digest" in line:
+                registry.check_code(main, found, line["code_digest"])
 
 
 def _signed(by: str, reason: str) -> tuple[str, str]:
@@ -333,6 +461,9 @@ def _signed(by: str, reason: str) -> tuple[str, str]:
     by, reason = " ".join(by.split()), " ".join(reason.split())
     if not by or not reason:
         raise ConfigError("--by and --reason must not be empty: they are the record of who released what and why")
+    for option, text, most in (("--by", by, LONGEST_NAME), ("--reason", reason, audit.LONGEST)):
+        if len(text) > most:
+            raise ConfigError(f"{option} has {len(text)} characters: write at most {most}")
     if by.casefold() == POLICY:
         raise ConfigError(f"--by {by} is how the record names what no person decided: give your name")
     if not (by + reason).isprintable():
@@ -344,41 +475,47 @@ def _which(champion: str) -> str:
     return f"version {champion}" if champion else "none"
 
 
-def _compare(client: Any, name: str, found: Any) -> Comparison:
-    digest, ours = registry.intact(found)
-    champion = registry.aliased(client, name, CHAMPION) or ""
-    theirs = _manifest(registry.find_version(client, name, champion)) if champion else None
-    return comparison.compare(str(found.version), digest, ours, champion, theirs)
+def _compare(client: Any, main: Path, name: str, found: Any) -> Comparison:
+    """Beside the champion; a version that is it on record, and not yet in MLflow, beside the one before it."""
+    digest, ours = _intact(main, name, found)
+    now, version = _standing(main, name), str(found.version)
+    unfinished = now.champion == version and registry.aliased(client, name, CHAMPION) != version
+    champion = now.previous if unfinished else now.champion
+    theirs = _manifest(client, name, champion) if champion else None
+    return comparison.compare(version, digest, ours, champion, theirs)
 
 
-def _manifest(version: Any) -> Bundle | None:
+def _manifest(client: Any, name: str, champion: str) -> Bundle | None:
     """What the champion's bundle tells; None if it is not there as registered, which must not keep it champion."""
-    place = Path(version.tags["bundle"])
     try:
-        return load(place) if bundle_digest(place) == version.tags["bundle_digest"] else None
-    except ArtifactError:
+        version = registry.find_version(client, name, champion)
+        place = Path(registry.tag(version, "bundle"))
+        return load(place) if bundle_digest(place) == registry.tag(version, "bundle_digest") else None
+    except (ArtifactError, ConfigError):
         return None
 
 
 def _release(client: Any, main: Path, name: str, seen: Comparison, by: str, reason: str, facts: str) -> str:
-    """Make a version, about which all was asked, the champion."""
-    version, champion = seen.version, seen.champion
-    if champion == version:
+    """Make a version, about which all was asked, the champion; whatever was wrong with MLflow's aliases is right then."""
+    version = seen.version
+    if seen.champion == version:
+        _settle(client, main, name)
         return f"{name} version {version} is the champion already"
-    audit.record(client, main, "approve", name, version, digest=seen.digest, by=by, reason=reason, facts=facts)
-    if champion:
-        client.set_registered_model_alias(name, PREVIOUS, champion)
-    client.set_registered_model_alias(name, CHAMPION, version)
+    fields = {"digest": seen.digest, "by": by, "reason": reason, "facts": facts}
+    with audit.decision(client, main, "approve", name, version, **fields):
+        client.set_registered_model_alias(name, CHAMPION, version)
+    _settle(client, main, name)
     if registry.aliased(client, name, CANDIDATE) == version:
         client.delete_registered_model_alias(name, CANDIDATE)
-    before = f", version {champion} the previous one" if champion else ""
+    previous = _expected(client, main, name).previous
+    before = f", version {previous} the previous one" if previous else ""
     return f"{name} version {version} is the champion{before}; {facts}"
 
 
 def _last(main: Path, name: str, found: Any) -> audit.Entry:
     """The newest decision on a version."""
     version = str(found.version)
-    decided = audit.decisions(main, name, version, found.tags["bundle_digest"])
+    decided = audit.decisions(main, name, version, registry.tag(found, "bundle_digest"))
     if not decided:
         raise ArtifactError(
             f"{audit.place(main)} does not tell of {name} version {version}: `slmops audit verify`, or `slmops register` "

@@ -1,13 +1,15 @@
 """The code behind `mlflow.pyfunc.load_model("models:/NAME@champion")`. MLflow copies this file and runs it there.
 
 It stands alone: the standard library, MLflow and the bundle's own runtime. The registered model holds no
-weights, only a pointer to the bundle and its digest; loading checks every file of the bundle against it.
+weights, only a pointer to the bundle and its digest; loading checks every file of the bundle against it, and opens none
+that it does not list. Where the record of decisions lies beside the bundle, it also asks that: what nobody approved, or
+somebody rejected, is loaded only with `model_config={"unreleased": True}`.
 """
 
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from mlflow.pyfunc import PythonModel
 
 Messages = list[dict[str, str]]
 MAX_TOKENS = 256
+UNLISTED = {"bundle.json", "report.json", "manifest.json"}  # of a bundle's folder
 
 
 def conversations(asked: Any) -> list[Messages]:
@@ -43,7 +46,7 @@ def check_bundle(folder: Path, digest: str) -> dict[str, Any]:
     """The bundle's manifest, after its files were held against it.
 
     Raises:
-        ValueError: the bundle moved or changed.
+        ValueError: the bundle moved or changed, or a file is there that it does not list.
     """
     path = folder / "bundle.json"
     if not path.is_file():
@@ -53,19 +56,84 @@ def check_bundle(folder: Path, digest: str) -> dict[str, Any]:
     if _sha256(path) != digest:
         raise ValueError(f"{path} is not the one that was registered (its sha256 is not {digest})")
     bundle: dict[str, Any] = json.loads(path.read_bytes())
-    changed = [
-        name
+    present = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()} - UNLISTED
+    wrong = [f"unexpected {name}" for name in sorted(present - bundle["files"].keys())]
+    wrong += [
+        f"missing or changed {name}"
         for name, file in bundle["files"].items()
         if not (folder / name).is_file() or _sha256(folder / name) != file["sha256"]
     ]
-    if changed:
-        raise ValueError(f"the bundle {folder} is damaged: missing or changed {', '.join(changed)}")
+    if wrong:
+        raise ValueError(
+            f"the bundle {folder} is damaged ({'; '.join(wrong)[:500]}): `slmops register` the finished run again mends it"
+        )
     return bundle
+
+
+def weights(bundle: Mapping[str, Any]) -> str:
+    """What to load of a checked bundle, relative to its folder: the one GGUF file that the chosen variant's first target
+    lists, or else that target's folder `model`.
+
+    Raises:
+        ValueError: it lists several.
+    """
+    target = bundle["variants"][bundle["chosen"]][0]
+    listed = [name for name in bundle["files"] if name.startswith(f"{target}/") and name.endswith(".gguf")]
+    if len(listed) > 1:
+        raise ValueError(f"the bundle lists several GGUF files for {target}: {', '.join(listed)[:200]}")
+    return listed[0] if listed else f"{target}/model"
+
+
+def check_released(folder: Path, digest: str) -> None:
+    """Hold the bundle `folder` against the record of decisions beside it, where there is one.
+
+    Raises:
+        ValueError: nobody approved it, or somebody rejected it.
+    """
+    path = folder.parent.parent / "history.jsonl"
+    if not path.is_file():
+        return
+    lines = _record(path)
+    gone = {line.get("voids") for line in lines if line.get("action") == "void"}
+    lines = [line for line in lines if line.get("action") != "void" and ("seq" not in line or line["seq"] not in gone)]
+    ours = [line for line in lines if line.get("bundle_digest") == digest]
+    if not ours or ours[-1].get("action") not in ("approve", "rollback"):
+        last = ours[-1].get("action") if ours else "missing"
+        raise ValueError(
+            f"{folder} is not released: the last line about it in {path} is {last}. Where an alias points at it, "
+            '`slmops audit verify` tells why; model_config={"unreleased": True} loads it all the same'
+        )
+    model = ours[-1].get("model")
+    *_, now = [line for line in lines if line.get("model") == model and line.get("action") in ("approve", "rollback")]
+    if now.get("bundle_digest") != digest:
+        told = f"{folder} is not the champion: that is version {now.get('version')} of {model}, as {path} has it"
+        warnings.warn(told, stacklevel=2)
+
+
+def _record(path: Path) -> list[dict[str, Any]]:
+    """The lines that can be read: a torn or edited one is for `slmops audit verify` to tell."""
+    found = []
+    for text in path.read_bytes().split(b"\n"):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            found.append(line)
+    return found
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def answerer(folder: Path, bundle: Mapping[str, Any]) -> Callable[[Messages], str]:
+    """What answers a conversation with the weights of a checked bundle, greedily, by its own template."""
+    length = bundle["targets"][bundle["variants"][bundle["chosen"]][0]]["context_length"]
+    found = weights(bundle)
+    load = _gguf if found.endswith(".gguf") else _onnx
+    return load(folder / found, length)
 
 
 def _gguf(path: Path, context: int) -> Callable[[Messages], str]:
@@ -112,13 +180,16 @@ with warnings.catch_warnings(record=True):
 
         def load_context(self, context: Any) -> None:
             """Check the bundle and load its weights."""
-            pointer = json.loads(Path(context.artifacts["pointer"]).read_bytes())
+            path = Path(context.artifacts["pointer"])
+            pointer = json.loads(path.read_bytes())
+            code = path.parent.parent / "served_model.py"
+            if "code" in pointer and _sha256(code) != pointer["code"]:
+                raise ValueError(f"{code} was changed since it was registered: `slmops audit verify` tells what to do")
             folder = Path(pointer["folder"])
             bundle = check_bundle(folder, pointer["digest"])
-            target = bundle["variants"][bundle["chosen"]][0]
-            length = bundle["targets"][target]["context_length"]
-            weights = sorted((folder / target).glob("*.gguf"))
-            self._answer = _gguf(weights[0], length) if weights else _onnx(folder / target / "model", length)
+            if not (context.model_config or {}).get("unreleased"):
+                check_released(folder, pointer["digest"])
+            self._answer = answerer(folder, bundle)
 
         def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
             """One answer (text) a conversation."""

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from flows import files, server_env, spool, supervise
+from flows import files, questions, server_env, spool, supervise
 from flows.server_env import MLFLOW_SECRET, MLFLOW_USER, PREFECT, PREFECT_SECRET, Options
 from tasks.errors import ConfigError, PipelineError
 
@@ -226,7 +226,7 @@ def _closer(main: Path, env: dict[str, str]) -> Callable[[], None]:
             if said not in ("", told):  # the same trouble is told once
                 _tell(said)
             told = said
-        if process is None and time.monotonic() - tried > CLOSE_S and spool.left(main):
+        if process is None and time.monotonic() - tried > CLOSE_S and (spool.left(main) or questions.untold(main)):
             tried = time.monotonic()
             command = [sys.executable, "-m", "flows.aftermath", str(main)]
             process = subprocess.Popen(

@@ -263,7 +263,7 @@ def check_state(root: Path) -> None:
     if not (root / "dvc.yaml").is_file() or not (root / ".dvc").is_dir():
         raise ConfigError(f"{root} is no workspace (dvc.yaml or .dvc is missing): run from a checkout of slmops")
     try:
-        json.loads((root / ".dvc/tmp/rwlock").read_bytes())
+        _check_rwlock(root, json.loads((root / ".dvc/tmp/rwlock").read_bytes()))
     except FileNotFoundError:
         pass
     except ValueError:
@@ -276,6 +276,26 @@ def check_state(root: Path) -> None:
         raise _damaged_lock(root) from None
     if not isinstance(found, dict) or "schema" not in found:
         raise _damaged_lock(root)
+
+
+def _check_rwlock(root: Path, held: Any) -> None:
+    """DVC takes a lock for held while any process has the number that is in it."""
+    parts = [held.get(part, {}) for part in ("read", "write")] if isinstance(held, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise _damaged_rwlock(root)
+    for holders in (holders for part in parts for holders in part.values()):
+        for holder in holders if isinstance(holders, list) else [holders]:
+            try:
+                command = (Path("/proc") / str(int(holder["pid"])) / "cmdline").read_bytes()
+            except OSError:
+                continue  # it is gone, and DVC sees that itself
+            except (TypeError, KeyError, ValueError):
+                raise _damaged_rwlock(root) from None
+            if b"dvc" not in command:
+                raise ArtifactError(
+                    f"{root / '.dvc/tmp/rwlock'} is held by process {holder['pid']}, a number that another program has by "
+                    "now: delete that file, no work is lost"
+                )
 
 
 def interrupt(root: Path) -> None:

@@ -300,11 +300,24 @@ def prune(main: Path, names: Sequence[str] = ()) -> list[str]:
         if known[name].state == "running":
             raise ConfigError(f"run {name} still works: stop it first")
         if known[name].state == "waiting":
+            if _decided(known[name].folder):
+                raise ConfigError(
+                    f"what run {name} registered is decided on, and its flow run on Prefect's server still has to be told: "
+                    "`slmops up` does that within seconds, then prune again"
+                )
             raise ConfigError(f"run {name} waits for approval: approve or reject what it registered first")
     chosen = list(names) or [run.name for run in known.values() if run.state == "finished"]
     for name in chosen:
         discard(main, name, branch=known[name].state != "finished")
     return chosen
+
+
+def _decided(root: Path) -> bool:
+    """Was the question of the run in `root` answered by command, and its flow run is still to be told?"""
+    try:
+        return "decided" in json.loads((root / QUESTION).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def retire(main: Path, keep: int) -> list[str]:
@@ -324,7 +337,7 @@ def retire(main: Path, keep: int) -> list[str]:
 def discard(main: Path, name: str, *, branch: bool) -> None:
     """Remove a worktree, and its branch where the run left no commit on it. One that is gone already is in order."""
     root = main / ".runs" / name
-    with (main / ".runs" / "prune.lock").open("w") as lock:
+    with locks.opened(main / ".runs" / "prune.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two runs may end at once
         if not root.exists():
             return

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -380,6 +380,8 @@ def check(raw: dict[str, Any], where: str) -> Params:
     Raises:
         ConfigError: lists every problem with its key path.
     """
+    if keys := list(_with_nul(raw)):  # no path, name or prompt can hold it, and the system says so only when it is used
+        raise ConfigError(f"{where}: {', '.join(keys)[:200]}: holds the character NUL: write it without")
     try:
         # JSON mode is strict about types yet takes lists for tuples and text for paths.
         return Params.model_validate_json(json.dumps(raw, default=str))
@@ -387,6 +389,17 @@ def check(raw: dict[str, Any], where: str) -> Params:
         lines = [_explain(problem, raw) for problem in error.errors()]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise ConfigError(f"{where} has {count}:\n  " + "\n  ".join(lines)) from None
+
+
+def _with_nul(node: Any, key: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _with_nul(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(node, list | tuple):
+        for number, value in enumerate(node):
+            yield from _with_nul(value, f"{key}.{number}")
+    elif isinstance(node, str) and "\0" in node:
+        yield key
 
 
 def _explain(problem: Any, raw: dict[str, Any]) -> str:

