@@ -182,7 +182,7 @@ def _bring_up(
     pool = ("--pool", POOL, "--type", "process", "--name", worker, "--install-policy", "never")
     python = (sys.executable, "-m")
     commands = {
-        "prefect": (*python, "prefect", "server", "start", *where, str(options.prefect_port)),
+        "prefect": (*python, "flows.prefect_server", options.host, str(options.prefect_port)),
         "mlflow": (
             *python,
             "mlflow",
