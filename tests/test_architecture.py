@@ -110,7 +110,7 @@ def test_importing_is_light_and_leaves_no_trace(tmp_path: Path) -> None:
     light = [module(path) for path in TASKS if path.stem != "__main__"] + [
         "flows.cli", "flows.quiet", "flows.versioning", "flows.workspace", "flows.locks", "flows.tracking", "flows.mlflow_store", "flows.release",
         "flows.results", "flows.display", "flows.plan", "flows.shape", "flows.doctor", "flows.report", "flows.servers",
-        "flows.server_env", "flows.supervise", "flows.prefect_server",
+        "flows.server_env", "flows.supervise", "flows.prefect_server", "flows.prefect_api",
     ]  # fmt: skip
     code = f"""
 import importlib, logging, os, sys
