@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.errors import PipelineError
+from tasks.errors import PipelineError, of_disk
 
 if TYPE_CHECKING:
     from flows import pipeline
@@ -30,6 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(args)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        told = of_disk(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: stopped by hand: run it again, it takes up where it can", file=sys.stderr)

@@ -239,6 +239,7 @@ def test_changes_that_a_worktree_does_not_see_are_listed(root: Path) -> None:
     ("path", "content", "way_out"),
     [
         (".dvc/tmp/rwlock", '{"read": {', "delete it, no work is lost"),
+        (".dvc/tmp/rwlock", "[]", "delete it, no work is lost"),
         ("dvc.lock", "schema: '2.0'\nstages:\n  acquire: {cmd", "git checkout dvc.lock"),
         ("dvc.lock", "", "git checkout dvc.lock"),
     ],
@@ -253,6 +254,23 @@ def test_what_a_kill_left_of_dvcs_files_is_named_with_the_way_out(
     # The same when dvc stumbles over it in the middle of a run.
     with pytest.raises(ArtifactError, match=way_out):
         versioning.repro(root, "acquire", log=root / ".runs" / "log")
+
+
+def test_a_lock_of_dvcs_by_a_number_that_came_round_again_is_named(root: Path) -> None:
+    path = root / ".dvc" / "tmp" / "rwlock"
+    path.parent.mkdir(exist_ok=True)
+    with subprocess.Popen(["sleep", "600"]) as other, subprocess.Popen(["sh", "-c", ": dvc; sleep 600; :"]) as dvc:
+        held = {"pid": other.pid, "cmd": "dvc repro"}
+        for text in ({"write": {"build/acquire": held}}, {"read": {"build/acquire": [held]}}):
+            path.write_text(json.dumps(text))
+            with pytest.raises(ArtifactError, match=f"{path} .*{other.pid}.*sleep 600"):
+                versioning.check_state(root)
+        other.kill()
+        other.wait()
+        versioning.check_state(root)  # DVC sees that
+        path.write_text(json.dumps({"write": {"build/acquire": held | {"pid": dvc.pid}}}))
+        versioning.check_state(root)  # it works
+        dvc.kill()
 
 
 def test_a_missing_section_is_explained(root: Path) -> None:
