@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.errors import PipelineError
+from tasks.errors import PipelineError, of_disk
 
 if TYPE_CHECKING:
     from flows import pipeline
@@ -30,6 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(args)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        told = of_disk(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: stopped by hand: run it again, it takes up where it can", file=sys.stderr)
@@ -127,15 +133,14 @@ def _signed(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`slmops run`."""
     started = time.monotonic()
-    # As Ctrl-C: stages are stopped, runs closed and Prefect's server ended, then the process.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminated)
+    _listen()
     from flows import locks, quiet, workspace
     from tasks import params
 
     locks.mark()
     here = workspace.find(Path())
     main = workspace.main_root(here)
+    workspace.check_commit(here)
     _use_servers(main)
     quiet.apply(quiet.PREFECT)
     name = args.name or workspace.new_name()
@@ -170,6 +175,17 @@ def _use_servers(main: Path) -> None:
     quiet.apply(servers.settings(main))
 
 
+def _listen() -> None:
+    """What ends a run does as Ctrl-C: stages are stopped, runs closed and Prefect's server ended, then the process."""
+    signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+        signal.signal(signal.SIGHUP, _terminated)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # A script's background: Ctrl-C is for the script. But stages are stopped by SIGINT, and would inherit that it is
+        # ignored, where they do not inherit a handler.
+        signal.signal(signal.SIGINT, lambda number, frame: None)
+
+
 def _terminated(number: int, frame: object) -> None:
     print(f"error: stopped by {signal.Signals(number).name}: run it again, it takes up where it can", file=sys.stderr)
     raise SystemExit(128 + number)
@@ -177,11 +193,12 @@ def _terminated(number: int, frame: object) -> None:
 
 def _go(root: Path, name: str, started: float) -> str:
     """Run the flow in a workspace that is locked, print what it came to, and say what was registered."""
-    from flows import mlflow_store, versioning, workspace
+    from flows import mlflow_store, prefect_api, versioning, workspace
 
     # What would stop the run later is asked before Prefect's server takes its seconds to start.
     mlflow_store.check_server(mlflow_store.uri(workspace.main_root(root)))
     versioning.check_state(root)
+    prefect_api.ready()
 
     from flows import pipeline
 

@@ -31,12 +31,13 @@ from flows import (
     locks,
     pages,
     pipeline,
+    prefect_api,
     release,
     results,
     strictness,
     versioning,
     workspace,
-)  # fmt: skip
+)
 from tasks import params
 from tasks.errors import ConfigError
 
@@ -75,10 +76,12 @@ def apply(root: Path, place: Path, runs: int | None = None) -> list[str]:
     `--limit` forgets what runs when it is restarted, and ends it when a run is resumed before its old process has ended.)
 
     Raises:
-        ConfigError: Prefect refuses the file.
+        ConfigError: Prefect refuses the file, or its server wants a password.
+        StageError: its server does not answer.
     """
     if not (root / FILE).is_file():
         return []
+    prefect_api.ready()
     written = yaml.safe_load((root / FILE).read_bytes())["deployments"]
     with get_client(sync_client=True) as client:
         known = {pool.name for pool in client.read_work_pools()}
@@ -267,6 +270,7 @@ def _here() -> tuple[Path, str]:
     """
     pages.plain_errors()
     main = workspace.main_root(workspace.find(Path()))
+    workspace.check_commit(main)
     name, own = str(runtime.flow_run.name), str(runtime.flow_run.id)
     workspace.check_name(name)
     owner = main / ".runs" / name / OWNER

@@ -76,6 +76,8 @@ def post(take: Post, root: Path, futures: Mapping[Any, PrefectFuture[Any]]) -> I
         try:
             yield take
         except BaseException:
+            for future in futures.values():  # else the next in line begins as soon as one is stopped
+                future.wrapped_future.cancel()  # type: ignore[attr-defined]
             versioning.interrupt(root)
             raise
         return

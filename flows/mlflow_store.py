@@ -1,7 +1,10 @@
 """Where MLflow is, and what delivers to it what spools hold: idempotent, so that a record told twice counts once."""
 
+import http.client
 import os
+import socket
 import sqlite3
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -9,12 +12,13 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from flows import spool
 from tasks.errors import ArtifactError, ConfigError, StageError
 
 EXPERIMENT = "slmops"
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 PASSING = {401, 403, 408, 429}  # a password, a host's name, a moment: nothing that the record itself is refused for
 WAITS = "what it is to be told waits in {folder} for the next `slmops run` or `slmops up`"
 
@@ -40,34 +44,82 @@ def uri(main: Path) -> str:
 
 
 def check_server(where: str) -> None:
-    """Ask a tracking server for its health, or look at the database in its place, before any work starts.
+    """Ask what `uri` names (`where`) whether it will take a run's record, before any work starts. Of an SQLite file only the
+    head is read: for MLflow to open it takes seconds, and the background does that.
 
     Raises:
+        ArtifactError: the database is damaged.
+        ConfigError: it is nothing that MLflow keeps records in, or wants a password.
         StageError: it does not answer within seconds.
-        ArtifactError: the database is damaged, or no file.
     """
-    if where.startswith("sqlite:///"):
-        _check_database(Path(where.removeprefix("sqlite:///")))
-    if not where.startswith(("http://", "https://")):
-        return
+    if where.startswith("sqlite:"):
+        return _check_file(Path(where.removeprefix("sqlite:///")))
+    guarded = False
+    scheme, _, _ = where.partition(":")
     try:
-        with urllib.request.urlopen(f"{where.rstrip('/')}/health", timeout=5) as answer:
-            answer.read()
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise down(where, getattr(error, "reason", error)) from None
+        if scheme in ("http", "https"):
+            with urllib.request.urlopen(f"{where.rstrip('/')}/health", timeout=5) as answer:
+                answer.read()
+            return
+        kind = scheme.partition("+")[0]
+        if kind in PORTS:  # of a database that is away MLflow would tell after two minutes
+            place = urlsplit(where)
+            socket.create_connection((place.hostname or "localhost", place.port or PORTS[kind]), timeout=5).close()
+    except urllib.error.HTTPError as error:  # hosted ones have no such page, and proxies answer nobody without a token
+        guarded = error.code in (401, 403)
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):  # which MLflow's client may be told to take
+            raise down(where, error.reason) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise down(where, error) from None
+    _check_store(where, guarded)
 
 
-def _check_database(file: Path) -> None:
-    if not file.exists():
+def _check_file(path: Path) -> None:
+    if not path.is_file():
         return  # MLflow makes it
     try:
-        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=5)) as database:
             database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        return  # busy, or it needs to be recovered first, which a reader may not
     except sqlite3.DatabaseError as error:
         raise ArtifactError(
-            f"MLflow's database {file} cannot be read ({error}): bring it back from a backup. Moved away, it is made anew, "
-            "without the runs and the registered models that it knew; registry/history.jsonl tells what was released"
+            f"{path}, MLflow's record of all runs and the registry, is damaged ({error}): put back a copy of it, or "
+            "move it away to begin anew (what a registry holds is in it alone)"
         ) from None
+
+
+def _check_store(where: str, guarded: bool) -> None:
+    """Ask the interface itself, as the runs do: with the person's credentials, certificates and plug-ins."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException  # type: ignore[import-untyped]
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        MlflowClient(tracking_uri=where, registry_uri=where).search_experiments(max_results=1)
+    except MlflowException as error:
+        said = str(error).splitlines()[0][:200]
+        if guarded or error.get_http_status_code() in (401, 403):
+            raise ConfigError(
+                f"MLflow at {where} refuses this user ({said}): set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            ) from None
+        if where.startswith(("http://", "https://")):
+            raise down(where, said) from None
+        raise _no_store(where, said) from None
+    except (SQLAlchemyError, ModuleNotFoundError) as error:  # the database refuses, or its driver is missing
+        raise _no_store(where, str(error).splitlines()[0][:200]) from None
+    except RequestException as error:
+        raise down(where, str(error)[:200]) from None
+
+
+def _no_store(where: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"MLFLOW_TRACKING_URI is {where}, and MLflow cannot keep a record there ({why}): name a server or a database "
+        "(sqlite:////folder/mlflow.db), or unset it to use the embedded one"
+    )
 
 
 def down(where: str, why: object) -> StageError:

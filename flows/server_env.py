@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from flows import files, quiet
+from flows import files, prefect_server, quiet
 from tasks.errors import ConfigError
 
 SCHEMAS = ("prefect", "mlflow")
@@ -37,8 +37,10 @@ MLFLOW = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # judges and scorers: processes that we have no use for
     "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
 }
-# By which addresses a machine that listens on all of them may be asked; a page elsewhere cannot take such a name.
-PRIVATE = {"10.*", "192.168.*", *(f"172.{second}.*" for second in range(16, 32))}
+# By which addresses a machine that listens on all of them may be asked, as MLflow's patterns, whose * stands for anything:
+# hence the digits at the end, in which no name of a page elsewhere can end.
+NETWORKS = ("10.*", "192.168.*", *(f"172.{second}.*" for second in range(16, 32)))
+PRIVATE = {f"{network}.{'[0-9]' * digits}" for network in NETWORKS for digits in (1, 2, 3)}
 AUTH_CONFIG = """[mlflow]
 default_permission = READ
 database_uri = sqlite:///{folder}/mlflow-auth.db
@@ -75,10 +77,12 @@ def worker(prefect: str, mlflow: str, auth: dict[str, str]) -> dict[str, str]:
 
 def prefect(options: Options, url: str, auth: dict[str, str]) -> dict[str, str]:
     """For Prefect's server at `url`."""
+    told = os.environ.get(prefect_server.NAMES, "")
     env = {
         **base(),
-        # Else any page in a browser on this machine could start flows.
+        # Any page in a browser on this machine could start flows else: what pages may ask, and (see prefect_server.py) whose.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{options.prefect_port}",
+        prefect_server.NAMES: ",".join(sorted(_names(options) | {name.strip() for name in told.split(",") if name})),
         "PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL", "/api"),  # the host that the browser asked
         # Runs wait for their turn here, so none is late after 15 s; and to mark hundreds as late blocks SQLite for minutes.
         LATE: os.environ.get(LATE, "3600"),
@@ -97,7 +101,7 @@ def prefect(options: Options, url: str, auth: dict[str, str]) -> dict[str, str]:
 
 def mlflow(folder: Path, main: Path, options: Options, auth: dict[str, str]) -> dict[str, str]:
     """For MLflow's server, whose users are kept in `folder`."""
-    names = {"localhost", "127.0.0.1", options.host, socket.gethostname(), socket.getfqdn()}
+    names = _names(options)
     if options.host == "0.0.0.0":
         names |= PRIVATE
     hosts = ",".join(f"{name},{name}:{options.mlflow_port}" for name in sorted(names))
@@ -124,6 +128,11 @@ def mlflow(folder: Path, main: Path, options: Options, auth: dict[str, str]) -> 
             **_database_password(),
         }
     return env
+
+
+def _names(options: Options) -> set[str]:
+    """By which the servers may be asked."""
+    return {"localhost", "127.0.0.1", options.host, socket.gethostname(), socket.getfqdn()}
 
 
 # --- passwords ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from flows import files, questions, server_env, spool, supervise
+from flows import files, prefect_api, questions, server_env, spool, supervise
 from flows.server_env import MLFLOW_SECRET, MLFLOW_USER, PREFECT, PREFECT_SECRET, Options
 from tasks.errors import ConfigError, PipelineError
 
@@ -31,11 +31,17 @@ POOL = "slmops"
 MARK = "SLMOPS_UP"
 NICE = ("nice", "-n", "10")  # the worker and its runs: the servers answer people while models train
 # In processes of their own: Prefect reads its settings when it is imported, and each is 100 MB to keep.
-APPLY = (
-    "import sys; from pathlib import Path; from flows import deployments; "
-    "root, place, *runs = sys.argv[1:]; "
-    "print(*deployments.apply(Path(root), Path(place), *map(int, runs)), sep='\\n')"
-)
+APPLY = """
+import sys
+from pathlib import Path
+from flows import deployments
+from tasks.errors import PipelineError
+root, place, *runs = sys.argv[1:]
+try:
+    print(*deployments.apply(Path(root), Path(place), *map(int, runs)), sep="\\n")
+except PipelineError as error:
+    sys.exit(f"error: {error}")
+"""
 CLOSE_S = 15.0  # from one attempt to close what killed runs left to the next
 
 
@@ -124,7 +130,7 @@ def up(main: Path, options: Options) -> None:
             server_env.make_schemas(options.database)
         else:
             home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
-            home.mkdir(parents=True, exist_ok=True)
+            prefect_api.check_home(home)
             why = f"the `slmops up` of another checkout uses Prefect's database in {home}: use it, or set PREFECT_HOME"
             stack.enter_context(_locked(home / "slmops-up.lock", why))
         supervisor = supervise.Supervisor(mark, main, _tell)
@@ -182,7 +188,7 @@ def _bring_up(
     pool = ("--pool", POOL, "--type", "process", "--name", worker, "--install-policy", "never")
     python = (sys.executable, "-m")
     commands = {
-        "prefect": (*python, "prefect", "server", "start", *where, str(options.prefect_port)),
+        "prefect": (*python, "flows.prefect_server", options.host, str(options.prefect_port)),
         "mlflow": (
             *python,
             "mlflow",
@@ -246,6 +252,9 @@ def apply_deployments(main: Path, env: Mapping[str, str], place: Path | None = N
     command = [sys.executable, "-c", APPLY, str(main), str(place or main), *([str(runs)] if runs else [])]
     done = subprocess.run(command, cwd=main, env=env, capture_output=True, text=True)
     if done.returncode != 0:
+        _, ours, told = done.stderr.rpartition("error: ")
+        if ours and "Traceback" not in done.stderr:
+            raise PipelineError(told.strip())
         last = "\n".join(f"  {line}" for line in done.stderr.splitlines()[-supervise.TAIL :])
         raise PipelineError(
             f"the deployments were not applied:\n{last}\nmend that, then `slmops deploy` or `slmops up`"

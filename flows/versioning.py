@@ -262,12 +262,7 @@ def check_state(root: Path) -> None:
     """
     if not (root / "dvc.yaml").is_file() or not (root / ".dvc").is_dir():
         raise ConfigError(f"{root} is no workspace (dvc.yaml or .dvc is missing): run from a checkout of slmops")
-    try:
-        _check_rwlock(root, json.loads((root / ".dvc/tmp/rwlock").read_bytes()))
-    except FileNotFoundError:
-        pass
-    except ValueError:
-        raise _damaged_rwlock(root) from None
+    _check_rwlock(root)
     try:
         found = yaml.safe_load((root / "dvc.lock").read_bytes())
     except FileNotFoundError:
@@ -278,24 +273,29 @@ def check_state(root: Path) -> None:
         raise _damaged_lock(root)
 
 
-def _check_rwlock(root: Path, held: Any) -> None:
-    """DVC takes a lock for held while any process has the number that is in it."""
-    parts = [held.get(part, {}) for part in ("read", "write")] if isinstance(held, dict) else []
-    if not parts or not all(isinstance(part, dict) for part in parts):
-        raise _damaged_rwlock(root)
-    for holders in (holders for part in parts for holders in part.values()):
-        for holder in holders if isinstance(holders, list) else [holders]:
-            try:
-                command = (Path("/proc") / str(int(holder["pid"])) / "cmdline").read_bytes()
-            except OSError:
-                continue  # it is gone, and DVC sees that itself
-            except (TypeError, KeyError, ValueError):
-                raise _damaged_rwlock(root) from None
-            if b"dvc" not in command:
-                raise ArtifactError(
-                    f"{root / '.dvc/tmp/rwlock'} is held by process {holder['pid']}, a number that another program has by "
-                    "now: delete that file, no work is lost"
-                )
+def _check_rwlock(root: Path) -> None:
+    """DVC holds a file locked for as long as a process of the writer's number lives, and numbers come round again."""
+    path = root / ".dvc/tmp/rwlock"
+    try:
+        found = json.loads(path.read_bytes())
+        writers = list(found.get("write", {}).values())
+        readers = [each for several in found.get("read", {}).values() for each in several]
+        holders = {int(each["pid"]) for each in writers + readers}
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise _damaged_rwlock(root) from None
+    for pid in sorted(holders):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue  # it ended, which DVC sees, or this system does not tell
+        if b"dvc" not in command:
+            said = command.replace(b"\0", b" ").decode(errors="replace").strip()[:100]
+            raise ArtifactError(
+                f"{path} says that process {pid} uses this workspace, but that number is now another program's ({said}): a "
+                "dvc was killed; delete the file, no work is lost"
+            )
 
 
 def interrupt(root: Path) -> None:
@@ -362,6 +362,12 @@ def _failure(text: str, told: list[Event], name: str, log: Path, root: Path) -> 
         return StageError(f"{name}: {own}")
     if "RWLock-file" in text:
         return _damaged_rwlock(root)
+    if "it is being blocked by" in text:
+        holders = "; ".join(line.strip() for line in text.splitlines() if line.strip().startswith("(PID "))
+        return StageError(
+            f"{name}: another dvc works on its files here ({holders[:200]}): wait for it; if there is no such process, delete "
+            f"{root / '.dvc/tmp/rwlock'}"
+        )
     if "dvc.lock' is invalid" in text or "dvc.lock' validation failed" in text:
         return _damaged_lock(root)
     if "are missing from" in text or "dvc.yaml' is invalid" in text or "dvc.yaml' validation failed" in text:

@@ -8,6 +8,7 @@ and dvc.lock. The checkout it was started from, and its index, are never touched
 import fcntl
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 COMMIT = re.compile(r"\w[\w./~^@{}-]*")  # nothing that git would take for an option
 RESERVED = ("lock", "logs", "models", "prune.lock", "servers", "servers.json", "spool")  # what else lies in .runs/
 FINISHED = ".runs/finished.json"  # in a worktree: the run came to its end
+BEGIN = "and a run is told by its commit: `git init && git add -A && git commit -m start` there, then again"
 QUESTION = ".runs/question.json"  # in a worktree: someone is asked to approve what the run registered
 
 
@@ -52,23 +54,55 @@ def find(start: Path) -> Path:
     raise ConfigError(f"{start.resolve()} lies in no workspace (a folder with dvc.yaml and params.yaml): go to one")
 
 
+# The person's own settings are for the person's own work: none may stop a run at its last step, run a program of theirs,
+# or change a byte of what runs start from.
+OURS = {
+    "core.hooksPath": "/dev/null",
+    "core.fsmonitor": "false",
+    "core.safecrlf": "false",
+    "commit.gpgSign": "false",
+    "commit.cleanup": "whitespace",  # a line of a table may begin with #
+    "color.ui": "false",
+}
+PLAIN = {"core.autocrlf": "false", "core.eol": "lf"}  # where files are written: DVC compares their bytes
+# Set where git itself calls us (a hook, `git rebase --exec`): they name another repository than the folder's.
+STRAY = (
+    "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_PREFIX", "GIT_NAMESPACE",
+)  # fmt: skip
+
+
 def git(root: Path, *arguments: str) -> str:
-    """Output of a git command in `root`, without hooks and with a committer even where none is configured.
+    """Output of a git command in `root`, whatever the person's settings: without hooks and signatures, and with a
+    committer even where none is configured.
 
     Raises:
-        ConfigError: git refuses, with its own words.
+        ConfigError: git refuses, with its own words, or is not installed.
     """
-    settings = ["-c", "core.hooksPath=/dev/null"]
-    if arguments[0] == "commit" and not _asks(root, "user.email"):
-        settings += ["-c", "user.name=slmops", "-c", "user.email=slmops@localhost"]
-    done = subprocess.run(["git", *settings, *arguments], cwd=root, capture_output=True, text=True)
+    settings = {**OURS, **(PLAIN if arguments[0] == "worktree" else {})}
+    if arguments[0] == "commit" and not all(_asks(root, name) for name in ("user.name", "user.email")):
+        settings |= {"user.name": "slmops", "user.email": "slmops@localhost"}
+    done = _call(root, *(word for name, value in settings.items() for word in ("-c", f"{name}={value}")), *arguments)
     if done.returncode != 0:
         raise ConfigError(f"git {' '.join(arguments[:2])} failed in {root}: {(done.stderr or done.stdout).strip()}")
     return done.stdout.strip()
 
 
 def _asks(root: Path, setting: str) -> bool:
-    return subprocess.run(["git", "config", setting], cwd=root, capture_output=True).returncode == 0
+    return _call(root, "config", setting).returncode == 0
+
+
+def _call(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name not in STRAY} | {"GIT_TERMINAL_PROMPT": "0"}
+    try:
+        return subprocess.run(
+            ["git", *words], cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        if not root.is_dir():  # removed at this moment
+            raise
+        raise ConfigError(
+            "git is not installed: `slmops doctor` tells how to get it and what else is missing"
+        ) from None
 
 
 def main_root(root: Path) -> Path:
@@ -77,8 +111,20 @@ def main_root(root: Path) -> Path:
     Raises:
         ConfigError: `root` is not under git.
     """
+    if not any((folder / ".git").exists() for folder in (root, *root.parents)):
+        raise ConfigError(f"{root} is under no version control, {BEGIN}")
     common = Path(git(root, "rev-parse", "--path-format=absolute", "--git-common-dir"))
     return common.parent if common.name == ".git" else root
+
+
+def check_commit(root: Path) -> None:
+    """See that there is a commit to work from.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if _call(root, "rev-parse", "--quiet", "--verify", "HEAD^{commit}").returncode != 0:
+        raise ConfigError(f"{root} has no commit yet, {BEGIN}")
 
 
 def fetch(main: Path, commit: str) -> None:
@@ -242,8 +288,7 @@ def _pointer(main: Path, watch: Path, commit: str) -> Path | None:
 
 
 def _holds(main: Path, commit: str, path: Path) -> bool:
-    command = ["git", "cat-file", "-e", f"{commit}:{path.as_posix()}"]
-    return subprocess.run(command, cwd=main, capture_output=True).returncode == 0
+    return _call(main, "cat-file", "-e", f"{commit}:{path.as_posix()}").returncode == 0
 
 
 def uncommitted(main: Path) -> list[str]:

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from tasks import bounded, events, params, selftest, stage
-    from tasks.errors import PipelineError
+    from tasks.errors import PipelineError, of_disk
 
     _quiet()
     try:
@@ -46,13 +46,27 @@ def main(argv: list[str] | None = None) -> int:
         stage.run(STAGES[args.stage], STAGES, values, args.root, args.item)
         events.finished(time.monotonic() - began)
     except PipelineError as error:
-        events.error(type(error).__name__, str(error))
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _failed(error)
+    except OSError as error:
+        told = of_disk(error)
+        if told is None:
+            raise
+        return _failed(told)
     except KeyboardInterrupt:
         print("error: stopped by hand: run the stage again, it takes up where it can", file=sys.stderr)
         return 130
     return 0
+
+
+def _failed(error: Exception) -> int:
+    from tasks import events
+
+    try:
+        events.error(type(error).__name__, str(error))
+    except OSError as full:  # the disk that the error is about
+        print(f"note: no events are written any more ({full.strerror})", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
+    return 1
 
 
 def _quiet() -> None:
@@ -61,6 +75,9 @@ def _quiet() -> None:
         "DO_NOT_TRACK": "true", "OLIVE_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        # Threads that wait for each other sleep: spinning, they take the core from the one that is waited for as soon as
+        # anything else runs here. OpenMP reads it when it is loaded, so before any library.
+        "OMP_WAIT_POLICY": "passive",
     }.items():  # fmt: skip
         os.environ.setdefault(name, value)
 

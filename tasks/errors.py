@@ -4,6 +4,8 @@ Every message says what is wrong, where, and what to do next. The command line p
 `error: ...` and exits 1; anything that is not a `PipelineError` is a bug and keeps its traceback.
 """
 
+import errno
+
 
 class PipelineError(Exception):
     """Root of the errors that are reported without a traceback."""
@@ -36,3 +38,20 @@ def brief(said: object) -> str:
     """What a file or another library said, on one line and no longer than a person reads."""
     text = " ".join(str(said)[: 4 * QUOTED].split())
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
+
+
+DISK: dict[int | None, tuple[type[PipelineError], str]] = {
+    errno.ENOSPC: (DiskFullError, "make room on that disk"),
+    errno.EDQUOT: (DiskFullError, "make room within your quota"),
+    errno.EROFS: (ConfigError, "work on a disk that is not read-only"),
+    errno.EACCES: (ConfigError, "make it yours (`chown`), or work where you may"),
+    errno.EPERM: (ConfigError, "make it yours (`chown`), or work where you may"),
+}
+
+
+def of_disk(error: OSError) -> PipelineError | None:
+    """The error for a disk that does not give or take a file, whichever file is the first to meet it; None for others."""
+    if error.errno not in DISK:
+        return None
+    family, advice = DISK[error.errno]
+    return family(f"{error.filename or 'a file'} cannot be used ({error.strerror}): {advice}, then run it again")

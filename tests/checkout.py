@@ -216,6 +216,7 @@ def environment(root: Path, **extra: str) -> dict[str, str]:
     made = {
         **kept,
         "PREFECT_HOME": str(Path(_servers().name) / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",  # it writes as the server starts, and ends it if others write
         "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(ROOT))),  # the code beside these tests
         "TOY_LOG": str(root / "toy.log"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),

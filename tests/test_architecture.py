@@ -84,7 +84,16 @@ def test_what_stages_share_imports_no_stage(path: Path) -> None:
 def test_only_flows_touch_the_orchestrators() -> None:
     for tool, owners in {
         "mlflow": {"mlflow_store", "registry", "served_model", "tracking"},
-        "prefect": {"aftermath", "approval", "automations", "deployments", "fan_out", "pages", "pipeline"},
+        "prefect": {
+            "aftermath",
+            "approval",
+            "automations",
+            "deployments",
+            "fan_out",
+            "pages",
+            "pipeline",
+            "prefect_server",
+        },
     }.items():
         users = {path.stem for path in FLOWS if tool in {name.split(".")[0] for name in imports(path)}}
         assert users <= owners, tool
@@ -103,7 +112,7 @@ def test_importing_is_light_and_leaves_no_trace(tmp_path: Path) -> None:
     light = [module(path) for path in TASKS if path.stem != "__main__"] + [
         "flows.cli", "flows.quiet", "flows.versioning", "flows.workspace", "flows.locks", "flows.tracking", "flows.mlflow_store", "flows.release",
         "flows.results", "flows.display", "flows.plan", "flows.shape", "flows.doctor", "flows.report", "flows.servers",
-        "flows.server_env", "flows.supervise",
+        "flows.server_env", "flows.supervise", "flows.prefect_server", "flows.prefect_api",
     ]  # fmt: skip
     code = f"""
 import importlib, logging, os, sys

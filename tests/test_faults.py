@@ -122,6 +122,27 @@ def test_a_full_disk_is_an_error_with_a_way_out_and_leaves_nothing(small_disk: P
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture
+def unwritable(tmp_path: Path) -> Iterator[Path]:
+    """A checkout on a read-only disk."""
+    toy = make_toy(tmp_path)
+    bind = ["mount", "--bind", str(toy), str(toy)]
+    if os.geteuid() != 0 or subprocess.run(bind, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a folder read-only here")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(toy)], check=True)
+        yield toy
+    finally:
+        subprocess.run(["umount", str(toy)], check=False)
+
+
+def test_a_read_only_disk_is_an_error_with_a_way_out(unwritable: Path) -> None:
+    for done in (run(unwritable, "acquire"), slmops(unwritable, "run", "--name", "a")):
+        assert (done.returncode, done.stderr[:7]) == (1, "error: "), done.stderr
+        assert "Read-only" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_an_mlflow_server_that_is_down_stops_a_run_before_any_work(tmp_path: Path) -> None:
     toy = make_toy(tmp_path)
     done = slmops(toy, "run", MLFLOW_TRACKING_URI="http://127.0.0.1:9")

@@ -264,6 +264,28 @@ def test_a_run_that_is_stopped_ends_truly(toy: Path, number: signal.Signals) -> 
     assert started(toy).count("finetune") == 1
 
 
+def test_what_is_stopped_in_a_background_starts_nothing_more(toy: Path) -> None:
+    """A shell's background jobs ignore SIGINT, and under nohup SIGHUP."""
+    words = f"trap '' INT HUP; exec {SLMOPS} run --name stopped --set machine.parallel=1"
+    slow = {"quantize-q8_0": 600, "quantize-q4_0": 600}
+    env = environment(toy, PREFECT_API_URL=prefect_server(), TOY_WAIT=json.dumps(slow))
+    with subprocess.Popen(["/bin/sh", "-c", words], cwd=toy, env=env, stderr=subprocess.PIPE, text=True) as run:
+        wait_for(lambda: "quantize-q8_0" in started(toy))
+        run.send_signal(signal.SIGHUP)
+        run.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(2)
+        run.send_signal(signal.SIGTERM)
+        try:
+            _, said = run.communicate(timeout=60)
+        finally:
+            run.kill()
+    assert run.returncode == 143, said
+    assert started(toy)[-1] == "quantize-q8_0"
+    log = (toy / ".runs" / "logs" / "stopped" / "quantize-q8_0.log").read_text()
+    assert "stopped by hand" in log  # the stage heard it, and was not killed
+
+
 def test_a_second_run_is_refused_by_name(toy: Path) -> None:
     command = [SLMOPS, "run", "--name", "long"]
     env = environment(toy, TOY_WAIT=json.dumps({"distill-17": 600}))

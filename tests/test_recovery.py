@@ -133,7 +133,7 @@ def test_a_run_goes_on_when_its_worker_and_its_servers_are_killed(toy: Path) -> 
         servers = Servers(up)
         run = servers.run("train-and-release", ONE)
         wait_for(lambda: "distill-17" in started(up.root))
-        for words in ("prefect worker start", "prefect server start", "mlflow server"):
+        for words in ("prefect worker start", "flows.prefect_server", "mlflow server"):
             for pid in processes(up, words):
                 os.kill(pid, signal.SIGKILL)
         for name in ("prefect", "mlflow", "worker"):

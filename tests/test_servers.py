@@ -117,6 +117,14 @@ def ask(url: str, credentials: str | None = None, body: dict | None = None) -> i
         return error.code
 
 
+def status(url: str, method: str, /, **headers: str) -> int:
+    """Of the answer to a request without a body."""
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=20).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 def asked(up: Up) -> dict[str, str]:
     state = servers.running(up.root)
     assert state
@@ -180,18 +188,52 @@ def test_servers_listen_on_loopback_alone(plain: Up) -> None:
     ]
 
 
-def test_mlflow_answers_to_its_own_names_alone(plain: Up) -> None:
-    request = urllib.request.Request(asked(plain)["mlflow"], headers={"Host": "evil.example"})
-    with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.urlopen(request, timeout=20)
+@pytest.mark.parametrize("server", ["prefect", "mlflow"])
+def test_servers_answer_to_their_own_names_alone(plain: Up, server: str) -> None:
+    assert status(asked(plain)[server], "GET" if server == "mlflow" else "POST", Host="evil.example") == 403
 
 
-def test_another_page_cannot_use_prefect(plain: Up) -> None:
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example", "Content-Type": "text/plain"},
+        {"Origin": "null"},  # of a sandboxed frame
+        {"Origin": "http://127.0.0.1:1"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+    ],
+)
+def test_another_page_cannot_use_prefect(plain: Up, headers: dict[str, str]) -> None:
     state = servers.running(plain.root)
-    headers = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
-    request = urllib.request.Request(f"{state.prefect}/api/flows/filter", headers=headers, method="OPTIONS")
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.urlopen(request, timeout=20)
+    for method in ("POST", "OPTIONS", "GET"):
+        assert status(f"{state.prefect}/api/flows/filter", method, **headers) == 403
+    assert status(f"{state.prefect}/api/flows/filter", "POST", Origin=state.prefect) == 200
+
+
+def test_another_page_cannot_send_events_and_an_own_one_can(plain: Up) -> None:
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect
+
+    prefect = servers.running(plain.root).prefect
+    socket_in, socket_out = (f"{prefect.replace('http', 'ws')}/api/events/{way}" for way in ("in", "out"))
+    for headers in ({"origin": "http://evil.example"}, {"additional_headers": {"Sec-Fetch-Site": "cross-site"}}):
+        for place in (socket_in, socket_out):
+            with pytest.raises(InvalidStatus) as refused, connect(place, proxy=None, **headers):
+                pass
+            assert refused.value.response.status_code == 403
+    for origin in (prefect, None):  # Prefect's pages, and our flows
+        with connect(socket_out, proxy=None, origin=origin, subprotocols=["prefect"]) as page:
+            page.send(json.dumps({"type": "auth", "token": ""}))
+            assert json.loads(page.recv(20)) == {"type": "auth_success"}
+
+
+def test_prefects_pages_open_and_may_not_be_framed(plain: Up) -> None:
+    prefect = servers.running(plain.root).prefect
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Accept": "text/html"}
+    request = urllib.request.Request(f"{prefect}/runs", headers={**link, "Sec-Fetch-Dest": "document"})
+    with urllib.request.urlopen(request, timeout=20) as page:
+        assert page.headers["X-Frame-Options"] == "SAMEORIGIN"
+        assert b"<script" in page.read()
+    assert status(f"{prefect}/runs", "GET", **link, **{"Sec-Fetch-Dest": "iframe"}) == 403
 
 
 def test_commands_find_the_servers(plain: Up, monkeypatch: pytest.MonkeyPatch) -> None:

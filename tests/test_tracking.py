@@ -4,8 +4,12 @@ import contextlib
 import json
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from checkout import DEFAULTS, empty_store
 from flows import mlflow_store, spool, tracking
 from flows.versioning import Outcome
 from tasks import manifest, params
-from tasks.errors import ConfigError, StageError
+from tasks.errors import ArtifactError, ConfigError, StageError
 from tasks.stages import STAGES
 
 PARAMS = params.load(DEFAULTS)
@@ -174,6 +178,65 @@ def test_a_server_that_does_not_answer_is_told_before_any_work() -> None:
         with pytest.raises(StageError, match=rf"{where} does not answer .*start it, or unset MLFLOW_TRACKING_URI"):
             mlflow_store.check_server(where)
     mlflow_store.check_server("sqlite:///no/server/to/ask.db")
+
+
+@pytest.fixture
+def hosted(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of an MLflow without a public /health, which the parameter says how it answers."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            allowed = "Authorization" in self.headers
+            missing = request.param == 404 and "/api/" not in self.path
+            self.send_response(404 if missing else 401 if request.param == 401 and not allowed else 200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        do_POST = do_GET
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("hosted", [404, 401], indirect=True)
+def test_an_mlflow_without_a_public_page_is_asked_as_this_user(hosted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+    mlflow_store.check_server(hosted)
+
+
+@pytest.mark.parametrize("hosted", [401], indirect=True)
+def test_an_mlflow_that_wants_a_password_says_so(hosted: str) -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_TOKEN"):
+        mlflow_store.check_server(hosted)
+
+
+@pytest.mark.parametrize("where", ["file:///tmp/mlruns", "mlruns", "nothing://here"])
+def test_what_mlflow_keeps_no_record_in_is_told_before_any_work(where: str) -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"):
+        mlflow_store.check_server(where)
+
+
+def test_a_database_that_is_away_is_told_at_once() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(StageError, match="does not answer"):
+            mlflow_store.check_server(f"postgresql+psycopg2://me@127.0.0.1:{taken.getsockname()[1]}/runs")
+
+
+def test_a_damaged_database_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow db?.db"
+    mlflow_store.check_server(f"sqlite:///{path}")  # not made yet
+    path.write_bytes(b"no database\n" * 100)
+    with pytest.raises(ArtifactError, match="damaged"):
+        mlflow_store.check_server(f"sqlite:///{path}")
+    path.unlink()
+    sqlite3.connect(path).execute("CREATE TABLE t (a)").connection.close()
+    mlflow_store.check_server(f"sqlite:///{path}")
 
 
 def test_a_run_goes_on_without_mlflow_and_tells_it_later(main: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The lock, the effective params and worktrees: git and DVC for real, no stage is run."""
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import AbstractContextManager
@@ -27,6 +28,42 @@ def test_the_workspace_is_found_from_any_folder_in_it(root: Path) -> None:
     assert workspace.find(root / "data" / "rows") == root
     with pytest.raises(ConfigError, match="lies in no workspace"):
         workspace.find(root.parent)
+
+
+def test_what_is_under_no_commit_is_told_what_to_do(root: Path) -> None:
+    workspace.check_commit(root)
+    shutil.rmtree(root / ".git")
+    with pytest.raises(ConfigError, match="git init"):
+        workspace.main_root(root)
+    git(root, "init", "-q")
+    with pytest.raises(ConfigError, match="git commit"):
+        workspace.check_commit(root)
+
+
+def test_a_persons_settings_of_git_neither_stop_a_run_nor_change_a_byte(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    before = (root / "params.yaml").read_bytes()
+    program = tmp_path_factory.mktemp("hooks") / "post-commit"
+    program.write_text('#!/bin/sh\ntouch "$0.ran"\nexit 1\n')
+    program.chmod(0o755)
+    for name, value in {
+        "commit.gpgSign": "true", "user.signingKey": "0123456789ABCDEF", "gpg.program": "false", "user.name": "A",
+        "user.useConfigOnly": "true", "core.hooksPath": str(program.parent), "core.fsmonitor": str(program),
+        "core.autocrlf": "true", "core.safecrlf": "true", "core.eol": "crlf", "commit.cleanup": "strip",
+        "commit.template": "/nowhere", "color.ui": "always",
+    }.items():  # fmt: skip
+        git(root, "config", name, value)
+    monkeypatch.setenv("GIT_DIR", str(program.parent / "another.git"))  # as in a hook
+    monkeypatch.setenv("GIT_INDEX_FILE", str(program.parent / "index"))
+    with workspace.worktree(root, "r", "HEAD", None, ["finetune.epochs=0.5"]) as place:
+        assert b"\r" not in (place / "params.yaml").read_bytes() + (place / "dvc.yaml").read_bytes()
+        (place / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+        commit = workspace.finish(place, "r", "Run r\n\n# as it is\n")
+    assert workspace.git(root, "show", "-s", "--format=%B", commit) == "Run r\n\n# as it is"
+    assert workspace.finished(root) == ["r"]
+    assert (root / "params.yaml").read_bytes() == before
+    assert not program.with_name("post-commit.ran").exists()
 
 
 def test_the_lock_names_its_holder_and_is_free_again(root: Path) -> None:
@@ -202,6 +239,7 @@ def test_changes_that_a_worktree_does_not_see_are_listed(root: Path) -> None:
     ("path", "content", "way_out"),
     [
         (".dvc/tmp/rwlock", '{"read": {', "delete it, no work is lost"),
+        (".dvc/tmp/rwlock", "[]", "delete it, no work is lost"),
         ("dvc.lock", "schema: '2.0'\nstages:\n  acquire: {cmd", "git checkout dvc.lock"),
         ("dvc.lock", "", "git checkout dvc.lock"),
     ],
@@ -216,6 +254,23 @@ def test_what_a_kill_left_of_dvcs_files_is_named_with_the_way_out(
     # The same when dvc stumbles over it in the middle of a run.
     with pytest.raises(ArtifactError, match=way_out):
         versioning.repro(root, "acquire", log=root / ".runs" / "log")
+
+
+def test_a_lock_of_dvcs_by_a_number_that_came_round_again_is_named(root: Path) -> None:
+    path = root / ".dvc" / "tmp" / "rwlock"
+    path.parent.mkdir(exist_ok=True)
+    with subprocess.Popen(["sleep", "600"]) as other, subprocess.Popen(["sh", "-c", ": dvc; sleep 600; :"]) as dvc:
+        held = {"pid": other.pid, "cmd": "dvc repro"}
+        for text in ({"write": {"build/acquire": held}}, {"read": {"build/acquire": [held]}}):
+            path.write_text(json.dumps(text))
+            with pytest.raises(ArtifactError, match=f"{path} .*{other.pid}.*sleep 600"):
+                versioning.check_state(root)
+        other.kill()
+        other.wait()
+        versioning.check_state(root)  # DVC sees that
+        path.write_text(json.dumps({"write": {"build/acquire": held | {"pid": dvc.pid}}}))
+        versioning.check_state(root)  # it works
+        dvc.kill()
 
 
 def test_a_missing_section_is_explained(root: Path) -> None:
