@@ -21,7 +21,15 @@ TRAIN, FORWARD = 0.95, 2.9
 PREFILL, DECODE_BYTES_PER_S = 0.8, 1.5e10  # llama.cpp, float32: prompts are bound by arithmetic, answers by memory
 TOKENS_A_ROW = 60  # where the data cannot be read before acquire
 CHARACTERS_A_TOKEN = 2.8
-OVERHEAD_S = {"acquire": 15.0, "select": 2.0, "convert": 10.0, "quantize": 3.0, "validate": 8.0, "package": 10.0}
+OVERHEAD_S = {
+    "acquire": 15.0,
+    "select": 2.0,
+    "convert": 10.0,
+    "quantize": 3.0,
+    "validate": 8.0,
+    "judge": 1.0,
+    "package": 10.0,
+}
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,7 @@ def _work(
     each = 2 * student.parameters * prompts / (plain * PREFILL)
     answers = sum(rows.count["test"] * 16 * size / DECODE_BYTES_PER_S for size in sizes.values())
     found.append(Work("validate", None, prompts * count, count * (OVERHEAD_S["validate"] + each) + answers))
+    found.append(Work("judge", None, None, count * OVERHEAD_S["judge"]))
     found.append(Work("package", None, None, OVERHEAD_S["package"]))
     return found
 

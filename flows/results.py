@@ -72,14 +72,14 @@ def rows(root: Path, params: Params, *, packaged: bool = True) -> list[Row]:
     """The variants of a finished run, in the order of params; `packaged`: one of them may have been chosen.
 
     Raises:
-        ArtifactError: validate or package did not run.
+        ArtifactError: validate, judge or package did not run.
     """
     chosen = bundle(root)["chosen"] if packaged else None
     found = []
     for variant in params.quantize.variants:
         here = folder(root, "validate", variant)
         metrics, measured = read_json(here / "metrics.json"), read_json(here / "measurements.json")
-        verdict = read_json(here / "verdict.json")
+        verdict = read_json(folder(root, "judge", variant) / "verdict.json")
         found.append(
             Row(
                 variant=variant,

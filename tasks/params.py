@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,6 +23,8 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="a full commit hash, never a branch or tag")]
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -280,9 +282,26 @@ class Params(Section):
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
     def only(self, sections: Iterable[str]) -> "Params":
-        """The same parameters with every other section absent: reading one is an AttributeError."""
-        names = set(map(field_name, sections))
-        return Params.model_construct(_fields_set=names, **{name: getattr(self, name) for name in names})
+        """The same parameters with every other section, and every other key of a section named by keys, absent: reading
+        one is an AttributeError.
+        """
+        view = _empty(Params)
+        for section in sections:
+            name, key = field_name(section), section.partition(".")[2]
+            whole = getattr(self, name)
+            if key:
+                part = view.__dict__.setdefault(name, _empty(type(whole)))
+                part.__dict__[key] = getattr(whole, key)
+            else:
+                view.__dict__[name] = whole
+        return view
+
+
+def _empty(kind: type[Model]) -> Model:
+    """A model without any value, not even those that have a default."""
+    made = kind.model_construct()
+    made.__dict__.clear()
+    return made
 
 
 def field_name(section: str) -> str:

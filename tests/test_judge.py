@@ -2,13 +2,19 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
+from checkout import DEFAULTS
+from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks import params
+from tasks.errors import ArtifactError
+from tasks.judge import gates, judge
 from tasks.params import Gate, Validate
-from tasks.validate import gates
+from tasks.stages import STAGES
 
 
 def judged(values: dict, *rules: Gate, spread: dict | None = None, half: float = 0.03) -> dict:
@@ -80,3 +86,53 @@ def test_intervals_hold_their_order_and_repeat(rows: list[tuple[bool, bool]], se
     assert str(first) == str(gates.intervals(ours, teacher, 100, seed))
     if not any(teacher):
         assert all(map(math.isnan, first["accuracy_retention"]))
+
+
+def measured(folder: Path, **numbers: float) -> Path:
+    """What `validate` leaves: 40 rows, of which the file has 30 right and the teacher 32."""
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps({"mean_kld": 0.2, "perplexity": None, "per_group": {"lamp": 0.7}}))
+    (folder / "measurements.json").write_text(json.dumps({"decode_speedup": 1.5, "ttft_s": {"p95": 0.2}} | numbers))
+    rows = [{"reference": "a", "answer": "\u2028", "correct": i < 30, "teacher_correct": i < 32} for i in range(40)]
+    write_jsonl(folder / "predictions.jsonl", rows)
+    return folder
+
+
+def judge_with(validated: Path, out: Path, *rules: Gate) -> dict:
+    whole = params.load(DEFAULTS).only(STAGES["judge"].sections)
+    section = whole.validate_.model_copy(update={"gates": rules, "bootstrap": 200})
+    out.mkdir()
+    judge(whole.model_copy(update={"validate_": section}), validated=validated, variant="q4_0", out=out)
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in ("verdict", "intervals")}
+
+
+def test_what_was_measured_is_judged_without_the_files(tmp_path: Path) -> None:
+    validated = measured(tmp_path / "validated")
+    rules = [Gate(name="mean_kld", at_most=0.25), Gate(name="ttft_p95_s", at_most=0.3)]
+    made = judge_with(validated, tmp_path / "out", *rules)
+    assert made["verdict"]["verdict"] == "pass"
+    assert [line["value"] for line in made["verdict"]["checks"]] == [0.2, 0.2]
+    low, high = made["intervals"]["accuracy_retention_interval"]
+    assert low < 30 / 32 < high
+    stricter = judge_with(
+        validated, tmp_path / "stricter", Gate(name="mean_kld", at_most=0.1), Gate(name="perplexity", at_most=9.0)
+    )
+    assert stricter["verdict"]["verdict"] == "fail"
+    assert [line["value"] for line in stricter["verdict"]["checks"]] == [0.2, None]
+    assert stricter["intervals"] == made["intervals"]
+
+
+def test_another_gate_changes_what_judge_depends_on_and_nothing_that_runs_a_model() -> None:
+    before = params.load(DEFAULTS)
+    after = params.load(DEFAULTS, ["validate.gates=[{name: mean_kld, at_most: 0.1}]", "validate.bootstrap=300"])
+    changed = {name for name, stage in STAGES.items() if before.digest(stage.sections) != after.digest(stage.sections)}
+    assert changed == {"judge"}
+    again = {name for name, stage in STAGES.items() if changed & set(stage.inputs.values())}
+    assert again == {"package"}
+
+
+def test_damaged_predictions_are_named(tmp_path: Path) -> None:
+    validated = measured(tmp_path / "validated")
+    (validated / "predictions.jsonl").write_text('{"correct": true}\n')
+    with pytest.raises(ArtifactError, match=r"predictions\.jsonl"):
+        judge_with(validated, tmp_path / "out", Gate(name="mean_kld", at_most=0.1))
