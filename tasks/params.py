@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from tasks.errors import ConfigError
 
@@ -108,19 +108,36 @@ class Acquire(Section):
             getattr(part, name, None) for part in (self.model, self.data) for name in ("path", "unlabelled", "text")
         ]
         for path in filter(None, local):
-            if not path.is_relative_to(self.watch) or ".." in path.parts:
-                raise ValueError(
-                    f"{path} lies outside watch ({self.watch}): DVC would not see it change: move it there, or set watch to "
-                    "a folder that holds all local inputs"
-                )
+            self.check_watched(path)
         return self
+
+    def check_watched(self, path: Path, key: str = "") -> None:
+        """Raises ValueError for a local input that lies outside `watch`."""
+        if not path.is_relative_to(self.watch) or ".." in path.parts:
+            raise ValueError(
+                f"{key}{path} lies outside watch ({self.watch}): DVC would not see it change: move it there, or set watch to "
+                "a folder that holds all local inputs"
+            )
 
 
 # --- the task, shared by training and evaluation ----------------------------------------------------
 
 
+class OwnMetric(Section):
+    """A function `match(answer: str, reference: str) -> bool` in a Python file below acquire.watch."""
+
+    file: Path
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] = "match"
+
+
+Metric = Literal["json", "text"]
+
+
 class Task(Section):
-    metric: Literal["json", "text"] = Field("json", description="how an answer is compared with its reference")
+    metric: Annotated[
+        Annotated[Metric, Tag("name")] | Annotated[OwnMetric, Tag("own")],
+        Discriminator(lambda given: "own" if isinstance(given, dict | OwnMetric) else "name"),
+    ] = Field("json", description="how an answer is compared with its reference; or {file, function} of one's own")
     max_length: Annotated[int, Field(ge=16)] = Field(
         256, description="tokens of a training row; longer rows are refused"
     )
@@ -275,6 +292,13 @@ class Params(Section):
     machine: Machine = Machine()
     release: Release = Release()
 
+    @model_validator(mode="after")
+    def _watched_metric(self) -> "Params":
+        metric = self.task.metric
+        if isinstance(metric, OwnMetric):
+            self.acquire.check_watched(metric.file, "task.metric.file: ")
+        return self
+
     def digest(self, sections: Iterable[str]) -> str:
         """sha256 over the named sections (`section` or `section.key`): what an output depends on besides its inputs."""
         values = self.model_dump(mode="json", by_alias=True)
@@ -390,13 +414,11 @@ def check(raw: dict[str, Any], where: str) -> Params:
 
 def _explain(problem: Any, raw: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
-    given, message = problem.get("input"), problem["msg"]
+    given, message = problem.get("input"), problem["msg"].removeprefix("Value error, ")
+    if not location:  # a rule between sections, which names its key itself
+        return str(message)
     # Pydantic puts the tag of a union into the location; the person never wrote it.
-    known = [
-        part
-        for i, part in enumerate(location)
-        if not (i >= 2 and location[i - 1] in ("model", "data") and part in _SOURCES)
-    ]
+    known = [part for i, part in enumerate(location) if not (i >= 2 and part in _TAGS.get(location[i - 1], ()))]
     key = ".".join(known)
     if problem["type"] == "extra_forbidden":
         if key == "distill.seed":
@@ -415,9 +437,7 @@ def _explain(problem: Any, raw: dict[str, Any]) -> str:
         return f"{key}: {given!r} is not a 40-digit commit hash: a branch or tag can move, so pin the commit it points to now"
     if problem["type"] == "json_invalid":
         return f"not representable: {message}"
-    return f"{key}: {message.removeprefix('Value error, ')}" + (
-        "" if isinstance(given, (dict, list)) else f" (given {given!r})"
-    )
+    return f"{key}: {message}" + ("" if isinstance(given, (dict, list)) else f" (given {given!r})")
 
 
 def _is_number(text: str) -> bool:
@@ -436,7 +456,21 @@ def _all_keys(model: Any) -> set[str]:
 
 
 _SOURCES = ("package", "gguf", "local", "hub")
-_MODELS = (Params, Acquire, PackageModel, GgufModel, LocalModel, HubModel, LocalData, HubData, Task, Finetune, Distill)
+_TAGS = {"model": _SOURCES, "data": _SOURCES, "metric": ("name", "own")}
+_MODELS = (
+    Params,
+    Acquire,
+    PackageModel,
+    GgufModel,
+    LocalModel,
+    HubModel,
+    LocalData,
+    HubData,
+    OwnMetric,
+    Task,
+    Finetune,
+    Distill,
+)
 _KEYS = sorted(
     set().union(*map(_all_keys, (*_MODELS, Select, Quantize, Onnx, Gate, Validate, Package, Machine, Release)))
 )

@@ -53,12 +53,13 @@ def validate(
     reference = require_file(converted / "student.gguf", "run the convert stage again")
     yardstick = require_file(converted / "teacher.gguf", "run the convert stage again")
     rows = chat.read_rows(source / "data" / "test.jsonl")
+    metric = scoring.load(params.task.metric, source)
     taught = _teacher(distilled / "predictions.jsonl", rows)
     tokenizer = models.load_tokenizer(distilled / "model")
     stops = models.stop_ids(distilled / "model", tokenizer)
 
     with busy(artifact.parent):
-        predictions = _predict(params, evaluator, file, rows, taught, tokenizer, stops)
+        predictions = _predict(params, evaluator, file, rows, taught, tokenizer, stops, metric)
         close = _likelihood(params, evaluator, file, reference, source / "data" / "text.txt", rows, tokenizer)
     correct = [line["correct"] for line in predictions]
     accuracy, size = scoring.accuracy(correct), _size(file)
@@ -107,6 +108,7 @@ def _predict(
     taught: Sequence[bool],
     tokenizer: Any,
     stops: Sequence[int],
+    metric: scoring.Metric,
 ) -> list[dict[str, Any]]:
     """Reference, greedy answer, whether they agree, and whether the teacher's does, for every test row."""
     references = [row[-1]["content"] for row in rows]
@@ -116,11 +118,11 @@ def _predict(
             file, [chat.prompt_ids(tokenizer, row[:-1]) for row in rows], drafts,
             stops=stops, limit=params.task.max_new_tokens, threads=threads(), advance=advance,
         )  # fmt: skip
-    match = scoring.METRICS[params.task.metric].match
     answers = [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+    correct = scoring.judged(metric, answers, references, "test.jsonl")
     return [
-        {"reference": reference, "answer": answer, "correct": match(answer, reference), "teacher_correct": teacher}
-        for reference, answer, teacher in zip(references, answers, taught, strict=True)
+        {"reference": reference, "answer": answer, "correct": right, "teacher_correct": teacher}
+        for reference, answer, right, teacher in zip(references, answers, correct, taught, strict=True)
     ]
 
 
