@@ -12,7 +12,7 @@ from typing import Any
 from tasks import events
 from tasks.chat import Encoded
 from tasks.packing import pack
-from tasks.scoring import Metric
+from tasks.scoring import Metric, hopeless
 from tasks.training import batches, target_states
 
 BATCH = 64
@@ -25,7 +25,7 @@ def answers(
     """The model's greedy answer to the last turn of each row, as text: at most `max_new_tokens` tokens of it, as of the
     shipped file.
 
-    An answer that can no longer match its reference (`metric.possible`) is cut where that is certain.
+    An answer that can no longer match its reference (`hopeless`) is cut where that is certain.
     """
     import torch
 
@@ -42,7 +42,7 @@ def answers(
                 said = (want[:same] + got[same : same + 1])[:max_new_tokens]
                 text = tokenizer.decode(said, skip_special_tokens=True)
                 done = said[-1] in stops or len(said) >= max_new_tokens
-                if done or not metric.possible(text, references[i]):
+                if done or hopeless(metric, text, references[i]):
                     found[i] = text
                     advance()
                 else:

@@ -133,6 +133,11 @@ def _told(file: Path, shown: str, error: BaseException) -> str:
     return f"{where}: {type(error).__name__}: {str(error)[:200]}"
 
 
+def hopeless(metric: Metric, beginning: str, reference: str) -> bool:
+    """No end can make the beginning of an answer match. A character of several tokens may be half there, as U+FFFD."""
+    return not metric.possible(beginning.rstrip("\ufffd"), reference)
+
+
 def judged(metric: Metric, answers: Sequence[str], references: Sequence[str], rows: str) -> list[bool]:
     """Whether each answer matches its reference; `rows` names the file of the references.
 

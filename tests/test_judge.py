@@ -10,6 +10,7 @@ from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flows import results
 from tasks import params
 from tasks.errors import ArtifactError
 from tasks.judge import gates, judge
@@ -136,3 +137,27 @@ def test_damaged_predictions_are_named(tmp_path: Path) -> None:
     (validated / "predictions.jsonl").write_text('{"correct": true}\n')
     with pytest.raises(ArtifactError, match=r"predictions\.jsonl"):
         judge_with(validated, tmp_path / "out", Gate(name="mean_kld", at_most=0.1))
+
+
+@pytest.mark.parametrize(
+    ("student", "rules", "below"),
+    [
+        (
+            0.82,
+            [Gate(name="accuracy_retention", at_least=0.95), Gate(name="size_ratio", at_most=0.6)],
+            "accuracy_retention",
+        ),
+        (0.86, [Gate(name="accuracy_retention", at_least=0.95)], ""),
+        (0.86, [Gate(name="accuracy", at_least=0.9), Gate(name="mean_kld", at_most=0.1)], "accuracy at least 0.9"),
+    ],
+)
+def test_what_the_student_keeps_is_told_before_its_files_are_made(
+    tmp_path: Path, student: float, rules: list[Gate], below: str
+) -> None:
+    (tmp_path / "build" / "select").mkdir(parents=True)
+    models = {"teacher": {"accuracy": 0.877}, "distilled": {"accuracy": student}}
+    (tmp_path / "build" / "select" / "models.json").write_text(json.dumps(models))
+    told = results.student(tmp_path, rules)
+    assert f"{student / 0.877:.1%}" in told
+    assert ("not likely" in told) == bool(below)
+    assert below in told

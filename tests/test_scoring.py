@@ -94,6 +94,13 @@ def test_no_beginning_of_the_right_json_is_given_up(value: object, ascii_only: b
     assert all(scoring.json_possible(text[:end], text) for end in range(len(text) + 1))
 
 
+def test_half_a_character_gives_no_answer_up() -> None:
+    half = "\u540d".encode()[:2].decode(errors="replace")
+    for name in ("text", "json"):
+        assert not scoring.hopeless(scoring.METRICS[name], half, "\u540d")
+    assert scoring.hopeless(scoring.METRICS["text"], "x" + half, "\u540d")
+
+
 @pytest.mark.parametrize(
     "beginning", ["Sure", '{"a": 1} and', '{"a": 2}', '{"a": 1,, ', '{"a": x', '{"a": "b"\n"c', "[1"]
 )

@@ -110,13 +110,20 @@ def _predict(
     stops: Sequence[int],
     metric: scoring.Metric,
 ) -> list[dict[str, Any]]:
-    """Reference, greedy answer, whether they agree, and whether the teacher's does, for every test row."""
+    """Reference, greedy answer, whether they agree, and whether the teacher's does, for every test row. An answer that
+    can no longer match is cut where that is certain.
+    """
     references = [row[-1]["content"] for row in rows]
     drafts = [[*tokenizer(text, add_special_tokens=False)["input_ids"], stops[0]] for text in references]
+
+    def hopeless(row: int, answer: Sequence[int]) -> bool:
+        return scoring.hopeless(metric, tokenizer.decode(answer, skip_special_tokens=True), references[row])
+
     with progress("answer test rows", len(rows), "rows") as advance:
         ids = evaluator.answers(
             file, [chat.prompt_ids(tokenizer, row[:-1]) for row in rows], drafts,
             stops=stops, limit=params.task.max_new_tokens, threads=threads(), advance=advance,
+            hopeless=hopeless,
         )  # fmt: skip
     answers = [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
     correct = scoring.judged(metric, answers, references, "test.jsonl")
