@@ -198,7 +198,8 @@ def validate_only(
     variants: Variants = None,
     gates: Gates = None,
 ) -> str:
-    """Validate the variants that a finished run made, with its own code and data, and train nothing.
+    """Validate the variants that a finished run made, with its own code and data, and train nothing. With other gates alone,
+    what was measured is judged anew, and no model runs.
 
     Args:
         run: The finished run whose files to validate.
@@ -213,6 +214,8 @@ def validate_only(
     known = workspace.finished(main)
     if run not in known:
         raise ConfigError(f"there is no finished run {run}: name one of {', '.join(known) or '(none yet)'}")
+    if "judge" not in yaml.safe_load(workspace.git(main, "show", f"runs/{run}:dvc.yaml"))["stages"]:
+        raise ConfigError(f"run {run} is of a version that measured and judged in one: run its commit again instead")
     overrides = _overrides({"quantize.variants": variants, "validate.gates": gates})
     planned = workspace.planned(main, name, f"runs/{run}", None, overrides)[1]
     locks.mark()
@@ -223,10 +226,12 @@ def validate_only(
         if pulled := versioning.restore(place, *made):
             approval.told(pulled)
         with pipeline.opened(place, name, checked) as desk, desk.display:
-            for variant in chosen:
-                pipeline.one(desk, pipeline.Order(place, name, "validate", variant, 1, up_to_date=False), checked)
+            for stage in ("validate", "judge"):
+                for variant in chosen:
+                    pipeline.one(desk, pipeline.Order(place, name, stage, variant, 1, up_to_date=False), checked)
         desk.tracker.close("FINISHED", {"slmops.validated": run}, {}, ())
-        approval.told(versioning.push(place, *(versioning.address("validate", each) for each in chosen)))
+        done = [versioning.address(stage, each) for stage in ("validate", "judge") for each in chosen]
+        approval.told(versioning.push(place, *done))
         table = results.markdown(results.rows(place, checked, packaged=False))
         create_markdown_artifact(table, key="result", description=f"Validation of run {run}")
         commit = workspace.finish(place, name, f"Validate {run}\n\n{table}")

@@ -237,6 +237,8 @@ def _stages(desk: Desk, run: str, checked: params.Params) -> None:
                 ends[order.key] = end = fan_out.end(name, futures[order.key])
                 if isinstance(end, versioning.Outcome):
                     desk.end(order, end)
+                    if order.stage == "select":
+                        _tell(desk, results.student(desk.root, checked.validate_.gates))
                 elif name in desk.began:  # it had no time for a word
                     desk.fail(name, str(end))
     except BaseException as error:
@@ -247,6 +249,11 @@ def _stages(desk: Desk, run: str, checked: params.Params) -> None:
     ours = [error for error in failed if isinstance(error, PipelineError)]
     if failed:
         raise (ours or failed)[0]
+
+
+def _tell(desk: Desk, text: str) -> None:
+    desk.display.say(text)
+    get_run_logger().info("%s", text)
 
 
 def _may_train(futures: Mapping[Key, Any], ends: Mapping[Key, Any], machines: int) -> bool:

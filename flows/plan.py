@@ -14,8 +14,8 @@ from pathlib import Path
 from flows import preflight, shape
 from tasks import models, params
 from tasks.acquire import data_sources, rows, watched
+from tasks.judge import gates
 from tasks.package.memory import minimum_ram
-from tasks.validate import gates
 
 # Speed of real work relative to the matrix product of the probe. Above 1 where most of the model need not be computed.
 TRAIN, FORWARD = 0.95, 2.9
@@ -25,7 +25,15 @@ TOKENS_A_ROW = 60
 GUESSED = {"train": 2000, "validation": 200, "test": 400, "unlabelled": 0}
 AGREEMENT = 0.9  # of student and teacher on a test row, to tell how many such rows a verdict needs
 CHARACTERS_A_TOKEN = 2.8
-OVERHEAD_S = {"acquire": 15.0, "select": 2.0, "convert": 10.0, "quantize": 3.0, "validate": 8.0, "package": 10.0}
+OVERHEAD_S = {
+    "acquire": 15.0,
+    "select": 2.0,
+    "convert": 10.0,
+    "quantize": 3.0,
+    "validate": 8.0,
+    "judge": 1.0,
+    "package": 10.0,
+}
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,7 @@ def _work(
     each = 2 * student.parameters * prompts / (plain * PREFILL)
     answers = sum(counted.count["test"] * 16 * size / DECODE_BYTES_PER_S for size in sizes.values())
     found.append(Work("validate", None, prompts * count, count * (OVERHEAD_S["validate"] + each) + answers))
+    found.append(Work("judge", None, None, count * OVERHEAD_S["judge"]))
     found.append(Work("package", None, None, OVERHEAD_S["package"]))
     return found
 
@@ -184,7 +193,8 @@ def _rows(root: Path, checked: params.Params) -> _Rows:
     if data.source != "local":
         return _Rows(GUESSED, TOKENS_A_ROW, exact=False)
     found = data_sources.local(data, root, root)
-    loaded = rows.load(found.files, found.shown, checked.task.metric)
+    metric = checked.task.metric
+    loaded = rows.load(found.files, found.shown, metric if isinstance(metric, str) else "own")
     count = {name: len(loaded.get(name, [])) for name in (*rows.SPLITS, rows.UNLABELLED)}
     train = loaded.get("train", [])
     if data_sources.ALL in loaded:

@@ -10,7 +10,7 @@ from typing import Any
 from flows.charts import number
 from tasks.errors import ArtifactError
 from tasks.package.choose import failing
-from tasks.params import Params
+from tasks.params import Gate, Params
 from tasks.stage import folder
 
 
@@ -72,14 +72,14 @@ def rows(root: Path, params: Params, *, packaged: bool = True) -> list[Row]:
     """The variants of a finished run, in the order of params; `packaged`: one of them may have been chosen.
 
     Raises:
-        ArtifactError: validate or package did not run.
+        ArtifactError: validate, judge or package did not run.
     """
     chosen = bundle(root)["chosen"] if packaged else None
     found = []
     for variant in params.quantize.variants:
         here = folder(root, "validate", variant)
         metrics, measured = read_json(here / "metrics.json"), read_json(here / "measurements.json")
-        verdict = read_json(here / "verdict.json")
+        verdict = read_json(folder(root, "judge", variant) / "verdict.json")
         found.append(
             Row(
                 variant=variant,
@@ -99,6 +99,21 @@ def rows(root: Path, params: Params, *, packaged: bool = True) -> list[Row]:
 def _value(numbers: dict[str, Any], name: str) -> float:
     value = numbers.get(name)
     return float(value) if isinstance(value, int | float) else math.nan
+
+
+def student(root: Path, gates: Sequence[Gate]) -> str:
+    """What the student that goes on keeps of its teacher, against the gates on accuracy: told before its files are made."""
+    models = read_json(folder(root, "select") / "models.json")
+    ours, theirs = (_value(models[name], "accuracy") for name in ("distilled", "teacher"))
+    kept = ours / theirs if theirs else math.nan
+    told = f"the student keeps {kept:.1%} of the teacher's accuracy on the test rows ({ours:.3f} of {theirs:.3f})"
+    below = [
+        f"{gate.name} at least {gate.at_least}"
+        for gate in gates
+        if gate.at_least is not None
+        and not {"accuracy": ours, "accuracy_retention": kept}.get(gate.name, math.inf) >= gate.at_least
+    ]
+    return f"{told}; the gates want {', '.join(below)}, so its files are not likely to pass" if below else told
 
 
 def told(verdict: Mapping[str, Any]) -> str:

@@ -25,8 +25,8 @@ from tasks.stage import folder as stage_folder
 FLUSH_S = 2.0
 VIEW = "workflowType=machine_learning"  # in addresses: else MLflow's pages open on traces, which are not ours
 SECTIONS = ("acquire", "task", "finetune", "distill", "select", "quantize", "validate", "package")
-ARTIFACTS = ("history.json", "models.json", "pruning.json", "students.json", "metrics.json", "measurements.json", "verdict.json",
-             "lineage.json", "bundle.json", "report.json", "MODEL_CARD.md")  # fmt: skip
+ARTIFACTS = ("history.json", "models.json", "pruning.json", "students.json", "metrics.json", "measurements.json", "intervals.json",
+             "verdict.json", "lineage.json", "bundle.json", "report.json", "MODEL_CARD.md")  # fmt: skip
 RETRY_S = 2.0  # between two attempts to reach an MLflow that is away
 PATIENCE_S = 10.0  # for one that is away at the end of a run
 DEADLINE_S = 120.0  # for one that answers, but slowly

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import files, locks, versioning
-from tasks import params
+from tasks import params, stages
 from tasks.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -184,7 +184,10 @@ def effective(source: bytes | None, where: str, overrides: Sequence[str]) -> tup
     with tempfile.NamedTemporaryFile(suffix=".yaml") as copy:
         copy.write(source)
         copy.flush()
-        checked = params.check(params.read(Path(copy.name), overrides), where)
+        raw = params.read(Path(copy.name), overrides)
+    checked = params.check(raw, where)
+    if missing := stages.unnamed(raw, checked):
+        raise ConfigError(f"{where} must name {', '.join(missing)}: DVC watches each, and reads no defaults")
     text = source.decode()
     return (_with_overrides(text, overrides) if overrides else text), checked
 

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument(
-        "item", nargs="?", help="for quantize and validate a variant, for distill a seed of params.yaml"
+        "item", nargs="?", help="for quantize, validate and judge a variant, for distill a seed of params.yaml"
     )
     parser.add_argument("--params", type=Path, help="parameters to use instead of params.yaml")
     parser.add_argument(

@@ -13,7 +13,7 @@ from tasks import events
 from tasks.chat import Encoded
 from tasks.logits import head_of
 from tasks.packing import pack
-from tasks.scoring import Metric
+from tasks.scoring import Metric, hopeless
 from tasks.training import CHUNK, batches, target_states
 
 BATCH = 64
@@ -23,9 +23,10 @@ def answers(
     model: Any, tokenizer: Any, rows: Sequence[Encoded], references: Sequence[str], stops: Sequence[int],
     max_new_tokens: int, metric: Metric, label: str,
 ) -> list[str]:  # fmt: skip
-    """The model's greedy answer to the last turn of each row, as text.
+    """The model's greedy answer to the last turn of each row, as text: at most `max_new_tokens` tokens of it, as of the
+    shipped file.
 
-    An answer that can no longer match its reference (`metric.possible`) is cut where that is certain.
+    An answer that can no longer match its reference (`hopeless`) is cut where that is certain.
     """
     import torch
 
@@ -41,10 +42,10 @@ def answers(
                 start, want = tail.answer_start, tail.ids[tail.answer_start :]
                 got, guesses = guesses[: len(want)], guesses[len(want) :]
                 same = next((n for n, (a, b) in enumerate(zip(got, want, strict=True)) if a != b), len(want))
-                said = want[:same] + got[same : same + 1]
+                said = (want[:same] + got[same : same + 1])[:max_new_tokens]
                 text = tokenizer.decode(said, skip_special_tokens=True)
                 done = said[-1] in stops or len(said) >= max_new_tokens
-                if done or not metric.possible(text, references[i]):
+                if done or hopeless(metric, text, references[i]):
                     found[i] = text
                     advance()
                 else:

@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from tasks.errors import ConfigError
 
@@ -23,6 +23,8 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="a full commit hash, never a branch or tag")]
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -114,19 +116,36 @@ class Acquire(Section):
     @model_validator(mode="after")
     def _watched(self) -> "Acquire":
         for path in self.local:
-            if not path.is_relative_to(self.watch) or ".." in path.parts:
-                raise ValueError(
-                    f"{path} lies outside watch ({self.watch}): DVC would not see it change: move it there, or set watch to "
-                    "a folder that holds all local inputs"
-                )
+            self.check_watched(path)
         return self
+
+    def check_watched(self, path: Path, key: str = "") -> None:
+        """Raises ValueError for a local input that lies outside `watch`."""
+        if not path.is_relative_to(self.watch) or ".." in path.parts:
+            raise ValueError(
+                f"{key}{path} lies outside watch ({self.watch}): DVC would not see it change: move it there, or set watch to "
+                "a folder that holds all local inputs"
+            )
 
 
 # --- the task, shared by training and evaluation ----------------------------------------------------
 
 
+class OwnMetric(Section):
+    """A function `match(answer: str, reference: str) -> bool` in a Python file below acquire.watch."""
+
+    file: Path
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] = "match"
+
+
+Metric = Literal["json", "text"]
+
+
 class Task(Section):
-    metric: Literal["json", "text"] = Field("json", description="how an answer is compared with its reference")
+    metric: Annotated[
+        Annotated[Metric, Tag("name")] | Annotated[OwnMetric, Tag("own")],
+        Discriminator(lambda given: "own" if isinstance(given, dict | OwnMetric) else "name"),
+    ] = Field("json", description="how an answer is compared with its reference; or {file, function} of one's own")
     max_length: Annotated[int, Field(ge=16)] = Field(
         256, description="tokens of a training row; longer rows are refused"
     )
@@ -285,12 +304,15 @@ class Params(Section):
     release: Release = Release()
 
     @model_validator(mode="after")
-    def _rows_fit_the_bundle(self) -> "Params":
+    def _sections_agree(self) -> "Params":
         if self.task.max_length > self.package.context_length:
             raise ValueError(
                 f"task.max_length is {self.task.max_length} and package.context_length {self.package.context_length}: a "
                 "bundle could not take the longest rows that it was trained on: raise the second or lower the first"
             )
+        metric = self.task.metric
+        if isinstance(metric, OwnMetric):
+            self.acquire.check_watched(metric.file, "task.metric.file: ")
         return self
 
     def digest(self, sections: Iterable[str]) -> str:
@@ -300,9 +322,26 @@ class Params(Section):
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
     def only(self, sections: Iterable[str]) -> "Params":
-        """The same parameters with every other section absent: reading one is an AttributeError."""
-        names = set(map(field_name, sections))
-        return Params.model_construct(_fields_set=names, **{name: getattr(self, name) for name in names})
+        """The same parameters with every other section, and every other key of a section named by keys, absent: reading
+        one is an AttributeError.
+        """
+        view = _empty(Params)
+        for section in sections:
+            name, key = field_name(section), section.partition(".")[2]
+            whole = getattr(self, name)
+            if key:
+                part = view.__dict__.setdefault(name, _empty(type(whole)))
+                part.__dict__[key] = getattr(whole, key)
+            else:
+                view.__dict__[name] = whole
+        return view
+
+
+def _empty(kind: type[Model]) -> Model:
+    """A model without any value, not even those that have a default."""
+    made = kind.model_construct()
+    made.__dict__.clear()
+    return made
 
 
 def field_name(section: str) -> str:
@@ -404,15 +443,11 @@ def _with_nul(node: Any, key: str = "") -> Iterator[str]:
 
 def _explain(problem: Any, raw: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
-    given, message = problem.get("input"), problem["msg"]
-    if not location:  # two sections that do not go together
-        return str(message).removeprefix("Value error, ")
+    given, message = problem.get("input"), problem["msg"].removeprefix("Value error, ")
+    if not location:  # a rule between sections, which names its key itself
+        return str(message)
     # Pydantic puts the tag of a union into the location; the person never wrote it.
-    known = [
-        part
-        for i, part in enumerate(location)
-        if not (i >= 2 and location[i - 1] in ("model", "data") and part in _SOURCES)
-    ]
+    known = [part for i, part in enumerate(location) if not (i >= 2 and part in _TAGS.get(location[i - 1], ()))]
     key = ".".join(known)
     if problem["type"] == "extra_forbidden":
         if key == "distill.seed":
@@ -430,9 +465,7 @@ def _explain(problem: Any, raw: dict[str, Any]) -> str:
         return f"{key}: {given!r} is not a 40-digit commit hash: a branch or tag can move, so pin the commit it points to now ({newest})"
     if problem["type"] == "json_invalid":
         return f"not representable: {message}"
-    return f"{key}: {message.removeprefix('Value error, ')}" + (
-        "" if isinstance(given, (dict, list)) else f" (given {given!r})"
-    )
+    return f"{key}: {message}" + ("" if isinstance(given, (dict, list)) else f" (given {given!r})")
 
 
 def _is_number(text: str) -> bool:
@@ -451,7 +484,21 @@ def _all_keys(model: Any) -> set[str]:
 
 
 _SOURCES = ("package", "gguf", "local", "hub")
-_MODELS = (Params, Acquire, PackageModel, GgufModel, LocalModel, HubModel, LocalData, HubData, Task, Finetune, Distill)
+_TAGS = {"model": _SOURCES, "data": _SOURCES, "metric": ("name", "own")}
+_MODELS = (
+    Params,
+    Acquire,
+    PackageModel,
+    GgufModel,
+    LocalModel,
+    HubModel,
+    LocalData,
+    HubData,
+    OwnMetric,
+    Task,
+    Finetune,
+    Distill,
+)
 _KEYS = sorted(
     set().union(*map(_all_keys, (*_MODELS, Select, Quantize, Onnx, Gate, Validate, Package, Machine, Release)))
 )

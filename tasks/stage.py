@@ -6,13 +6,15 @@ for one, a scratch folder of checkpoints tied to exactly these params and inputs
 
 import errno
 import fcntl
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tasks import manifest
 from tasks.bounded import Limits
@@ -182,3 +184,31 @@ def require_file(path: Path, what: str) -> Path:
     if not path.is_file():
         raise ArtifactError(f"{path} is missing: {what}")
     return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object that a stage wrote.
+
+    Raises:
+        ArtifactError: the file is missing or holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: {error}: run the stage that writes it again, or `dvc pull`") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} is not a JSON object: run the stage that writes it again")
+    return value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Sorted, and null for what is not a finite number: NaN is no JSON."""
+    path.write_text(json.dumps(_finite(content), indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,8 +1,10 @@
 """The whole pipeline on one page. Stage = params section = dvc stage = folder under build/."""
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from tasks.bounded import Limits
 from tasks.params import Params
@@ -34,15 +36,38 @@ _ROWS = (
     Stage("convert", _late("convert"), (), {"teacher": "finetune", "student": "select"}),
     Stage("quantize", _late("quantize"), ("quantize.onnx",), {"student": "select", "converted": "convert"}, per="variant"),
     Stage(
-        "validate", _late("validate"), ("validate", "task"),
+        "validate", _late("validate"), ("validate.context", "validate.windows", "validate.repeats", "task"),
         {"source": "acquire", "distilled": "select", "converted": "convert", "artifact": "quantize"},
-        per="variant", measured=("measurements.json", "verdict.json"),
+        per="variant", measured=("measurements.json",),
     ),
+    # Apart from `validate`, so that another gate runs no model again. Its verdict may rest on what was measured.
+    Stage("judge", _late("judge"), ("validate",), {"validated": "validate"}, per="variant", measured=("verdict.json",)),
     Stage(
         "package", _late("package"), ("package", "quantize.variants"),
-        {"source": "acquire", "student": "select", "artifacts": "quantize", "verdicts": "validate"},
+        {"source": "acquire", "student": "select", "artifacts": "quantize", "validated": "validate", "verdicts": "judge"},
         measured=("report.json",),
     ),
 )  # fmt: skip
 
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _ROWS}
+LISTS = {"variant": "quantize.variants", "seed": "select.seeds"}  # what dvc.yaml takes a stage's items from
+
+
+def unnamed(raw: Mapping[str, Any], checked: Params) -> list[str]:
+    """What dvc.yaml names and a raw params mapping lacks, with the value that the code would take (`task: {...}`)."""
+    wanted = {key for stage in STAGES.values() for key in stage.sections}
+    wanted |= {LISTS[stage.per] for stage in STAGES.values() if stage.per}
+    values = checked.model_dump(mode="json", by_alias=True)
+
+    def lacks(key: str) -> bool:
+        node: Any = raw
+        for part in key.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                return True
+            node = node[part]
+        return False
+
+    return [
+        f"{key}: {reduce(lambda node, part: node[part], key.split('.'), values)}"
+        for key in sorted(filter(lacks, wanted))
+    ]

@@ -83,7 +83,8 @@ BODIES = {
     [(out / name).write_bytes((chosen / name).read_bytes()) for name in ("history.json", "models.json")]""",
     "convert": """(out / "teacher.gguf").write_bytes(b"t" * 1000)""",
     "quantize": """(out / "model.gguf").write_bytes(variant.encode() * 100)""",
-    "validate": f"""[(out / (name + ".json")).write_text(json.dumps(value)) for name, value in {JUDGED}.items()]""",
+    "validate": f"""[(out / (name + ".json")).write_text(json.dumps({JUDGED}[name])) for name in ("metrics", "measurements")]""",
+    "judge": f"""(out / "verdict.json").write_text(json.dumps({JUDGED["verdict"]}))""",
     "package": f"""(out / "llama-server").mkdir()
     (out / "llama-server" / "model.gguf").write_bytes(b"toy")
     (out / "bundle.json").write_text(json.dumps({BUNDLE}))

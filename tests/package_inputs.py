@@ -97,9 +97,9 @@ def answer(model: Path, messages: chat.Messages) -> str:
 
 def add_variant(root: Path, name: str, weights: Path, verdict: str = "pass", **numbers: float) -> None:
     """One quantized variant and what validation said of it."""
-    artifact, judged = root / "quantize" / name, root / "validate" / name
-    artifact.mkdir(parents=True)
-    judged.mkdir(parents=True)
+    artifact, validated, judged = (root / stage / name for stage in ("quantize", "validate", "judge"))
+    for folder in (artifact, validated, judged):
+        folder.mkdir(parents=True)
     if weights.is_dir():
         shutil.copytree(weights, artifact / "model")
     else:
@@ -108,11 +108,15 @@ def add_variant(root: Path, name: str, weights: Path, verdict: str = "pass", **n
     metrics = {"accuracy": 0.9, "accuracy_retention": 1.0, "size_bytes": 9e6, "size_ratio": 0.4, "mean_kld": 0.01}
     checks = [CHECK | ({"ok": True, "value": 1.0} if verdict == "pass" else {})]
     for file, value in {
-        "metrics.json": metrics | numbers, "measurements.json": speed, "verdict.json": {"verdict": verdict, "checks": checks},
-    }.items():  # fmt: skip
-        (judged / file).write_text(json.dumps(value))
+        validated / "metrics.json": metrics | numbers,
+        validated / "measurements.json": speed,
+        judged / "intervals.json": {"accuracy_retention_interval": [0.98, 1.02]},
+        judged / "verdict.json": {"verdict": verdict, "checks": checks},
+    }.items():
+        file.write_text(json.dumps(value))
     _finish(artifact, "quantize")
-    _finish(judged, "validate", ["measurements.json", "verdict.json"])
+    _finish(validated, "validate", ["measurements.json"])
+    _finish(judged, "judge", ["verdict.json"])
 
 
 def _finish(folder: Path, stage: str, measured: list[str] | None = None) -> None:
@@ -133,7 +137,8 @@ def inputs(root: Path, model: Path) -> dict[str, Path]:
     shutil.copytree(model, student / "model")
     _finish(source, "acquire")
     _finish(student, "select")
-    return {"source": source, "student": student, "artifacts": root / "quantize", "verdicts": root / "validate"}
+    made = {"artifacts": "quantize", "validated": "validate", "verdicts": "judge"}
+    return {"source": source, "student": student, **{role: root / stage for role, stage in made.items()}}
 
 
 def settings(raw: dict, variants: list[str], **package: object) -> params.Params:

@@ -92,6 +92,7 @@ def test_only_flows_touch_the_orchestrators() -> None:
             "fan_out",
             "pages",
             "pipeline",
+            "prefect_api",
             "prefect_server",
         },
     }.items():
@@ -170,7 +171,7 @@ def test_scoring_and_targets_hold_what_the_params_name() -> None:
     from tasks import package, scoring
 
     targets = get_args(params.Package.model_fields["targets"].annotation)[0]
-    assert set(scoring.METRICS) == set(get_args(params.Task.model_fields["metric"].annotation))
+    assert set(scoring.METRICS) == set(get_args(params.Metric))
     assert set(package.TARGETS) == set(get_args(targets))
 
 

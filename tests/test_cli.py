@@ -120,7 +120,7 @@ def test_a_plan_tells_all_of_a_run_before_any_work(tmp_path: Path) -> None:
     checked = params.load(DEFAULTS, ["finetune.epochs=2.0", "finetune.batch_tokens=1000"])
     slow, fast = (plan.predict(ROOT, checked, flops, flops) for flops in (1e10, 1e12))
     assert list(slow.sizes) == list(checked.quantize.variants)
-    assert [work.stage for work in slow.work] == ["acquire", "finetune", "distill", "select", "convert", "quantize", "validate", "package"]  # fmt: skip
+    assert [work.stage for work in slow.work] == ["acquire", "finetune", "distill", "select", "convert", "quantize", "validate", "judge", "package"]  # fmt: skip
     tuned = slow.work[1]
     assert tuned.tokens is not None
     assert tuned.steps == tuned.tokens // 1000

@@ -52,7 +52,7 @@ def variants(root: Path, *rows: tuple[str, str, float, float, float]) -> list:
     for name, verdict, accuracy, size, speed in rows:
         weights = root / "onnx" if name.startswith("onnx") else root / "empty.gguf"
         add_variant(root, name, weights, verdict, accuracy=accuracy, size_bytes=size * 1e6, decode_tokens_per_s=speed)
-    return candidates(root / "quantize", root / "validate", [row[0] for row in rows])
+    return candidates(root / "quantize", root / "validate", root / "judge", [row[0] for row in rows])
 
 
 ROWS = (
@@ -96,10 +96,10 @@ def test_the_reason_tells_every_candidates_numbers_and_fate(tmp_path: Path):
 
 def test_measured_numbers_stay_out_of_the_reproducible_reason(tmp_path: Path):
     found = variants(tmp_path, *ROWS)
-    path = tmp_path / "validate" / "q4_0" / "verdict.json"
+    path = tmp_path / "judge" / "q4_0" / "verdict.json"
     check = {"name": "peak_rss_ratio", "value": 1.3141, "limit": 1.0, "direction": "at_most", "ok": False}
     path.write_text(json.dumps({"verdict": "fail", "checks": [check]}))
-    found = candidates(tmp_path / "quantize", tmp_path / "validate", [row[0] for row in ROWS])
+    found = candidates(tmp_path / "quantize", tmp_path / "validate", tmp_path / "judge", [row[0] for row in ROWS])
     choice = choose(found, "fastest", {"gguf", "onnx"})
     assert "300.0 tokens/s" in choice.measured_reason
     assert "1.314" in choice.measured_reason
@@ -115,15 +115,15 @@ def test_a_passing_variant_without_its_number_is_refused(tmp_path: Path):
 
 def test_what_an_earlier_run_with_other_variants_left_is_not_looked_at(tmp_path: Path):
     variants(tmp_path, *ROWS)
-    found = candidates(tmp_path / "quantize", tmp_path / "validate", ["q8_0", "q4_0"])
+    found = candidates(tmp_path / "quantize", tmp_path / "validate", tmp_path / "judge", ["q8_0", "q4_0"])
     assert [candidate.name for candidate in found] == ["q4_0", "q8_0"]
 
 
 def test_a_variant_that_was_not_validated_is_named(tmp_path: Path):
     variants(tmp_path, ROWS[4])
-    (tmp_path / "validate" / "q8_0" / "verdict.json").unlink()
+    (tmp_path / "judge" / "q8_0" / "verdict.json").unlink()
     with pytest.raises(ArtifactError, match=r"q8_0/verdict\.json"):
-        candidates(tmp_path / "quantize", tmp_path / "validate", ["q8_0"])
+        candidates(tmp_path / "quantize", tmp_path / "validate", tmp_path / "judge", ["q8_0"])
 
 
 # --- the bundles -----------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_a_file_that_reads_prompts_otherwise_is_not_packaged(
 def test_other_measurements_give_the_same_bundle(folders: dict[str, Path], tiny_params: dict, tmp_path: Path):
     packed(folders, tiny_params, tmp_path / "one")
     for name in ("f16", "q8_0"):
-        path = folders["verdicts"] / name / "measurements.json"
+        path = folders["validated"] / name / "measurements.json"
         path.write_text(json.dumps({"decode_tokens_per_s": 1.5}))
     packed(folders, tiny_params, tmp_path / "two")
     assert bundle.bundle_digest(tmp_path / "one") == bundle.bundle_digest(tmp_path / "two")

@@ -87,8 +87,15 @@ def test_a_stage_sees_only_its_sections() -> None:
     view = params.load(DEFAULTS).only(["finetune", "validate"])
     assert view.finetune.enabled
     assert view.validate_.windows
-    with pytest.raises(AttributeError):
-        _ = view.distill
+    for absent in ("distill", "task"):  # also where the section has a default
+        with pytest.raises(AttributeError):
+            getattr(view, absent)
+    part = params.load(DEFAULTS).only(["validate.context", "quantize.variants"])
+    assert part.validate_.context
+    assert "q8_0" in part.quantize.variants
+    for section, absent in ((part.validate_, "gates"), (part.validate_, "seed"), (part.quantize, "onnx")):
+        with pytest.raises(AttributeError):
+            getattr(section, absent)
 
 
 def test_a_file_of_overrides_replaces_whole_values_and_later_ones_win(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_every_door_gives_the_same_digests(
     ours, theirs = (yaml.safe_load(lock)["stages"] for lock in locks)
     assert ours.keys() == theirs.keys()
     for name in ours:  # what is measured lies in the outputs of validate and package, and differs
-        assert name.startswith(("validate", "package")) or ours[name] == theirs[name]
+        assert name.startswith(("validate", "judge", "package")) or ours[name] == theirs[name]
 
     # A run in the checkout finds all of it in the shared cache.
     done = slmops(by_flow, "run")
@@ -137,7 +137,7 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
     done = run_toy(toy, "--name", "one", HF_TOKEN="hf_planted")
     assert done.returncode == 0, done.stderr
     everything = ["acquire", "finetune", "distill-17", "select", "convert"]
-    variants = {f"{stage}-{variant}" for stage in ("quantize", "validate") for variant in ("q8_0", "q4_0")}
+    variants = {f"{stage}-{variant}" for stage in ("quantize", "validate", "judge") for variant in ("q8_0", "q4_0")}
     assert started(toy)[:5] == everything
     assert set(started(toy)[5:-1]) == variants
     assert started(toy)[-1] == "package"
@@ -145,7 +145,7 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
     assert "version 1 registered" in done.stdout
 
     names = dict(runs(toy))
-    assert names == dict.fromkeys(("one", "acquire", "finetune", "distill@17", "select", "convert", "quantize@q8_0", "quantize@q4_0", "validate@q8_0", "validate@q4_0", "package"), "FINISHED")  # fmt: skip
+    assert names == dict.fromkeys(("one", "acquire", "finetune", "distill@17", "select", "convert", "quantize@q8_0", "quantize@q4_0", "validate@q8_0", "validate@q4_0", "judge@q8_0", "judge@q4_0", "package"), "FINISHED")  # fmt: skip
     store = mlflow_store.client(toy)
     by_name = {run.data.tags["mlflow.runName"]: run for run in store.search_runs([mlflow_store.experiment(store, toy)])}
     parent, child = by_name["one"], by_name["validate@q4_0"]
@@ -180,8 +180,8 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
 
     again = run_toy(toy, "--name", "two")
     assert again.returncode == 0, again.stderr
-    assert len(started(toy)) == 10
-    assert again.stdout.count("up to date") == 10
+    assert len(started(toy)) == 12
+    assert again.stdout.count("up to date") == 12
     assert "version 1 was registered before" in again.stdout
 
 
@@ -207,7 +207,7 @@ def test_one_failing_variant_stops_only_what_needs_it(toy: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: quantize@q4_0: told to fail: do not tell it"
     assert "validate-q8_0" in started(toy)
-    assert not {"validate-q4_0", "package"} & set(started(toy))
+    assert not {"validate-q4_0", "judge-q4_0", "package"} & set(started(toy))
 
 
 def test_a_bug_in_a_stage_is_told_with_its_log(toy: Path) -> None:

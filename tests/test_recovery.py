@@ -142,7 +142,7 @@ def test_a_run_goes_on_when_its_worker_and_its_servers_are_killed(toy: Path) -> 
         wait_for(lambda: {each.info.status for each in tracked(up.root)} == {"FINISHED"})
         assert curve(up.root, "distill@17") == WHOLE
         assert flow_runs(servers) == {"COMPLETED"}
-        assert len(started(up.root)) == 8
+        assert len(started(up.root)) == 9
     finally:
         stop(up)
 
@@ -243,5 +243,5 @@ def test_mlflow_that_stays_away_stops_the_registration_and_is_told_by_the_next_r
     assert again.stderr.count("MLflow was told what run gone left") == 1
     assert "version 1 registered" in again.stdout
     assert (statuses(toy, "gone"), statuses(toy, "next")) == (["FAILED"], ["FINISHED"])
-    assert len(started(toy)) == 10
+    assert len(started(toy)) == 12
     assert spool.left(toy) == []

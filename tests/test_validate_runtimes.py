@@ -1,6 +1,7 @@
 """Greedy answers equal plain greedy decoding; likelihoods equal an independent computation."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +115,20 @@ def test_answers_are_those_of_plain_greedy_decoding(lively: Path, prompts: list[
         )
         assert found == expected
         assert sum(counted) == len(prompts)
+
+
+@pytest.mark.parametrize("variant", ["q8_0", "onnx-int4"])
+def test_an_answer_is_cut_where_no_end_can_make_it_right(lively: Path, prompts: list[list[int]], variant: str) -> None:
+    folder = quantized(lively, variant)
+    runtime, file = (onnx_runtime, "model") if variant == "onnx-int4" else (llama_runtime, "model.gguf")
+    common = {"stops": [2], "limit": LIMIT, "threads": 1, "advance": lambda _: None}
+    whole = runtime.answers(folder / file, prompts, [[2]] * len(prompts), **common)
+
+    def hopeless(row: int, answer: Sequence[int]) -> bool:
+        return row % 2 == 0 and len(answer) >= 3
+
+    cut = runtime.answers(folder / file, prompts, [[2]] * len(prompts), **common, hopeless=hopeless)
+    assert cut == [answer[: LIMIT if row % 2 else 3] for row, answer in enumerate(whole)]
 
 
 def test_more_rows_than_slots_and_a_lone_row(lively: Path, prompts: list[list[int]]) -> None:

@@ -37,10 +37,7 @@ def inputs(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def settings(**changes: object) -> params.Params:
     return params.load(DEFAULTS).only(("task", "validate")).model_copy(
         update={
-            "validate_": params.Validate(
-                context=64, windows=3, repeats=3, bootstrap=200,
-                gates=(params.Gate(name="mean_kld", at_most=1.0), params.Gate(name="ttft_p95_s", at_most=60.0)), **changes,
-            ),
+            "validate_": params.Validate(context=64, windows=3, repeats=3, gates=(), **changes),
             "task": params.Task(max_new_tokens=8),
         }
     )  # fmt: skip
@@ -66,9 +63,7 @@ def done(request: pytest.FixtureRequest, inputs: dict, tiny_model_folder: Path, 
 
 def test_the_reports_hold_what_their_readers_expect(done: tuple, inputs: dict) -> None:
     variant, artifact, out, returned = done
-    metrics, measured, verdict = (
-        json.loads((out / f"{name}.json").read_text()) for name in ("metrics", "measurements", "verdict")
-    )
+    metrics, measured = (json.loads((out / f"{name}.json").read_text()) for name in ("metrics", "measurements"))
     assert set(metrics) > METRICS
     assert set(returned) <= METRICS
     assert all(returned[name] == metrics[name] for name in returned)
@@ -84,16 +79,14 @@ def test_the_reports_hold_what_their_readers_expect(done: tuple, inputs: dict) -
         for name in ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_bytes"):
             assert each[name] > 0
     assert measured["decode_speedup"] > 0
-    assert verdict["verdict"] == "pass"
-    assert [line["name"] for line in verdict["checks"]] == ["mean_kld", "ttft_p95_s"]
-    assert all({"name", "value", "limit", "direction", "ok"} <= set(line) for line in verdict["checks"])
 
 
 def test_predictions_follow_the_test_rows(done: tuple, inputs: dict) -> None:
     lines = [json.loads(line) for line in (done[2] / "predictions.jsonl").read_text().splitlines()]
     rows = [json.loads(line) for line in (inputs["source"] / "data" / "test.jsonl").read_text().splitlines()]
     assert [line["reference"] for line in lines] == [row["messages"][-1]["content"] for row in rows]
-    assert {tuple(line) for line in lines} == {("reference", "answer", "correct")}
+    assert {tuple(line) for line in lines} == {("reference", "answer", "correct", "teacher_correct")}
+    assert [line["teacher_correct"] for line in lines] == [i % 4 != 0 for i in range(len(lines))]
 
 
 def test_quality_is_the_same_bytes_whatever_the_threads(

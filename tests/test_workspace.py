@@ -281,6 +281,18 @@ def test_a_missing_section_is_explained(root: Path) -> None:
         versioning.repro(root, "acquire", log=root / ".runs" / "log")
 
 
+@pytest.mark.parametrize(("section", "key"), [("task", None), ("validate", "repeats"), ("select", "seeds")])
+def test_a_key_that_dvc_reads_is_missed_before_the_work(root: Path, section: str, key: str | None) -> None:
+    raw = yaml.safe_load((root / "params.yaml").read_text())
+    if key:
+        del raw[section][key]
+    else:
+        del raw[section]
+    (root / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match=f"{section}.{key}" if key else section):
+        workspace.write_params(root, None, [])
+
+
 def test_a_missing_pointer_in_the_cache_is_a_stage_error(root: Path) -> None:
     with pytest.raises(StageError, match=r"dvc checkout nothing\.dvc failed"):
         versioning.checkout(root, "nothing.dvc")

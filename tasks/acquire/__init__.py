@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import dated, events, logits, manifest, models, supports
+from tasks import dated, events, logits, manifest, models, scoring, supports
 from tasks.acquire import (
     data_sources,
     dequantise,
@@ -25,7 +25,7 @@ from tasks.acquire import (
     watched,
 )
 from tasks.errors import ArtifactError, ConfigError, brief
-from tasks.params import Params
+from tasks.params import OwnMetric, Params
 from tasks.stage import need_space
 
 __all__ = ["acquire"]
@@ -44,7 +44,7 @@ class _Opened:
 
 
 def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str, float]:
-    """Fill `out` with `model/`, `data/`, `lineage.json` and the model's `LICENSE`.
+    """Fill `out` with `model/`, `data/`, `lineage.json`, the model's `LICENSE` and the file of a metric of one's own.
 
     Paths in `params` are relative to `root`; downloads lie in `scratch` until the stage has succeeded.
     Returns the number of parameters and the rows of each split.
@@ -59,6 +59,9 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
     data = data_sources.SOURCES[settings.data.source](settings.data, root, scratch)
     model_sources.check_licence(data.licence, settings.licences, "the data", required=False)
     splits = _splits(params, data)
+
+    if isinstance(params.task.metric, OwnMetric):
+        _copy_metric(params.task.metric, splits["test"], root, out / scoring.OWN)
 
     found = model_sources.SOURCES[settings.model.source](settings.model, root, scratch)
     licence_text = model_sources.read_licence(found.licence_text) if found.licence_text else None
@@ -112,7 +115,8 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
 def _splits(params: Params, data: data_sources.FoundData) -> dict[str, list[rows.Row]]:
     settings = params.acquire
     near = settings.near_duplicate
-    found = rows.load(data.files, data.shown, params.task.metric)
+    metric = params.task.metric
+    found = rows.load(data.files, data.shown, metric if isinstance(metric, str) else "own")
     if data_sources.ALL in found:
         unlabelled, shares = found.get(rows.UNLABELLED, []), settings.data
         found = rows.split(
@@ -241,6 +245,21 @@ def _save(opened: _Opened, stops: Sequence[int], out: Path) -> None:
     )
     need_space(out, 2 * models.count(model))
     models.save(model, tokenizer, out)
+
+
+def _copy_metric(metric: OwnMetric, test: Sequence[rows.Row], root: Path, target: Path) -> None:
+    """Take the metric's file over, once it is seen to hold each reference of the test split for right."""
+    source = root / metric.file
+    if not source.is_file():
+        raise ConfigError(f"task.metric.file: {source} is no file: name a Python file below acquire.watch")
+    target.write_bytes(source.read_bytes())
+    references = [row.messages[-1]["content"] for row in test]
+    right = scoring.judged(scoring.load(metric, target.parent), references, references, "the test rows")
+    if not all(right):
+        raise ConfigError(
+            f"task.metric: {metric.function} of {metric.file} holds a reference for wrong where the answer is that very text, "
+            f"as in {test[right.index(False)].where}: correct it"
+        )
 
 
 def _copy_text(source: Path, target: Path) -> None:

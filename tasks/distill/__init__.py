@@ -11,7 +11,8 @@ from tasks.distill.pruning import prune
 from tasks.distill.targets import cache_targets, distillation
 from tasks.generation import answers, continued
 from tasks.params import Params
-from tasks.scoring import METRICS, accuracy, per_group
+from tasks.scoring import Metric, accuracy, judged, per_group
+from tasks.scoring import load as load_metric
 from tasks.training import cross_entropy, train
 
 
@@ -29,7 +30,14 @@ def distill(params: Params, *, source: Path, teacher: Path, seed: int, out: Path
     models.check_same_vocabulary(teacher / "model", source / "model")
     splits = {name: read_rows(source / "data" / f"{name}.jsonl") for name in ("train", "validation", "test")}
     encoded = {name: encode_all(tokenizer, rows, task.max_length) for name, rows in splits.items()}
-    judge = _Judge(tokenizer, splits["test"], encoded["test"], models.stop_ids(teacher / "model", tokenizer), params)
+    judge = _Judge(
+        tokenizer,
+        splits["test"],
+        encoded["test"],
+        models.stop_ids(teacher / "model", tokenizer),
+        params,
+        load_metric(task.metric, source),
+    )
 
     dtype = models.arithmetic(settings.precision)
     model = models.load_model(teacher / "model", dtype)
@@ -77,9 +85,21 @@ class _Judge:
     """Every model's answers on the one test split, with their accuracy, size and classes."""
 
     def __init__(
-        self, tokenizer: Any, test: list[Messages], encoded: list[Encoded], stops: list[int], params: Params
+        self,
+        tokenizer: Any,
+        test: list[Messages],
+        encoded: list[Encoded],
+        stops: list[int],
+        params: Params,
+        metric: Metric,
     ) -> None:
-        self.tokenizer, self.encoded, self.stops, self.task = tokenizer, encoded, stops, params.task
+        self.tokenizer, self.encoded, self.stops, self.task, self.metric = (
+            tokenizer,
+            encoded,
+            stops,
+            params.task,
+            metric,
+        )
         self.references = [row[-1]["content"] for row in test]
         self.answers: dict[str, list[str]] = {}
         self.correct: dict[str, list[bool]] = {}
@@ -87,7 +107,6 @@ class _Judge:
 
     def add(self, name: str, model: Any) -> None:
         """Let a model answer the test split."""
-        metric = METRICS[self.task.metric]
         said = answers(
             model,
             self.tokenizer,
@@ -95,10 +114,10 @@ class _Judge:
             self.references,
             self.stops,
             self.task.max_new_tokens,
-            metric,
+            self.metric,
             f"test {name}",
         )
-        correct = [metric.match(a, b) for a, b in zip(said, self.references, strict=True)]
+        correct = judged(self.metric, said, self.references, "test.jsonl")
         self.answers[name], self.correct[name] = said, correct
         self.models[name] = {
             "accuracy": accuracy(correct),

@@ -15,13 +15,14 @@ from tasks import chat, dated, manifest, models
 from tasks.errors import ArtifactError
 from tasks.events import progress
 from tasks.package import bundle, card, memory, parity
-from tasks.package.choose import Candidate, Kind, candidates, choose, read
+from tasks.package.choose import Candidate, Kind, candidates, choose
 from tasks.package.release import Release, write
 from tasks.package.target_llama_server import llama_server
 from tasks.package.target_ollama import ollama
 from tasks.package.target_onnx_genai import onnx_genai
 from tasks.package.turns import probe
 from tasks.params import Package, Params
+from tasks.stage import read_json
 
 COMPOSE = (
     "This model learned letters joined with their accents (Unicode NFC), and this runtime does not join them: "
@@ -46,7 +47,7 @@ TARGETS: Mapping[str, Target] = {
 
 
 def package(
-    params: Params, *, source: Path, student: Path, artifacts: Path, verdicts: Path, out: Path
+    params: Params, *, source: Path, student: Path, artifacts: Path, validated: Path, verdicts: Path, out: Path
 ) -> dict[str, float]:
     """Fill `out` with one folder a target, bundle.json, report.json, MODEL_CARD.md and LICENSE.
 
@@ -55,9 +56,9 @@ def package(
         StageError: a packaged runtime would not see the prompts that the model was trained on.
     """
     settings, model = params.package, student / "model"
-    found = candidates(artifacts, verdicts, params.quantize.variants)
+    found = candidates(artifacts, validated, verdicts, params.quantize.variants)
     choice = choose(found, settings.choose, {TARGETS[name].kind for name in settings.targets})
-    lineage = read(source / "lineage.json")
+    lineage = read_json(source / "lineage.json")
     names = bundle.Licence(model=_named(lineage, "model"), data=_named(lineage, "data"))
     licence = _licence(source, names.model)
 

@@ -4,7 +4,6 @@ A reason is written twice. `reason` names only numbers that equal work reproduce
 bundle's manifest; `measured_reason` adds what was measured on this machine and goes into the report.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks.errors import ArtifactError
+from tasks.stage import read_json
 
 Kind = Literal["gguf", "onnx"]
 WEIGHTS: Mapping[Kind, str] = {"gguf": "model.gguf", "onnx": "model"}  # in the variant's folder
@@ -59,44 +59,28 @@ class Rule:
     measured: bool = False
 
 
-def candidates(artifacts: Path, verdicts: Path, variants: Sequence[str]) -> list[Candidate]:
+def candidates(artifacts: Path, validated: Path, verdicts: Path, variants: Sequence[str]) -> list[Candidate]:
     """The variants, by name. What lies beside them is of an earlier run, with other parameters, and not looked at.
 
     Raises:
-        ArtifactError: a variant was not validated, or one of its files is missing or damaged.
+        ArtifactError: a variant was not validated or judged, or one of its files is missing or damaged.
     """
-    return [_candidate(artifacts / name, verdicts / name) for name in sorted(variants)]
+    return [_candidate(artifacts / name, validated / name, verdicts / name) for name in sorted(variants)]
 
 
-def _candidate(artifact: Path, judged: Path) -> Candidate:
+def _candidate(artifact: Path, validated: Path, judged: Path) -> Candidate:
     kinds = [kind for kind, mark in MARKS.items() if (artifact / mark).is_file()]
     if len(kinds) != 1:
         raise ArtifactError(f"{artifact} holds neither model.gguf nor model/genai_config.json: run `quantize` again")
-    verdict = read(judged / "verdict.json")
+    verdict = read_json(judged / "verdict.json")
     checks = verdict.get("checks")
     if verdict.get("verdict") not in VERDICTS or not isinstance(checks, list):
         raise ArtifactError(
-            f"{judged / 'verdict.json'}: `verdict` must be one of {', '.join(VERDICTS)}, with `checks`: run `validate` again"
+            f"{judged / 'verdict.json'}: `verdict` must be one of {', '.join(VERDICTS)}, with `checks`: run `judge` again"
         )
-    return Candidate(
-        artifact.name, kinds[0], artifact / WEIGHTS[kinds[0]],
-        read(judged / "metrics.json"), read(judged / "measurements.json"), verdict,
-    )  # fmt: skip
-
-
-def read(path: Path) -> dict[str, Any]:
-    """One JSON object.
-
-    Raises:
-        ArtifactError: the file is missing or holds something else.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: {error}: run the stage that writes it again, or `dvc pull`") from None
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} is not a JSON object: run the stage that writes it again")
-    return value
+    metrics = read_json(validated / "metrics.json") | read_json(judged / "intervals.json")
+    measurements = read_json(validated / "measurements.json")
+    return Candidate(artifact.name, kinds[0], artifact / WEIGHTS[kinds[0]], metrics, measurements, verdict)
 
 
 def _number(candidate: Candidate, source: Mapping[str, Any], name: str) -> float:

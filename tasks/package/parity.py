@@ -19,7 +19,8 @@ from typing import Any
 from tasks import chat, models
 from tasks.chat import Messages
 from tasks.errors import ArtifactError, StageError
-from tasks.package.choose import Kind, read
+from tasks.package.choose import Kind
+from tasks.stage import read_json
 
 
 def _talk(*contents: str, system: str | None = None) -> Messages:
@@ -109,7 +110,7 @@ def onnx(folder: Path) -> Runtime:
         prompt = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
         return [int(i) for i in tokenizer.encode(prompt)]
 
-    listed = read(folder / "genai_config.json")["model"].get("eos_token_id")
+    listed = read_json(folder / "genai_config.json")["model"].get("eos_token_id")
     return Runtime(ids, frozenset(listed if isinstance(listed, list) else [listed]))
 
 

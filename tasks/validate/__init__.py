@@ -1,11 +1,9 @@
 """Validate: the shipped file itself, in its own runtime, against the teacher and the F16 student.
 
 Quality (accuracy, perplexity, KLD) is the same on every run and goes into metrics.json; speed and memory
-are measured in a process of their own and go into measurements.json; verdict.json holds both against the
-gates.
+are measured in a process of their own and go into measurements.json. Whether that is good enough, `judge` says.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,8 +15,8 @@ from tasks.cores import busy, quiet, threads
 from tasks.errors import ArtifactError
 from tasks.events import progress
 from tasks.params import Params, Variant
-from tasks.stage import require_file
-from tasks.validate import gates, likelihood, llama_runtime, onnx_runtime
+from tasks.stage import require_file, write_json
+from tasks.validate import likelihood, llama_runtime, onnx_runtime
 from tasks.validate.measure import measure
 
 
@@ -40,7 +38,7 @@ EVALUATORS: Mapping[Variant, Evaluator] = {
 def validate(
     params: Params, *, source: Path, distilled: Path, converted: Path, artifact: Path, variant: Variant, out: Path
 ) -> dict[str, float]:
-    """Write metrics.json, measurements.json, verdict.json and predictions.jsonl into `out`; return the metrics.
+    """Write metrics.json, measurements.json and predictions.jsonl into `out`; return the metrics.
 
     Raises:
         ArtifactError: an input is missing, or the teacher's predictions are of other test rows.
@@ -54,15 +52,15 @@ def validate(
     reference = require_file(converted / "student.gguf", "run the convert stage again")
     yardstick = require_file(converted / "teacher.gguf", "run the convert stage again")
     rows = chat.read_rows(source / "data" / "test.jsonl")
+    metric = scoring.load(params.task.metric, source)
     taught = _teacher(distilled / "predictions.jsonl", rows)
     tokenizer = models.load_tokenizer(distilled / "model")
     stops = models.stop_ids(distilled / "model", tokenizer)
 
     with busy(artifact.parent):
-        predictions = _predict(params, evaluator, file, rows, tokenizer, stops)
+        predictions = _predict(params, evaluator, file, rows, taught, tokenizer, stops, metric)
         close = _likelihood(params, evaluator, file, reference, source / "data" / "text.txt", rows, tokenizer)
     correct = [line["correct"] for line in predictions]
-    spread = gates.intervals(correct, taught, params.validate_.bootstrap, params.validate_.seed)
     accuracy, size = scoring.accuracy(correct), _size(file)
     metrics = {
         "accuracy": accuracy,
@@ -77,20 +75,15 @@ def validate(
     prompt = chat.prompt_ids(tokenizer, sorted(rows, key=lambda row: len(str(row)))[len(rows) // 2][:-1])
     with quiet(artifact.parent):
         measured = measure(file, yardstick, prompt, params.validate_.repeats)
-    timed = {name: value for name, value in measured.items() if isinstance(value, float | int)}
-    verdict = gates.judge(params.validate_, metrics | timed | {"ttft_p95_s": measured["ttft_s"]["p95"]}, spread)
 
     details = {
-        "accuracy_interval": spread["accuracy"],
-        "accuracy_retention_interval": spread["accuracy_retention"],
         "per_group": scoring.per_group([line["reference"] for line in predictions], correct),
         "reference_perplexity": close.reference_perplexity,
         "scored_tokens": close.tokens,
         "context": close.context,
     }
-    _write_json(out / "metrics.json", metrics | details)
-    _write_json(out / "measurements.json", measured)
-    _write_json(out / "verdict.json", verdict)
+    write_json(out / "metrics.json", metrics | details)
+    write_json(out / "measurements.json", measured)
     jsonl.write(out / "predictions.jsonl", predictions)
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
@@ -109,22 +102,31 @@ def _predict(
     evaluator: Evaluator,
     file: Path,
     rows: Sequence[chat.Messages],
+    taught: Sequence[bool],
     tokenizer: Any,
     stops: Sequence[int],
+    metric: scoring.Metric,
 ) -> list[dict[str, Any]]:
-    """Reference, greedy answer and whether they agree, for every test row."""
+    """Reference, greedy answer, whether they agree, and whether the teacher's does, for every test row. An answer that
+    can no longer match is cut where that is certain.
+    """
     references = [row[-1]["content"] for row in rows]
     drafts = [[*tokenizer(text, add_special_tokens=False)["input_ids"], stops[0]] for text in references]
+
+    def hopeless(row: int, answer: Sequence[int]) -> bool:
+        return scoring.hopeless(metric, tokenizer.decode(answer, skip_special_tokens=True), references[row])
+
     with progress("answer test rows", len(rows), "rows") as advance:
         ids = evaluator.answers(
             file, [chat.prompt_ids(tokenizer, row[:-1]) for row in rows], drafts,
             stops=stops, limit=params.task.max_new_tokens, threads=threads(), advance=advance,
+            hopeless=hopeless,
         )  # fmt: skip
-    match = scoring.METRICS[params.task.metric].match
     answers = [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+    correct = scoring.judged(metric, answers, references, "test.jsonl")
     return [
-        {"reference": reference, "answer": answer, "correct": match(answer, reference)}
-        for reference, answer in zip(references, answers, strict=True)
+        {"reference": reference, "answer": answer, "correct": right, "teacher_correct": teacher}
+        for reference, answer, right, teacher in zip(references, answers, correct, taught, strict=True)
     ]
 
 
@@ -167,16 +169,3 @@ def _size(file: Path) -> int:
 
 def _ratio(value: float, reference: float) -> float:
     return value / reference if reference else math.nan
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Sorted, and null for what is not a finite number: NaN is no JSON."""
-    path.write_text(json.dumps(_finite(content), indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,6 +17,7 @@ from typing import Any
 from tasks.errors import ArtifactError, StageError
 
 Logits = Any  # a float32 NumPy array (tokens, vocabulary)
+Hopeless = Callable[[int, Sequence[int]], bool]  # of a row and the beginning of its answer: no end can make it right
 BATCH = 512  # tokens of drafts checked in one call
 SLOTS = 32  # answers generated side by side
 # llama.cpp's attention takes another path, with other rounding, from 64 tokens in a micro-batch up. Activations
@@ -180,8 +181,11 @@ def answers(
     limit: int,
     threads: int,
     advance: Callable[[int], None],
+    hopeless: Hopeless = lambda row, answer: False,
 ) -> list[list[int]]:
     """What greedy decoding generates for each prompt, without its stop token, at most `limit` tokens.
+
+    An answer that is `hopeless` is cut where that is certain.
 
     `drafts` (each ending with a stop token) only speed it up: a whole draft is decoded in one pass, and as
     long as the most likely token is the draft's, it is what greedy decoding would have generated (speculative
@@ -197,8 +201,8 @@ def answers(
         if shared:
             session.decode(prompts[0][:shared], range(shared), [0] * shared, [False] * shared)
         rows = [(list(prompt[shared:]), list(draft[:limit])) for prompt, draft in zip(prompts, drafts, strict=True)]
-        done, open_rows = _check_drafts(session, rows, shared, stops, limit, slots, advance)
-        _finish(session, rows, shared, done, open_rows, stops, limit, slots, advance)
+        done, open_rows = _check_drafts(session, rows, shared, stops, limit, slots, hopeless, advance)
+        _finish(session, rows, shared, done, open_rows, stops, limit, slots, hopeless, advance)
     return done
 
 
@@ -238,6 +242,7 @@ def _check_drafts(
     stops: Sequence[int],
     limit: int,
     slots: int,
+    hopeless: Hopeless,
     advance: Callable[[int], None],
 ) -> tuple[list[list[int]], list[int]]:
     """Accepted tokens of every row, and the rows that must go on generating."""
@@ -260,7 +265,7 @@ def _check_drafts(
         for slot, row in enumerate(group, start=1):
             draft = rows[row][1]
             mine, best = best[: len(draft)], best[len(draft) :]
-            if _accept(mine, draft, accepted[row], stops, limit):
+            if _accept(mine, draft, accepted[row], stops, limit) or hopeless(row, accepted[row]):
                 advance(1)
             else:
                 open_rows.append(row)
@@ -302,6 +307,7 @@ def _finish(
     stops: Sequence[int],
     limit: int,
     slots: int,
+    hopeless: Hopeless,
     advance: Callable[[int], None],
 ) -> None:
     """Generate token by token, up to `slots` answers side by side.
@@ -331,7 +337,7 @@ def _finish(
                 fed[slot] = [token]
                 if token not in stops:
                     done[row].append(token)
-                if token in stops or len(done[row]) >= limit:
+                if token in stops or len(done[row]) >= limit or hopeless(row, done[row]):
                     del active[slot]
                     advance(1)
         for slot in held:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from tasks import crashes
 from tasks.cores import available
 from tasks.validate.timed import CONTEXT, DECODED
 
-ROUNDS = 5  # of prefill and generation
+ROUNDS = {"prefill": 3, "decode": 5}  # medians; a gate may rest on the second
 _ROOT = Path(__file__).resolve().parents[2]  # where `tasks` is importable from
 
 
@@ -28,8 +29,12 @@ def measure(file: Path, yardstick: Path, prompt: Sequence[int], repeats: int) ->
     Raises:
         StageError: a process dies; of its own family, where to run it again will not help.
     """
-    with _Timed(file, prompt) as ours, _Timed(yardstick, prompt) as theirs:
-        for name, rounds in (("ttft", repeats), ("prefill", ROUNDS), ("decode", ROUNDS)):
+    with _Timed(file) as ours, _Timed(yardstick) as theirs:
+        for each in (ours, theirs):  # started side by side, timed one after the other
+            each.ready()
+        for each in (ours, theirs):
+            each.load(prompt)
+        for name, rounds in {"ttft": repeats, **ROUNDS}.items():
             for _ in range(rounds):
                 ours.run(name)
                 theirs.run(name)
@@ -50,7 +55,7 @@ def measure(file: Path, yardstick: Path, prompt: Sequence[int], repeats: int) ->
 class _Timed:
     """A loaded file that does, and times, what it is told."""
 
-    def __init__(self, file: Path, prompt: Sequence[int]) -> None:
+    def __init__(self, file: Path) -> None:
         self.file = file
         self.seconds: dict[str, list[float]] = {"ttft": [], "prefill": [], "decode": []}
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed on exit
@@ -58,7 +63,7 @@ class _Timed:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=_ROOT
         )
-        self.load_s = self.ask(json.dumps(list(prompt)))
+        self.load_s = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -71,14 +76,31 @@ class _Timed:
     def ask(self, line: str) -> float:
         """Send a line, return the number that comes back."""
         assert self.process.stdin
+        with suppress(OSError):  # it has ended, and `answer` tells why
+            print(line, file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> float:
+        """The next number that it says.
+
+        Raises:
+            StageError: it has ended.
+        """
         assert self.process.stdout
         try:
-            print(line, file=self.process.stdin, flush=True)
             return float(self.process.stdout.readline())
         except (OSError, ValueError):
             code = self.process.wait()
         self.errors.seek(0)
         raise crashes.told(f"measuring {self.file}", code, self.errors.read(), self.file.parent)
+
+    def ready(self) -> None:
+        """Wait until its runtime is imported."""
+        self.answer()
+
+    def load(self, prompt: Sequence[int]) -> None:
+        """Time the loading of the file; `prompt` is that of every `ttft` and `decode`."""
+        self.load_s = self.ask(json.dumps(list(prompt)))
 
     def run(self, name: str) -> None:
         """Time one more `ttft`, `prefill` or `decode`."""

@@ -97,10 +97,11 @@ def answers(
     limit: int,
     threads: int,
     advance: Callable[[int], None],
+    hopeless: Callable[[int, Sequence[int]], bool] = lambda row, answer: False,
 ) -> list[list[int]]:
     """What greedy decoding generates for each prompt, without its stop token, at most `limit` tokens.
 
-    `drafts` (each ending with a stop token) only speed it up: see the same function for GGUF. Here the
+    `drafts` (each ending with a stop token) only speed it up, and a `hopeless` answer is cut: see the same function for GGUF. Here the
     runtime's kernels round differently for one token than for several, so where two tokens are as good as
     equally likely a checked draft and a step-by-step generation may take different ones.
     """
@@ -109,7 +110,7 @@ def answers(
     sequence = Decoded(model, longest + 1)
     held: list[int] = []
     found = []
-    for prompt, draft in zip(prompts, drafts, strict=True):
+    for row, (prompt, draft) in enumerate(zip(prompts, drafts, strict=True)):
         draft = draft[:limit]
         # Prompts share their beginning (system prompt, template): keep it, it is most of a short prompt.
         kept = next((i for i, (a, b) in enumerate(zip(held, prompt[:-1], strict=False)) if a != b), None)
@@ -125,7 +126,7 @@ def answers(
             answer.append(token)
             if token != drafted:
                 sequence.cut(len(prompt) + len(answer) - 1)
-                while len(answer) < limit:
+                while len(answer) < limit and not hopeless(row, answer):
                     sequence.append([answer[-1]])
                     token = sequence.next_token()
                     if token in stops:

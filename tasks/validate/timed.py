@@ -1,7 +1,7 @@
 """`python -m tasks.validate.timed FILE`: load one file, then time what standard input asks for.
 
-The first line of input is a prompt as token ids in JSON, so that no tokenizer is loaded; the answer is the seconds
-until the file was loaded and had decoded one token. Each further line is `ttft`, `prefill` or `decode`, answered by
+It says 0 when the runtime is imported. The first line of input is a prompt as token ids in JSON, so that no tokenizer is
+loaded; the answer is the seconds until the file was loaded and had decoded one token. Each further line is `ttft`, `prefill` or `decode`, answered by
 the seconds it took, or `peak_rss`, answered in bytes.
 """
 
@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 CONTEXT, DECODED = 512, 64  # tokens of the prefill and of the generation: llama-bench's pp512 and tg64
@@ -27,10 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="a .gguf file or an ONNX Runtime GenAI folder")
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args(argv)
+    load = _onnx if args.file.is_dir() else _gguf
+    import_module("onnxruntime_genai" if args.file.is_dir() else "llama_cpp")
+    print(0, flush=True)
     prompt = json.loads(sys.stdin.readline())
 
     began = time.perf_counter()
-    step = (_onnx if args.file.is_dir() else _gguf)(args.file, args.threads)
+    step = load(args.file, args.threads)
     step(prompt[:1], 0)
     print(time.perf_counter() - began, flush=True)
 
