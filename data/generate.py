@@ -27,13 +27,13 @@ VALUE_SHARES = {"validation": 0.08, "test": 0.17, "extra": 0.13}  # `extra` valu
 NEAR_DUPLICATE = 0.9
 TYPO_RATE = 0.1
 SPOKEN_RATE = 0.25
-# This share of the train side's word values is coined, from syllables or from any words at all: what could be anything
-# must be copied, so a model learns to copy instead of learning the list of values. Copying a known word is the harder
-# half: it is one token in the request and, without the space before it, others in the answer. Held-out splits have words
-# alone among their values, fewer and of their own, so that no value which a model cannot spell decides many rows.
-COINED_RATE, HELD_OUT_RATE = 0.4, 0.25
-WORD_RATE = 0.7  # of the coined words these come from words.txt
-WORD_SHARES = {"validation": 0.08, "test": 0.17}  # of words.txt, like the values; the rest is train's and unlabelled's
+# This share of a split's word values is coined, from syllables or from any words at all. In train and in what is unlabelled:
+# what could be anything must be copied, so a model learns to copy instead of learning the list of values; some words are
+# one token in the request and, after a quotation mark, others in the answer: those must be spelled. In the held-out splits
+# the words are of their own and can be copied, so that they ask for understanding, and no value repeats often.
+COINED_RATES = {"train": 0.4, "validation": 0.6, "test": 0.6}
+WORD_RATE = 0.75  # of the coined words of train these come from words.txt
+WORD_SHARES = {"validation": 0.2, "test": 0.45}  # of its [copied] words; all others are train's
 COINED = {
     "room": ("{} room", "{}", "{} {}", "{} wing", "{} corner", "{}'s room"),
     "door": ("{} door", "{} gate", "{}", "{} {} door", "{} box"),
@@ -265,13 +265,14 @@ def words() -> dict[str, tuple[str, ...]]:
     """split -> its words of words.txt, without what occurs in a held-out value."""
     held_out = {word for split in ("validation", "test") for values in slots()[split].values() for value in values
                 if isinstance(value, str) for word in value.split()}  # fmt: skip
-    lines = (HERE / "words.txt").read_text(encoding="utf-8").splitlines()[1:]
-    order = shuffled((word for line in lines for word in line.split() if word not in held_out), "words")
+    table = {head: [word for line in lines for word in line.split() if word not in held_out]
+             for head, lines in sections(HERE / "words.txt").items()}  # fmt: skip
+    order = shuffled(table["copied"], "words")
     found, at = {}, 0
     for split, share in WORD_SHARES.items():
         count = round(len(order) * share)
         found[split], at = tuple(order[at : at + count]), at + count
-    return found | {"train": tuple(order[at:])}
+    return found | {"train": (*order[at:], *table["spelled"])}
 
 
 def coin(rng: random.Random, known: tuple[str, ...], word_rate: float) -> str:
@@ -287,8 +288,7 @@ class Decks:
 
     def __init__(self, values: dict[str, list], rng: random.Random, split: str = "train") -> None:
         self.values, self.rng, self.known = values, rng, words()[split]
-        taught = split == "train"
-        self.rate, self.word_rate = (COINED_RATE, WORD_RATE) if taught else (HELD_OUT_RATE, 1.0)
+        self.rate, self.word_rate = COINED_RATES[split], WORD_RATE if split == "train" else 1.0
         self.decks: dict[str, list] = defaultdict(list)
 
     def draw(self, slot: str):
