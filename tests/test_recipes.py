@@ -105,7 +105,7 @@ def made(request: pytest.FixtureRequest, originals: dict[str, Path], tmp_path_fa
     """A family's model after acquire, two steps of training, distillation, conversion and q8_0."""
     root = tmp_path_factory.mktemp(request.param)
     raw = raw_params(originals[request.param], root)
-    raw["distill"]["max_parameters"] = 0.999  # one block goes
+    raw["distill"] |= {"max_parameters": 0.999, "block_share": 1.0}  # one block goes
     checked, build = params.check(raw, "test"), root / "build"
     stage.run(STAGES["acquire"], STAGES, checked, root)
     for name in ("finetune", "distill", "convert", "q8_0", "scratch"):
