@@ -15,7 +15,10 @@ export OLIVE_DISABLE_TELEMETRY = 1
 export ORT_TELEMETRY_DISABLED = 1
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: run up setup test test-all lint format constraints clean
+.PHONY: quick run up setup test test-all lint format constraints clean
+
+quick: setup  ## a first result: the whole pipeline with little of everything, in a worktree (params.yaml stays as it is)
+	$(BIN)/slmops run --worktree --set @recipes/quick.yaml
 
 run: setup  ## the whole pipeline with params.yaml
 	$(BIN)/slmops run

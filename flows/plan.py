@@ -201,6 +201,7 @@ def _rows(root: Path, checked: params.Params) -> _Rows:
         train = loaded[data_sources.ALL]
         count |= {"test": round(data.test * len(train)), "validation": round(data.validation * len(train))}
         count["train"] = len(train) - count["test"] - count["validation"]
+    count = {name: min(there, checked.acquire.most.of(name) or there) for name, there in count.items()}
     characters = sum(len(message["content"]) + 12 for row in train for message in row.messages)
     return _Rows(count, int(characters / len(train) / CHARACTERS_A_TOKEN), exact=True)
 

@@ -280,12 +280,13 @@ def _model_table(models: Mapping[str, Any]) -> str:
                 _percent(model["accuracy"]) if model.get("accuracy") is not None else "-",
                 f"{model['parameters'] / 1e6:,.1f} M" if model.get("parameters") else "-",
                 str(model.get("layers", "-")),
+                f"{model['rows']:,}" if model.get("rows") else "-",
             ],
         )
         for name, model in known.items()
     ]
     caption = "Before quantization, greedy answers to the test rows"
-    return _table(caption, ["accuracy", "parameters", "layers"], rows) if rows else ""
+    return _table(caption, ["accuracy", "parameters", "layers", "test rows"], rows) if rows else ""
 
 
 def _students(path: Path) -> str:

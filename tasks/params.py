@@ -96,6 +96,19 @@ class HubData(Splitting):
     licence: str | None = Field(None, description="instead of the one that the repository's card names")
 
 
+class Most(Section):
+    """Rows used of a split at most, the first ones; all where it says nothing."""
+
+    train: Positive | None = None
+    validation: Positive | None = None
+    test: Positive | None = None
+    unlabelled: Positive | None = None
+
+    def of(self, split: str) -> int | None:
+        limit: int | None = getattr(self, split)
+        return limit
+
+
 class Acquire(Section):
     watch: Path = Field(description="the folder or file that DVC watches: every local input lies in it")
     model: Annotated[PackageModel | GgufModel | LocalModel | HubModel, Field(discriminator="source")]
@@ -103,6 +116,7 @@ class Acquire(Section):
     near_duplicate: Annotated[float, Field(ge=0.1, le=1)] = Field(
         0.95, description="character 5-gram Jaccard similarity at which two prompts count as one"
     )
+    most: Most = Field(Most(), description="of each split")
     licences: tuple[str, ...] = Field(
         (), description="licences that may be used, as SPDX ids; empty: any, but recorded"
     )

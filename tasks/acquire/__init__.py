@@ -128,6 +128,7 @@ def _splits(params: Params, data: data_sources.FoundData) -> dict[str, list[rows
             seed=shares.seed,
         )
         found[rows.UNLABELLED] = unlabelled
+    found = {name: members[: settings.most.of(name)] for name, members in found.items()}
     rows.refuse_leaks(found, near)
     return found
 
