@@ -65,7 +65,9 @@ def test_a_recipe_needs_nothing_but_its_commit(recipe: Path) -> None:
 
 
 def test_a_quick_run_needs_nothing_and_releases_nothing_of_the_whole_ones() -> None:
-    whole, quick = (params.load(DEFAULTS, params.expanded(given)) for given in ([], [f"@{ROOT / 'recipes/quick.yaml'}"]))
+    whole, quick = (
+        params.load(DEFAULTS, params.expanded(given)) for given in ([], [f"@{ROOT / 'recipes/quick.yaml'}"])
+    )
     assert quick.acquire.model == whole.acquire.model
     assert quick.package.name != whole.package.name
 
