@@ -7,12 +7,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import pytest
 import yaml
 from checkout import (
     SLMOPS,
+    ask,
     digests,
     environment,
     git,
@@ -292,8 +294,11 @@ def test_a_second_run_is_refused_by_name(toy: Path) -> None:
     with subprocess.Popen(command, cwd=toy, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         wait_for(lambda: "distill-17" in started(toy))
         before = (toy / "params.yaml").read_text()
+        with pytest.raises(urllib.error.HTTPError) as refused:  # its own Prefect server is for nobody else
+            ask(f"http://127.0.0.1:{own_port(run.pid)}/api/flows/filter", {})
         second = slmops(toy, "run", "--name", "second", "--set", "distill.epochs=9.0")
         run.kill()
+    assert refused.value.code == 401
     assert second.returncode == 1
     assert second.stderr.startswith(f"error: run long works in {toy} since ")
     assert (toy / "params.yaml").read_text() == before
@@ -315,6 +320,13 @@ def carriers(pid: int) -> list[int]:
         int(entry.name) for entry in Path("/proc").glob("[0-9]*") if wanted in read(entry / "environ").split(b"\0")
     ]
     return [each for each in found if each != pid]
+
+
+def own_port(pid: int) -> int:
+    """Where the Prefect server that a run started for itself listens."""
+    commands = [read(Path(f"/proc/{each}/cmdline")).split(b"\0") for each in carriers(pid)]
+    (command,) = (words for words in commands if b"prefect.server.api.server:create_app" in words)
+    return int(command[command.index(b"--port") + 1])
 
 
 def read(path: Path) -> bytes:
