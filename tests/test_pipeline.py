@@ -279,7 +279,7 @@ def test_what_is_stopped_in_a_background_starts_nothing_more(toy: Path) -> None:
             run.wait(2)
         run.send_signal(signal.SIGTERM)
         try:
-            _, said = run.communicate(timeout=60)
+            _, said = run.communicate(timeout=DEADLINE_S)
         finally:
             run.kill()
     assert run.returncode == 143, said
