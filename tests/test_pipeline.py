@@ -33,6 +33,8 @@ from tasks.errors import BrokenRuntimeError, ConfigError, PipelineError, StageEr
 from tasks.stages import STAGES
 
 DEADLINE_S = 300
+ONE = ("--set", "quantize.variants=[q4_0]")  # where it is not the variants that matter
+SLOW_SIGTERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)  # what is stopped in a background is, by it
 
 
 def dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -189,7 +191,7 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
 
 def test_work_that_failed_is_tried_again(toy: Path) -> None:
     fails = json.dumps({"finetune": ["StageError", 1]})
-    done = run_toy(toy, TOY_FAIL=fails)
+    done = run_toy(toy, *ONE, TOY_FAIL=fails)
     assert done.returncode == 0, done.stderr
     assert started(toy).count("finetune") == 2
     assert runs(toy).count(("finetune", "FINISHED")) == 1
@@ -243,7 +245,7 @@ def test_a_stage_that_ends_by_a_signal_is_told_as_that(
     assert ("run again" in str(told.value)) == (family is StageError)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, SLOW_SIGTERM])
 def test_a_run_that_is_stopped_ends_truly(toy: Path, number: signal.Signals) -> None:
     # Where pytest itself runs in a shell's background, SIGINT is ignored, and would be by what it starts.
     command = ["env", "--default-signal=INT", SLMOPS, "run", "--name", "stopped"]
@@ -261,7 +263,7 @@ def test_a_run_that_is_stopped_ends_truly(toy: Path, number: signal.Signals) -> 
         "distill@17": "KILLED",
     }
 
-    again = run_toy(toy)
+    again = run_toy(toy, *ONE)
     assert again.returncode == 0, again.stderr
     assert started(toy).count("finetune") == 1
 
@@ -305,7 +307,7 @@ def test_a_second_run_is_refused_by_name(toy: Path) -> None:
 
     # The stage ends with the killed run, and the next run takes up and ends what else is left.
     assert len(carriers(run.pid)) >= 3  # Prefect's server, dvc and the stage
-    third = slmops(toy, "run")
+    third = slmops(toy, "run", *ONE)
     assert third.returncode == 0, third.stderr
     assert started(toy).count("finetune") == 1
     assert runs(toy).count(("long", "KILLED")) == 1
