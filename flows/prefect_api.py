@@ -81,6 +81,7 @@ def _named() -> str:
 
 
 def _start_own() -> None:
+    import httpx
     from prefect import context
     from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import get_current_settings
@@ -91,10 +92,10 @@ def _start_own() -> None:
     context.refresh_global_settings_context()
     try:
         SubprocessASGIServer().start()  # of this process the only one; Prefect's clients use it
-    except RuntimeError as error:
+    except (RuntimeError, httpx.HTTPError) as error:  # httpx's where an answer takes longer than 5 s
         raise StageError(
-            f"the run's own Prefect server did not start ({str(error)[:200]}): see whether the disk is full and "
-            "the machine very busy, then run again; or start `slmops up`, whose log tells more"
+            f"the run's own Prefect server did not start ({str(error)[:200] or type(error).__name__}): see whether the disk "
+            "is full and the machine very busy, then run again; or start `slmops up`, whose log tells more"
         ) from error
 
 

@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if name == self.hub.stall and not self.hub.resume.is_set():
             self.hub.stalled.set()
-            self.hub.resume.wait(60)
+            self.hub.resume.wait(300)
         self.close_connection = True
 
 

@@ -6,11 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from checkout import DEFAULTS
 from conftest import ROOMS, tiny_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import scoring
+from tasks import acquire, params, scoring
 from tasks.acquire import data_sources, near_duplicates, rows
 from tasks.errors import ConfigError
 from tasks.params import LocalData
@@ -58,6 +59,17 @@ def test_unlabelled_rows_end_with_the_user(tmp_path: Path) -> None:
     path.write_bytes(chat(USER, ANSWER))
     with pytest.raises(ConfigError, match="does not end with the user"):
         read(path, role="unlabelled")
+
+
+def test_of_each_split_no_more_rows_are_used_than_told(tmp_path: Path) -> None:
+    for split, rooms in {"train": ROOMS[:6], "validation": ROOMS[6:8], "test": ROOMS[8:]}.items():
+        write_jsonl(tmp_path / "data" / "rows" / f"{split}.jsonl", tiny_rows(rooms))
+    given = ["acquire.data.path=data/rows", "acquire.most={train: 4, test: 99}", "acquire.near_duplicate=1.0"]
+    checked = params.load(DEFAULTS, given)
+    data = data_sources.local(checked.acquire.data, tmp_path, tmp_path)
+    found = acquire._splits(checked, data)
+    assert {name: len(members) for name, members in found.items()} == {"train": 4, "validation": 6, "test": 6}
+    assert [row.where for row in found["train"]] == [f"data/rows/train.jsonl:{line}" for line in range(1, 5)]
 
 
 BROKEN = {

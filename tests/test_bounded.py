@@ -14,6 +14,7 @@ from tasks import bounded, params
 from tasks.acquire import limits
 from tasks.errors import ArtifactError
 
+DEADLINE_S = 300
 ROOT = Path(__file__).resolve().parent.parent
 WORK = {
     "time": "while True: pass",
@@ -32,7 +33,7 @@ def watched(work: str, cpu_s: float = 1.0, memory: float = 5e8) -> "subprocess.P
 @pytest.mark.parametrize("what", WORK)
 def test_work_beyond_its_limits_is_ended_with_a_sentence(what: str) -> None:
     process = watched(WORK[what])
-    told = process.communicate(timeout=60)[1]
+    told = process.communicate(timeout=DEADLINE_S)[1]
     assert process.returncode == 1
     assert told.startswith("error: acquire was stopped")
     assert what.removeprefix("native ").replace("time", "seconds") in told
@@ -49,7 +50,7 @@ def test_work_beyond_its_limits_is_ended_with_a_sentence(what: str) -> None:
 )
 def test_a_watched_process_ends_as_its_work_does(work: str, code: int) -> None:
     process = watched(work, cpu_s=60)
-    out = process.communicate(timeout=60)[0]
+    out = process.communicate(timeout=DEADLINE_S)[0]
     assert process.returncode == code
     assert out == ("done\n" if code == 0 else "")
 
@@ -61,7 +62,7 @@ def test_the_work_ends_with_the_process_that_was_started(number: int) -> None:
     child = int(process.stdout.readline())
     assert child != process.pid
     process.send_signal(number)
-    assert process.wait(timeout=30) == -number
+    assert process.wait(timeout=DEADLINE_S) == -number
     for _ in range(100):
         stat = Path(f"/proc/{child}/stat")
         if not stat.is_file() or stat.read_text().rpartition(")")[2].split()[0] == "Z":

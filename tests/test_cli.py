@@ -12,6 +12,7 @@ from checkout import DEFAULTS, SLMOPS, commit, environment, git, make_toy, slmop
 from flows import doctor, plan, shape
 from flows.cli import main
 from tasks import jsonl, params
+from tasks.distill.plan import MULTIPLE
 from tasks.errors import ArtifactError, BrokenRuntimeError, ConfigError
 from tasks.params import Onnx
 
@@ -112,8 +113,13 @@ def test_a_config_and_a_gguf_header_tell_the_same_shape(smollm: shape.Shape, tmp
 
 
 def test_the_student_is_the_largest_that_is_small_enough(smollm: shape.Shape) -> None:
-    student = smollm.pruned(0.85)
-    assert student.parameters <= 0.85 * smollm.parameters < smollm.first(student.layers + 1).parameters
+    settings = params.load(DEFAULTS).distill
+    blocks = smollm.pruned(settings.model_copy(update={"block_share": 1.0}))
+    assert blocks.parameters <= 0.85 * smollm.parameters < smollm.first(blocks.layers + 1).parameters
+    both = smollm.pruned(settings)
+    assert blocks.layers < both.layers < smollm.layers
+    wider = smollm.first(both.layers).narrowed(both.config["intermediate_size"] + MULTIPLE)
+    assert both.parameters <= 0.85 * smollm.parameters < wider.parameters
 
 
 def test_a_plan_tells_all_of_a_run_before_any_work(tmp_path: Path) -> None:

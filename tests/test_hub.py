@@ -18,6 +18,7 @@ from hub_server import TOKEN, Hub, serve
 
 from tasks import manifest
 
+DEADLINE_S = 300
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny"
 DOWNLOAD = """
@@ -50,7 +51,13 @@ def download(url: str, folder: Path, repo: str = REPO, commit: str = COMMIT, **e
     """Fetch a model repository in a process of its own; returns what it said on failure, else nothing."""
     command = [sys.executable, "-c", DOWNLOAD, repo, commit, str(folder)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(url, **extra), capture_output=True, text=True, timeout=60, check=False
+        command,
+        cwd=ROOT,
+        env=environment(url, **extra),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
     )
     assert "Traceback" not in done.stderr, done.stderr
     assert (done.returncode == 0) == (not done.stderr.strip().startswith(("ConfigE", "Artif", "StageE"))), done.stderr
@@ -79,7 +86,7 @@ def test_a_whole_run_from_the_hub(hub: Hub, tiny_params: dict, tmp_path: Path, t
     command = [sys.executable, "-m", "tasks", "acquire", "--root", str(tmp_path)]
     hub.gated = True
     env = environment(hub.url, HF_TOKEN=TOKEN)
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "build" / "acquire"
     manifest.verify(out)
@@ -116,7 +123,7 @@ def test_code_beside_a_model_that_needs_none_stays_where_it_is(
         (root / "params.yaml").write_text(yaml.safe_dump(tiny_params))
         command = [sys.executable, "-m", "tasks", "acquire", "--root", str(root)]
         return subprocess.run(
-            command, cwd=ROOT, env=environment(hub.url), capture_output=True, text=True, check=False, timeout=120
+            command, cwd=ROOT, env=environment(hub.url), capture_output=True, text=True, check=False, timeout=DEADLINE_S
         )
 
     done = acquire(REPO, tmp_path)
@@ -144,10 +151,10 @@ def test_a_killed_download_is_taken_up_by_the_next_run(hub: Hub, tmp_path: Path)
     hub.stall = "model.safetensors"
     command = [sys.executable, "-c", DOWNLOAD, REPO, COMMIT, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, env=environment(hub.url)) as process:
-        assert hub.stalled.wait(60)
+        assert hub.stalled.wait(DEADLINE_S)
         # Half was sent; wait until the client has stored the two whole chunks of it.
         part = tmp_path / "model.safetensors.part"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + DEADLINE_S
         while part.stat().st_size < 20 * 2**20:
             assert time.monotonic() < deadline, "the client stores nothing"
         process.send_signal(signal.SIGKILL)
@@ -251,7 +258,9 @@ def test_data_of_a_repository_without_splits_is_to_be_split(hub: Hub, tmp_path: 
 
     def roles(commit: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", ROLES, commit, str(tmp_path / commit)]
-        return subprocess.run(command, cwd=ROOT, env=environment(hub.url), capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            command, cwd=ROOT, env=environment(hub.url), capture_output=True, text=True, timeout=DEADLINE_S
+        )
 
     done = roles("a" * 40)
     assert json.loads(done.stdout) == {"all": row.decode(), "licence": "mit"}

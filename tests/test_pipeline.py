@@ -7,12 +7,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import pytest
 import yaml
 from checkout import (
     SLMOPS,
+    ask,
     digests,
     environment,
     git,
@@ -31,6 +33,8 @@ from tasks.errors import BrokenRuntimeError, ConfigError, PipelineError, StageEr
 from tasks.stages import STAGES
 
 DEADLINE_S = 300
+ONE = ("--set", "quantize.variants=[q4_0]")  # where it is not the variants that matter
+SLOW_SIGTERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)  # what is stopped in a background is, by it
 
 
 def dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -187,7 +191,7 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
 
 def test_work_that_failed_is_tried_again(toy: Path) -> None:
     fails = json.dumps({"finetune": ["StageError", 1]})
-    done = run_toy(toy, TOY_FAIL=fails)
+    done = run_toy(toy, *ONE, TOY_FAIL=fails)
     assert done.returncode == 0, done.stderr
     assert started(toy).count("finetune") == 2
     assert runs(toy).count(("finetune", "FINISHED")) == 1
@@ -241,7 +245,7 @@ def test_a_stage_that_ends_by_a_signal_is_told_as_that(
     assert ("run again" in str(told.value)) == (family is StageError)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, SLOW_SIGTERM])
 def test_a_run_that_is_stopped_ends_truly(toy: Path, number: signal.Signals) -> None:
     # Where pytest itself runs in a shell's background, SIGINT is ignored, and would be by what it starts.
     command = ["env", "--default-signal=INT", SLMOPS, "run", "--name", "stopped"]
@@ -259,7 +263,7 @@ def test_a_run_that_is_stopped_ends_truly(toy: Path, number: signal.Signals) -> 
         "distill@17": "KILLED",
     }
 
-    again = run_toy(toy)
+    again = run_toy(toy, *ONE)
     assert again.returncode == 0, again.stderr
     assert started(toy).count("finetune") == 1
 
@@ -277,7 +281,7 @@ def test_what_is_stopped_in_a_background_starts_nothing_more(toy: Path) -> None:
             run.wait(2)
         run.send_signal(signal.SIGTERM)
         try:
-            _, said = run.communicate(timeout=60)
+            _, said = run.communicate(timeout=DEADLINE_S)
         finally:
             run.kill()
     assert run.returncode == 143, said
@@ -292,15 +296,18 @@ def test_a_second_run_is_refused_by_name(toy: Path) -> None:
     with subprocess.Popen(command, cwd=toy, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         wait_for(lambda: "distill-17" in started(toy))
         before = (toy / "params.yaml").read_text()
+        with pytest.raises(urllib.error.HTTPError) as refused:  # its own Prefect server is for nobody else
+            ask(f"http://127.0.0.1:{own_port(run.pid)}/api/flows/filter", {})
         second = slmops(toy, "run", "--name", "second", "--set", "distill.epochs=9.0")
         run.kill()
+    assert refused.value.code == 401
     assert second.returncode == 1
     assert second.stderr.startswith(f"error: run long works in {toy} since ")
     assert (toy / "params.yaml").read_text() == before
 
     # The stage ends with the killed run, and the next run takes up and ends what else is left.
     assert len(carriers(run.pid)) >= 3  # Prefect's server, dvc and the stage
-    third = slmops(toy, "run")
+    third = slmops(toy, "run", *ONE)
     assert third.returncode == 0, third.stderr
     assert started(toy).count("finetune") == 1
     assert runs(toy).count(("long", "KILLED")) == 1
@@ -315,6 +322,13 @@ def carriers(pid: int) -> list[int]:
         int(entry.name) for entry in Path("/proc").glob("[0-9]*") if wanted in read(entry / "environ").split(b"\0")
     ]
     return [each for each in found if each != pid]
+
+
+def own_port(pid: int) -> int:
+    """Where the Prefect server that a run started for itself listens."""
+    commands = [read(Path(f"/proc/{each}/cmdline")).split(b"\0") for each in carriers(pid)]
+    (command,) = (words for words in commands if b"prefect.server.api.server:create_app" in words)
+    return int(command[command.index(b"--port") + 1])
 
 
 def read(path: Path) -> bytes:

@@ -55,5 +55,5 @@ def test_pruning_says_itself_what_it_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"distill\.max_parameters"):
         pruning.prune(model, [], [], settings, tmp_path / "record.json")
     whole = settings.model_copy(update={"max_parameters": 1.0})
-    assert pruning.prune(model, [], [], whole, tmp_path / "record.json") == []
+    assert pruning.prune(model, [], [], whole, tmp_path / "record.json") == {"blocks": [], "channels": None}
     assert "odd" in supports.cannot_prune("odd")

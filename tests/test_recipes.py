@@ -24,6 +24,7 @@ from tasks.stages import STAGES
 from tasks.validate import llama_runtime
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+MODELS = [recipe for recipe in RECIPES if "model" in yaml.safe_load(recipe.read_text())["acquire"]]
 TALK = [
     {"role": "system", "content": "Reply with one JSON action."},
     {"role": "user", "content": "turn on the lamp"},
@@ -49,10 +50,10 @@ def values(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def test_a_model_like_each_is_tried() -> None:
     """SmolLM2 itself goes through `make run` and most other tests."""
     families = ("smollm2", *MAKERS)
-    assert {next(name for name in families if recipe.stem.startswith(name)) for recipe in RECIPES} == set(families)
+    assert {next(name for name in families if recipe.stem.startswith(name)) for recipe in MODELS} == set(families)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("recipe", MODELS, ids=lambda recipe: recipe.stem)
 def test_a_recipe_needs_nothing_but_its_commit(recipe: Path) -> None:
     with pytest.raises(ConfigError, match=r"1 problem:\n  acquire\.model\.revision: missing"):
         params.load(DEFAULTS, params.expanded([f"@{recipe}"]))
@@ -61,6 +62,14 @@ def test_a_recipe_needs_nothing_but_its_commit(recipe: Path) -> None:
     command = re.search(r"git ls-remote https://huggingface\.co/(\S+) HEAD", recipe.read_text())
     assert command
     assert command[1] == made.acquire.model.repo
+
+
+def test_a_quick_run_needs_nothing_and_releases_nothing_of_the_whole_ones() -> None:
+    whole, quick = (
+        params.load(DEFAULTS, params.expanded(given)) for given in ([], [f"@{ROOT / 'recipes/quick.yaml'}"])
+    )
+    assert quick.acquire.model == whole.acquire.model
+    assert quick.package.name != whole.package.name
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
@@ -105,7 +114,7 @@ def made(request: pytest.FixtureRequest, originals: dict[str, Path], tmp_path_fa
     """A family's model after acquire, two steps of training, distillation, conversion and q8_0."""
     root = tmp_path_factory.mktemp(request.param)
     raw = raw_params(originals[request.param], root)
-    raw["distill"]["max_parameters"] = 0.999  # one block goes
+    raw["distill"] |= {"max_parameters": 0.999, "block_share": 1.0}  # one block goes
     checked, build = params.check(raw, "test"), root / "build"
     stage.run(STAGES["acquire"], STAGES, checked, root)
     for name in ("finetune", "distill", "convert", "q8_0", "scratch"):

@@ -171,7 +171,7 @@ def test_a_database_that_restarts_loses_no_run(toy: Path, database: tuple[str, C
         assert flow_runs(servers) == {"COMPLETED"}
         experiment = ask(f"{servers.mlflow}/experiments/get-by-name?experiment_name=slmops")["experiment"]
         found = ask(f"{servers.mlflow}/runs/search", {"experiment_ids": [experiment["experiment_id"]]})["runs"]
-        assert len(found) == 9
+        assert len(found) == 10  # the run and its nine stages
         assert {each["info"]["status"] for each in found} == {"FINISHED"}
     finally:
         stop(up)

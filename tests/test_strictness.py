@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from flows import strictness
 from tasks import params
 from tasks.errors import ConfigError
-from tasks.validate import gates as judging
+from tasks.judge import gates as judging
 
 RAW = params.read(DEFAULTS)
 BASE = params.check(RAW, "test")
