@@ -6,20 +6,22 @@ decision made by command, or none in time, is held against what was asked.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID
 
-from httpx import TransportError
+from httpx import HTTPError, TransportError
 from prefect import get_client, runtime
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.responses import SetStateStatus
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectException, PrefectHTTPStatusError
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput, keyset_from_base_key, read_flow_run_input
 from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_UI_URL
 from prefect.states import AwaitingRetry
 from pydantic import Field
 
@@ -27,6 +29,8 @@ from flows import audit, pages, questions, release, results, workspace
 from tasks import params
 from tasks.errors import ArtifactError, ConfigError
 from tasks.package import escaping
+
+BELL = "slmops-approvals"  # the notification block (webhook, Slack, mail ...) that is told when an approval waits
 
 
 class Decision(RunInput):
@@ -57,6 +61,8 @@ def released(main: Path, root: Path) -> str:
     )  # fmt: skip
     if not asked.exists():
         ask()
+        for line in ring(json.loads(asked.read_bytes())):
+            get_run_logger().warning("%s", line)
     while True:
         shown = json.loads(asked.read_bytes())
         keys = keyset_from_base_key(f"suspended-{shown['id']}")
@@ -73,6 +79,54 @@ def released(main: Path, root: Path) -> str:
         else:
             asked.unlink(missing_ok=True)
             return told(line)
+
+
+def bells() -> list[Any]:
+    """The notification blocks named BELL, of whatever kind; none unless someone made one."""
+    from prefect.blocks import notifications  # registers the kinds
+
+    with get_client(sync_client=True) as client:
+        found = [each for each in client.read_block_documents() if each.name == BELL and each.block_type]
+    return [notifications.NotificationBlock.load(f"{each.block_type.slug}/{BELL}") for each in found if each.block_type]
+
+
+def ring(question: dict[str, Any], load: Callable[[], Sequence[Any]] = bells) -> list[str]:
+    """Tell people that an approval waits. Returns a line for each who could not be told: the question stands all the same."""
+    from prefect.blocks.abstract import NotificationError
+
+    name, version = question["name"], question["version"]
+    page = f"{PREFECT_UI_URL.value()}/runs/flow-run/{question['flow_run']}" if PREFECT_UI_URL.value() else ""
+    body = (
+        f"{question['text']}\n\nUntil {question['expires'][:16].replace('T', ' ')} UTC: {page or 'on the page of its run'}, or "
+        f"`slmops approve {version} --model {name}` or `slmops reject` in the checkout."
+    )
+    troubles = (
+        HTTPError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RuntimeError,
+        PrefectException,
+        NotificationError,
+    )
+    said: list[str] = []
+    try:
+        found = load()
+    except troubles as error:
+        return [f"nobody was told that an approval waits: the block {BELL} cannot be read ({_brief(error)})"]
+    for block in found:
+        try:
+            block.notify(body, f"{name} version {version} waits for approval")
+        except troubles as error:
+            said.append(f"{type(block).__name__} {BELL} could not be told that an approval waits ({_brief(error)})")
+    return said
+
+
+def _brief(error: BaseException) -> str:
+    """Only the kind of an error: its text may hold a webhook's address, which is a secret."""
+    response = getattr(error, "response", None)
+    return f"{type(error).__name__}{f', status {response.status_code}' if response is not None else ''}"
 
 
 def answer(flow_run: str, **decision: str) -> Literal["taken", "gone", "away"]:

@@ -5,9 +5,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.errors import PipelineError, of_disk
 
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="slmops",
         description="From an open small language model to a validated, packaged, registered edge release.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
@@ -64,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         return sub
 
+    def shown(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--json", action="store_true", help="as JSON, for a program")
+
     def registered(name: str, command: Command, text: str) -> argparse.ArgumentParser:
         sub = add(name, command, text)
         sub.add_argument("--model", metavar="NAME", help="the registered model (default: package.name of params.yaml)")
@@ -76,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("stage", stage, "run one stage alone, without DVC, Prefect and MLflow")
     sub.add_argument("stage")
     sub.add_argument("item", nargs="?")
-    add("plan", plan, "predict sizes, memory and time before any work")
-    add("doctor", doctor, "check that this machine has what is needed")
+    shown(add("plan", plan, "predict sizes, memory and time before any work"))
+    shown(add("doctor", doctor, "check that this machine has what is needed"))
     add("report", report, "write report.html from the finished stages")
     sub = registered("ask", ask, "ask the packaged model something; or a registered one")
     sub.add_argument("text")
@@ -90,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("register", register, "register the packaged model as `candidate`")
     sub = registered("compare", compare, "show a registered version's numbers beside the champion's")
     sub.add_argument("version", type=int)
+    shown(sub)
     sub = registered("approve", approve, "make a registered version the `champion`")
     sub.add_argument("version", type=int)
     sub.add_argument("--bundle", metavar="DIGEST", help="only if it is this one, as `compare` shows it")
@@ -100,10 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("version", type=int)
     _signed(sub)
     _signed(registered("rollback", rollback, "make the previous champion champion again"))
-    registered("history", history, "show who released what, when and why")
+    shown(registered("history", history, "show who released what, when and why"))
     sub = registered("audit", audit, "check that no line of that history was changed, removed or cut off")
     sub.add_argument("what", choices=["verify"])
-    add("runs", runs, "list the runs in worktrees")
+    shown(add("runs", runs, "list the runs in worktrees"))
     sub = add("up", up, "run the servers: Prefect, MLflow and a worker, until Ctrl-C")
     sub.add_argument("--host", default="127.0.0.1", help="address to bind to (default: this machine alone)")
     sub.add_argument("--prefect-port", type=int, default=4200, metavar="PORT")
@@ -114,7 +119,31 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--root", type=Path, metavar="DIR", help="where the workers find this checkout (default: here)")
     sub = add("prune", prune, "remove the worktrees of finished runs; their branches stay")
     sub.add_argument("name", nargs="*", help="of these runs, finished or not")
+    sub = add("gc", gc, "show what of the DVC cache no run, branch or tag needs any more")
+    sub.add_argument("--yes", action="store_true", help="remove it")
+    sub = add("completion", completion, "write a shell's completion script: eval it, or put it where the shell looks")
+    sub.add_argument("shell", choices=["bash", "zsh"])
     return parser
+
+
+class _Version(argparse.Action):
+    """`--version`: read from what is installed, and only when asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"slmops {version('slmops')}")
+        parser.exit()
+
+
+def _print(args: argparse.Namespace, facts: Any, show: Callable[[Any], None]) -> None:
+    """What a command found: for a program, or by `show` for a person."""
+    if not args.json:
+        show(facts)
+        return
+    import json
+
+    print(json.dumps(facts, indent=1, ensure_ascii=False, default=str))
 
 
 def _expanded(overrides: list[str]) -> list[str]:
@@ -216,7 +245,8 @@ def _summary(result: "pipeline.Result", wall_s: float) -> str:
         lines.append(f"  {name:<22}{outcome.total_s:8.1f} s  {HOW[outcome.how]}")
     rest = wall_s - result.work_s
     lines.append(f"  {'total':<22}{wall_s:8.1f} s  of it {rest:.1f} s ({rest / wall_s:.0%}) orchestration")
-    return "\n".join([*lines, result.registered, f"report: {result.report}"])
+    shown = [f"MLflow: {result.page}"] if result.page else []
+    return "\n".join([*lines, result.registered, f"report: {result.report}", *shown])
 
 
 def stage(args: argparse.Namespace) -> int:
@@ -233,18 +263,26 @@ def stage(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     """`slmops plan`."""
     from flows import workspace
-    from flows.plan import show
+    from flows.plan import facts, show
 
     root = workspace.find(Path())
-    show(root, args.params or root / "params.yaml", args.overrides)
+    _print(args, facts(root, args.params or root / "params.yaml", args.overrides), show)
     return 0
 
 
 def doctor(args: argparse.Namespace) -> int:
     """`slmops doctor`: exit code 1 if something needed is missing."""
-    from flows.doctor import show
+    from flows.doctor import facts, failed, show
 
-    return 0 if show(Path()) else 1
+    checks: list[dict[str, Any]] = []
+
+    def kept() -> Iterator[dict[str, Any]]:
+        for check in facts(Path()):
+            checks.append(check)
+            yield check  # at once: some take a while
+
+    _print(args, list(kept()) if args.json else kept(), show)
+    return 1 if failed(checks) else 0
 
 
 def report(args: argparse.Namespace) -> int:
@@ -291,10 +329,14 @@ def register(args: argparse.Namespace) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     """`slmops compare VERSION`."""
+    from dataclasses import asdict
+
     from flows import release
 
     main, name = _model(args)
-    print(release.compare(main, name, str(args.version)).table(name))
+    found = release.compare(main, name, str(args.version))
+    facts = {"model": name, **asdict(found), "gain": found.gain, "worse": found.worse}
+    _print(args, facts, lambda _: print(found.table(name)))
     return 0
 
 
@@ -354,7 +396,7 @@ def history(args: argparse.Namespace) -> int:
 
     main, name = _model(args)
     questions.expire(main)
-    print(release.history(main, name))
+    _print(args, release.decided(main, name), lambda found: print(release.listed(found, name)))
     return 0
 
 
@@ -384,12 +426,16 @@ def _checked(args: argparse.Namespace) -> "params.Params":
 
 def runs(args: argparse.Namespace) -> int:
     """`slmops runs`."""
+    from dataclasses import asdict
+
     from flows import workspace
 
-    found = workspace.runs(workspace.main_root(workspace.find(Path())))
-    width = max((len(run.name) for run in found), default=0)
-    for run in found:
-        print(f"{run.name:<{width}}  {run.state:<8}  {run.commit}  {run.folder}")
+    def show(found: list[dict[str, Any]]) -> None:
+        width = max((len(run["name"]) for run in found), default=0)
+        for run in found:
+            print(f"{run['name']:<{width}}  {run['state']:<8}  {run['commit']}  {run['folder']}")
+
+    _print(args, list(map(asdict, workspace.runs(workspace.main_root(workspace.find(Path()))))), show)
     return 0
 
 
@@ -399,6 +445,24 @@ def prune(args: argparse.Namespace) -> int:
 
     for name in workspace.prune(workspace.main_root(workspace.find(Path())), args.name):
         print(f"removed the worktree of {name}")
+    return 0
+
+
+def gc(args: argparse.Namespace) -> int:
+    """`slmops gc`."""
+    from flows import workspace
+
+    print(workspace.collect(workspace.main_root(workspace.find(Path())), do=args.yes))
+    if not args.yes:
+        print("nothing was removed: `slmops gc --yes` removes it")
+    return 0
+
+
+def completion(args: argparse.Namespace) -> int:
+    """`slmops completion SHELL`."""
+    import shtab
+
+    print(shtab.complete(_parser(), shell=args.shell))
     return 0
 
 

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from tasks import selftest
 from tasks.errors import PipelineError
@@ -35,21 +36,30 @@ class Check:
     needed: bool = True
 
 
-def show(root: Path) -> bool:
-    """Print every check; whether all that is needed is there."""
+def facts(root: Path) -> Iterator[dict[str, Any]]:
+    """Every check as plain data, as soon as it is made."""
+    return map(asdict, examine(root))
+
+
+def failed(checks: Iterable[Mapping[str, Any]]) -> int:
+    """How many lack something needed."""
+    return sum(check["needed"] and not check["ok"] for check in checks)
+
+
+def show(found: Iterable[Mapping[str, Any]]) -> None:
+    """Print every check as it comes, and what they come to."""
     from rich.console import Console
 
     console = Console(highlight=False)
     checks = []
-    for check in examine(root):
+    for check in found:
         checks.append(check)
-        mark = "ok  " if check.ok else "FAIL" if check.needed else "note"
-        console.print(f"{mark} {check.name:<20} {check.found}", markup=False, soft_wrap=True)
-        if not check.ok:
-            console.print(f"     -> {check.fix}", markup=False, soft_wrap=True)
-    failed = [check for check in checks if check.needed and not check.ok]
-    console.print(f"{len(failed)} of {len(checks)} checks failed" if failed else "all that is needed is there")
-    return not failed
+        mark = "ok  " if check["ok"] else "FAIL" if check["needed"] else "note"
+        console.print(f"{mark} {check['name']:<20} {check['found']}", markup=False, soft_wrap=True)
+        if not check["ok"]:
+            console.print(f"     -> {check['fix']}", markup=False, soft_wrap=True)
+    count = failed(checks)
+    console.print(f"{count} of {len(checks)} checks failed" if count else "all that is needed is there")
 
 
 def examine(root: Path) -> Iterator[Check]:

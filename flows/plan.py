@@ -7,13 +7,17 @@ was seen to reach with a 135M model on two cores.
 
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flows import preflight, shape
 from tasks import models, params
 from tasks.acquire import data_sources, rows, watched
+from tasks.distill import width as width_pruning
+from tasks.errors import PipelineError
 from tasks.judge import gates
 from tasks.package.memory import minimum_ram
 
@@ -36,6 +40,9 @@ OVERHEAD_S = {
 }
 
 
+MODELS_RUN = frozenset({"acquire", "finetune", "distill", "convert", "quantize", "validate"})
+
+
 @dataclass(frozen=True)
 class Work:
     """One stage: steps and tokens where it trains or generates, all for its variants or seeds together."""
@@ -48,7 +55,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `show` prints. Sizes and memory in bytes."""
+    """All that `facts` tells. Sizes and memory in bytes."""
 
     base: shape.Shape
     student: shape.Shape
@@ -66,46 +73,74 @@ class _Rows:
     exact: bool  # counted, not guessed
 
 
-def show(root: Path, path: Path, overrides: Sequence[str]) -> None:
-    """Print the plan.
+def facts(root: Path, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The plan as plain data: sizes, memory and disk in bytes, times in seconds.
 
     Raises:
         PipelineError: the params or the data are wrong, or the model is not there.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     checked = params.load(path, overrides)
     rates = models.product_rates()
     plan = predict(root, checked, rates[models.arithmetic(checked.finetune.precision)], rates["float32"])
+    whole = shape.size(plan.base, "f16", checked.quantize.onnx)
+
+    def told(model: shape.Shape) -> dict[str, Any]:
+        size_class = models.size_class(model.parameters)
+        return {
+            "architecture": model.architecture,
+            "parameters": model.parameters,
+            "size_class": size_class,
+            "layers": model.layers,
+        }
+
+    return {
+        "teacher": told(plan.base),
+        "student": told(plan.student),
+        "context_length": checked.package.context_length,
+        "files": [
+            {"variant": variant, "bytes": size, "of_teacher_f16": size / whole, "ram_bytes": plan.ram[variant]}
+            for variant, size in plan.sizes.items()
+        ],
+        "work": [asdict(work) for work in plan.work],
+        "disk": {"needed_bytes": plan.disk, "free_bytes": shutil.disk_usage(root).free},
+        "doubts": plan.doubts,
+    }
+
+
+def show(plan: Mapping[str, Any]) -> None:
+    """Print what `facts` found."""
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
-    for name, model in (("teacher", plan.base), ("student", plan.student)):
+    for name in ("teacher", "student"):
+        model = plan[name]
         console.print(
-            f"{name}: {model.architecture}, {model.parameters / 1e6:.1f} M parameters ({models.size_class(model.parameters)}), "
-            f"{model.layers} layers"
+            f"{name}: {model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters ({model['size_class']}), "
+            f"{model['layers']} layers"
         )
     table = Table("variant", title="Student's files", title_justify="left")
-    for heading in ("MB", "of teacher's F16", f"RAM at {checked.package.context_length} tokens, MB"):
+    for heading in ("MB", "of teacher's F16", f"RAM at {plan['context_length']} tokens, MB"):
         table.add_column(heading, justify="right")
-    whole = shape.size(plan.base, "f16", checked.quantize.onnx)
-    for variant, size in plan.sizes.items():
-        table.add_row(variant, f"{size / 1e6:.1f}", f"{size / whole:.0%}", f"{plan.ram[variant] / 1e6:.0f}")
+    for file in plan["files"]:
+        megabytes = f"{file['bytes'] / 1e6:.1f}", f"{file['of_teacher_f16']:.0%}", f"{file['ram_bytes'] / 1e6:.0f}"
+        table.add_row(file["variant"], *megabytes)
     console.print(table)
     table = Table("stage", title="Work (times are estimates, on this machine)", title_justify="left")
     for heading in ("steps", "tokens", "minutes"):
         table.add_column(heading, justify="right")
-    for work in plan.work:
-        steps, tokens = (f"{number:,}" if number else "" for number in (work.steps, work.tokens))
-        table.add_row(work.stage, steps, tokens, f"{work.seconds / 60:.1f}")
-    table.add_row("total", "", "", f"{sum(work.seconds for work in plan.work) / 60:.1f}")
+    for work in plan["work"]:
+        steps, tokens = (f"{work[name]:,}" if work[name] else "" for name in ("steps", "tokens"))
+        table.add_row(work["stage"], steps, tokens, f"{work['seconds'] / 60:.1f}")
+    table.add_row("total", "", "", f"{sum(work['seconds'] for work in plan['work']) / 60:.1f}")
     console.print(table)
-    free = shutil.disk_usage(root).free
-    console.print(f"disk: {plan.disk / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
-    if plan.disk > free:
+    needed, free = plan["disk"]["needed_bytes"], plan["disk"]["free_bytes"]
+    console.print(f"disk: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+    if needed > free:
         console.print("warning: the disk is too small for this run: make room first", style="bold")
-    for doubt in plan.doubts:
+    for doubt in plan["doubts"]:
         console.print(f"warning: {doubt}", style="bold")
 
 
@@ -117,10 +152,7 @@ def predict(root: Path, checked: params.Params, training: float, plain: float) -
     preflight.check(root, checked)
     counted = _rows(root, checked)
     base = shape.read(checked.acquire, root)
-    student = base.pruned(checked.distill)
-    sizes: dict[str, int] = {
-        variant: shape.size(student, variant, checked.quantize.onnx) for variant in checked.quantize.variants
-    }
+    student, sizes = _student(checked, base)
     ram: dict[str, int] = {
         variant: minimum_ram(
             "onnx" if variant.startswith("onnx") else "gguf", size, student.config, checked.package.context_length
@@ -132,6 +164,36 @@ def predict(root: Path, checked: params.Params, training: float, plain: float) -
     folders = 2 * 2 * base.parameters + 2 * len(checked.select.seeds) * student.parameters + 12 * base.parameters
     files = 2 * base.parameters + 2 * student.parameters + sum(sizes.values())
     return Plan(base, student, sizes, ram, work, int(1.1 * (folders + files)), _doubts(checked, counted))
+
+
+def expected(root: Path, checked: params.Params, keys: Iterable[tuple[str, str | None]]) -> dict[str, float]:
+    """Minutes that each stage is expected to take, `keys` being what is to be done: stage, and variant or seed. Empty where
+    that cannot be told (a model that is still to be fetched, rows that acquire will refuse) and where no model runs.
+    """
+    wanted = Counter(stage for stage, _ in keys)
+    if not wanted.keys() & MODELS_RUN:
+        return {}
+    try:
+        base, counted = shape.read(checked.acquire, root), _rows(root, checked)
+        rates = models.product_rates()
+        training = rates[models.arithmetic(checked.finetune.precision)]
+        work = _work(checked, base, *_student(checked, base), counted, training, rates["float32"])
+    except (PipelineError, OSError, ValueError, LookupError, ArithmeticError):
+        return {}  # the run itself says what is wrong, if anything is
+    items = {
+        "distill": checked.select.seeds,
+        **dict.fromkeys(("quantize", "validate", "judge"), checked.quantize.variants),
+    }
+    share = {stage: count / len(items.get(stage, [None])) for stage, count in wanted.items()}
+    return {each.stage: each.seconds * share[each.stage] / 60 for each in work if each.stage in wanted}
+
+
+def _student(checked: params.Params, base: shape.Shape) -> tuple[shape.Shape, dict[str, int]]:
+    """What distillation leaves of the model, and the bytes of each of its files."""
+    student = base.pruned(checked.distill)
+    return student, {
+        variant: shape.size(student, variant, checked.quantize.onnx) for variant in checked.quantize.variants
+    }
 
 
 def _work(
@@ -158,13 +220,7 @@ def _work(
         Work("finetune", steps, tokens, seconds),
     ]
     steps, tokens, seconds = trained(taught, checked.distill, student)
-    # Each removal tries every candidate from its block on: half the model on average, after one whole pass.
-    tried = (base.layers - student.layers) * (1 + checked.distill.candidates / 2)
-    calibration = 2 * base.parameters * checked.distill.calibration_rows * counted.tokens * tried / forward
-    # What a removed block added is fitted on the blocks up to it, again half the model on average.
-    calibration += (
-        base.parameters * checked.distill.fitted_rows * counted.tokens * (base.layers - student.layers) / forward
-    )
+    calibration = _pruning(checked.distill, base, student, counted.tokens, forward, plain)
     # The teacher reads and answers; four models take the test.
     answering = 2 * base.parameters * (2 * taught * counted.tokens + 4 * 2 * test) / forward
     students = len(checked.select.seeds)
@@ -181,6 +237,32 @@ def _work(
     found.append(Work("judge", None, None, count * OVERHEAD_S["judge"]))
     found.append(Work("package", None, None, OVERHEAD_S["package"]))
     return found
+
+
+def _pruning(
+    settings: params.Distill, base: shape.Shape, student: shape.Shape, tokens: int, forward: float, plain: float
+) -> float:
+    """Seconds that one pruning takes; `tokens` of a row, `forward` and `plain` operations a second of the model's passes and
+    of float32 products.
+    """
+    gone, inner, width = base.layers - student.layers, base.config["intermediate_size"], base.config["hidden_size"]
+    kept = student.config["intermediate_size"]
+    # Each removal tries every candidate from its block on: half the model on average, after one whole pass.
+    tried = gone * (1 + settings.candidates / 2)
+    seconds = 2 * base.parameters * settings.calibration_rows * tokens * tried / forward
+    # What a removed block added is fitted on the blocks up to it, again half the model on average: second moments of the
+    # inner channels, their products with what was added, and one solution.
+    fitted = settings.fitted_rows * tokens
+    seconds += gone * base.parameters * fitted / forward
+    seconds += gone * ((2 * fitted * inner * (inner + width) + inner**3 / 3) if fitted else 0) / plain
+    if kept < inner:
+        # One whole pass, and every block again before and after it is narrowed; second moments of each; and for each few
+        # channels that go an inverse, with its product.
+        read = fitted or settings.calibration_rows * tokens
+        seconds += 3 * 2 * student.parameters * read / forward
+        rounds = math.ceil((inner - kept) / width_pruning.STEP)
+        seconds += student.layers * (2 * read * inner**2 + rounds * (inner**3 + 2 * inner**2 * width)) / plain
+    return seconds
 
 
 def _rows(root: Path, checked: params.Params) -> _Rows:
@@ -203,7 +285,7 @@ def _rows(root: Path, checked: params.Params) -> _Rows:
         count["train"] = len(train) - count["test"] - count["validation"]
     count = {name: min(there, checked.acquire.most.of(name) or there) for name, there in count.items()}
     characters = sum(len(message["content"]) + 12 for row in train for message in row.messages)
-    return _Rows(count, int(characters / len(train) / CHARACTERS_A_TOKEN), exact=True)
+    return _Rows(count, int(characters / max(1, len(train)) / CHARACTERS_A_TOKEN), exact=True)
 
 
 def _doubts(checked: params.Params, found: _Rows) -> list[str]:

@@ -391,18 +391,35 @@ def _intact(main: Path, name: str, found: Any) -> tuple[str, Bundle]:
     return digest, bundle
 
 
-def history(main: Path, name: str) -> str:
-    """Who decided what on which version, when and why; a line each, oldest first."""
+def decided(main: Path, name: str) -> list[dict[str, Any]]:
+    """Who decided what on which version, when and why, oldest first; of a line of the record that cannot be read only
+    `unreadable`, its number.
+    """
+    lines = enumerate(audit.entries(audit.read(audit.place(main))), 1)
+    return [
+        dict(entry) if entry else {"unreadable": number}
+        for number, entry in lines
+        if not entry or entry["model"] == name
+    ]
+
+
+def listed(found: list[dict[str, Any]], name: str) -> str:
+    """What `decided` found, a line each for a person."""
     lines = []
-    for number, entry in enumerate(audit.entries(audit.read(audit.place(main))), 1):
-        if entry is None:
-            lines.append(f"line {number} cannot be read: `slmops audit verify`")
-        elif entry["model"] == name:
-            facts = f" ({entry['facts']})" if entry.get("facts") else ""
-            lines.append(
-                f"{entry['at']}  {entry['action']:<9} version {entry['version']:<4} by {entry['by']}: {entry['reason']}{facts}"
-            )
+    for entry in found:
+        if "unreadable" in entry:
+            lines.append(f"line {entry['unreadable']} cannot be read: `slmops audit verify`")
+            continue
+        facts = f" ({entry['facts']})" if entry.get("facts") else ""
+        lines.append(
+            f"{entry['at']}  {entry['action']:<9} version {entry['version']:<4} by {entry['by']}: {entry['reason']}{facts}"
+        )
     return "\n".join(lines) or f"nothing was registered under {name} yet"
+
+
+def history(main: Path, name: str) -> str:
+    """Both."""
+    return listed(decided(main, name), name)
 
 
 def started_by(main: Path, name: str, version: str) -> str | None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,6 +253,17 @@ def push(root: Path, *targets: str) -> str:
     return f"pushed to the DVC remote {remote}: {_last_line(said)}"
 
 
+def collect(root: Path, beside: Sequence[Path], *, do: bool) -> str:
+    """`dvc gc` that keeps what the workspace, all branches and tags, and the workspaces `beside` need; dry unless `do`.
+
+    Raises:
+        StageError: dvc refuses.
+    """
+    others = ("--projects", *map(str, beside)) if beside else ()
+    how = "--force" if do else "--dry"
+    return _dvc(root, "gc", "--workspace", "--all-branches", "--all-tags", how, *others, stderr=True).strip()
+
+
 def check_state(root: Path) -> None:
     """Hold DVC's own files against their form before work starts. Call it when no dvc runs here.
 
@@ -342,13 +353,13 @@ def _lines(stream: IO[str]) -> Callable[[], Iterator[Event]]:
     return read
 
 
-def _dvc(root: Path, *arguments: str) -> str:
+def _dvc(root: Path, *arguments: str, stderr: bool = False) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments], cwd=root, env=environment(), capture_output=True, text=True
     )
     if done.returncode != 0:
         raise StageError(f"dvc {' '.join(arguments)} failed in {root}: {_dvc_error(done.stderr or done.stdout)}")
-    return done.stdout
+    return done.stdout + (done.stderr if stderr else "")
 
 
 def _failure(text: str, told: list[Event], name: str, log: Path, root: Path) -> PipelineError:

@@ -360,6 +360,25 @@ def prune(main: Path, names: Sequence[str] = ()) -> list[str]:
     return chosen
 
 
+def collect(main: Path, *, do: bool) -> str:
+    """Remove from the DVC cache what nothing needs any more, or only tell what that would be; DVC's own words.
+
+    Kept is what the checkout's files, the tips of all branches (a finished run's is `runs/<name>`), all tags and the
+    worktrees under `.runs/` name. Bundles of registered versions are files of their own.
+
+    Raises:
+        Busy: a run works in the checkout.
+        ConfigError: a run works in a worktree.
+        StageError: dvc refuses.
+    """
+    known = runs(main)
+    working = [run.name for run in known if run.state == "running"]
+    if working:
+        raise ConfigError(f"run {', '.join(working)} works, and what it needs is not written down yet: wait for it")
+    with locks.locked(main, "gc"):
+        return versioning.collect(main, [run.folder for run in known], do=do)
+
+
 def _decided(root: Path) -> bool:
     """Was the question of the run in `root` answered by command, and its flow run is still to be told?"""
     try:

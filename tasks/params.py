@@ -439,7 +439,10 @@ def check(raw: dict[str, Any], where: str) -> Params:
         # JSON mode is strict about types yet takes lists for tuples and text for paths.
         return Params.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
-        lines = [_explain(problem, raw) for problem in error.errors()]
+        found = error.errors()
+        # What is said of a list's length counts the items that are right: it only hides what is said of the others.
+        told = [p for p in found if p["type"] != "too_short" or not any(_within(each, p) for each in found)]
+        lines = [_explain(problem, raw) for problem in told]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise ConfigError(f"{where} has {count}:\n  " + "\n  ".join(lines)) from None
 
@@ -453,6 +456,18 @@ def _with_nul(node: Any, key: str = "") -> Iterator[str]:
             yield from _with_nul(value, f"{key}.{number}")
     elif isinstance(node, str) and "\0" in node:
         yield key
+
+
+def _within(problem: Any, outer: Any) -> bool:
+    """Whether a problem lies in what another one is about."""
+    place, around = problem["loc"], outer["loc"]
+    return len(place) > len(around) and place[: len(around)] == around
+
+
+def _none_of(key: str, given: Any, right: Sequence[str]) -> str:
+    """What to say of a value that must be one of a few."""
+    near = difflib.get_close_matches(str(given).lower(), right, n=1)
+    return f"{key}: {given!r} is none of {', '.join(right)}" + (f": did you mean {near[0]!r}?" if near else "")
 
 
 def _explain(problem: Any, raw: dict[str, Any]) -> str:
@@ -477,6 +492,16 @@ def _explain(problem: Any, raw: dict[str, Any]) -> str:
         return f"{key}: {given!r} is text, not a number{hint} (YAML reads 1e-4 as text, 1.0e-4 as a number)"
     if location[-1] == "revision":
         return f"{key}: {given!r} is not a 40-digit commit hash: a branch or tag can move, so pin the commit it points to now ({newest})"
+    if problem["type"] in ("literal_error", "union_tag_invalid"):
+        told = problem["ctx"]
+        tagged = problem["type"] == "union_tag_invalid"
+        key = f"{key}.{told['discriminator'].strip(chr(39))}" if tagged else key
+        listed = told["expected_tags"] if tagged else told["expected"].replace(" or ", ", ")
+        return _none_of(key, told["tag"] if tagged else given, [each.strip("'") for each in listed.split(", ")])
+    if problem["type"] == "union_tag_not_found":
+        return f"{key}: missing {problem['ctx']['discriminator']}: one of {', '.join(_TAGS[location[-1]])}"
+    if problem["type"] == "tuple_type" and isinstance(given, str | int | float):
+        return f"{key}: {given!r} is no list: write [{given}]"
     if problem["type"] == "json_invalid":
         return f"not representable: {message}"
     return f"{key}: {message}" + ("" if isinstance(given, (dict, list)) else f" (given {given!r})")
@@ -497,8 +522,7 @@ def _all_keys(model: Any) -> set[str]:
     return keys
 
 
-_SOURCES = ("package", "gguf", "local", "hub")
-_TAGS = {"model": _SOURCES, "data": _SOURCES, "metric": ("name", "own")}
+_TAGS = {"model": ("package", "gguf", "local", "hub"), "data": ("local", "hub"), "metric": ("name", "own")}
 _MODELS = (
     Params,
     Acquire,

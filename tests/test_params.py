@@ -58,6 +58,27 @@ def test_a_local_input_outside_the_watched_folder_is_refused(tmp_path: Path) -> 
         assert "lies outside watch" in problems(tmp_path, f"acquire.data.path={path}")
 
 
+@pytest.mark.parametrize(
+    ("override", "want"),
+    [
+        ("quantize.variants=[q4_k_s]", "quantize.variants.0: 'q4_k_s' is none of f16, q8_0, q5_1, q5_0, q4_k_m, q4_0, onnx-int4: did you mean 'q4_k_m'?"),
+        ("quantize.variants=[q8_0, Q4_K_M]", "quantize.variants.1: 'Q4_K_M' is none of f16, q8_0, q5_1, q5_0, q4_k_m, q4_0, onnx-int4: did you mean 'q4_k_m'?"),
+        ("acquire.model.source=hubb", "acquire.model.source: 'hubb' is none of package, gguf, local, hub: did you mean 'hub'?"),
+        ("acquire.data={path: data}", "acquire.data: missing 'source': one of local, hub"),
+        ("task.metric=xml", "task.metric: 'xml' is none of json, text"),
+        ("package.targets=[olama]", "package.targets.0: 'olama' is none of ollama, llama-server, onnx-genai: did you mean 'ollama'?"),
+        ("package.targets=ollama", "package.targets: 'ollama' is no list: write [ollama]"),
+        ("quantize.onnx.block_size=33", "quantize.onnx.block_size: 33 is none of 16, 32, 64, 128"),
+    ],
+)  # fmt: skip
+def test_a_wrong_name_lists_the_right_ones_and_the_nearest(tmp_path: Path, override: str, want: str) -> None:
+    assert problems(tmp_path, override).splitlines()[1:] == [f"  {want}"]
+
+
+def test_an_empty_list_is_refused(tmp_path: Path) -> None:
+    assert "quantize.variants" in problems(tmp_path, "quantize.variants=[]")
+
+
 def test_a_gate_needs_exactly_one_limit(tmp_path: Path) -> None:
     assert "exactly one" in problems(tmp_path, "validate.gates=[{name: accuracy, at_least: 0.1, at_most: 0.9}]")
 

@@ -1,5 +1,6 @@
 """The lock, the effective params and worktrees: git and DVC for real, no stage is run."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -397,3 +398,34 @@ def test_old_worktrees_go_but_none_that_works_or_waits(root: Path) -> None:
     assert git(root, "branch", "--list", "runs/*", "--format=%(refname:short)").split() == [
         f"runs/{each}" for each in "abcdf"
     ]
+
+
+def test_gc_keeps_what_branches_worktrees_and_the_checkout_need_and_asks_first(root: Path) -> None:
+    cache = versioning.cache_folder(root) / "files" / "md5"
+
+    def held(place: Path | None, name: str) -> Path:
+        """A file in the cache that a .dvc file in `place` names."""
+        digest = hashlib.md5(name.encode()).hexdigest()
+        path = cache / digest[:2] / digest[2:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+        out = {"md5": digest, "size": len(name), "hash": "md5", "path": name}
+        if place:
+            (place / f"{name}.dvc").write_text(yaml.safe_dump({"outs": [out]}))
+        return path
+
+    git(root, "checkout", "-q", "-b", "runs/done")
+    kept = [held(root, "of-a-branch")]
+    commit(root)
+    git(root, "checkout", "-q", "main")
+    tree = root / ".runs" / "stopped"
+    git(root, "worktree", "add", "-q", "-b", "runs/stopped", str(tree))
+    versioning.share(tree, root)
+    kept += [held(tree, "of-a-worktree"), held(root, "of-the-checkout")]
+    loose = held(None, "of-nothing")
+    workspace.collect(root, do=False)
+    assert loose.exists()
+    workspace.collect(root, do=True)
+    assert [path.exists() for path in [*kept, loose]] == [True, True, True, False]
+    with locks.locked(tree, "stopped"), pytest.raises(ConfigError, match="stopped"):
+        workspace.collect(root, do=True)
