@@ -1,6 +1,7 @@
 """What the person at the terminal sees of a run: a bar per stage while it works, one line when it is done."""
 
 import threading
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -25,6 +26,7 @@ class Display:
             TimeElapsedColumn(), TimeRemainingColumn(), console=self._console, transient=True,
         )  # fmt: skip
         self._shown: dict[str, TaskID] = {}
+        self._labels: dict[str, str] = {}  # what each stage was last heard to do
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -43,15 +45,28 @@ class Display:
         """A stage starts."""
         with self._lock:
             if name not in self._shown:
-                self._shown[name] = self._bars.add_task("", total=None, stage=name)
+                self._shown[name] = self._bars.add_task("start", total=None, stage=name)
 
     def event(self, name: str, event: Event) -> None:
         """Something that the stage tells (see tasks/events.py)."""
         if event["event"] == "progress":
+            self._begins(name, event["label"])
             text = f"{event['label']} {event['done']:.0f}/{event['total']:.0f} {event['unit']}"
             self._bars.update(self._shown[name], description=text, completed=event["done"], total=event["total"])
+        elif event["event"] == "doing":
+            self._begins(name, event["label"])
         elif event["event"] == "note":
             self.say(f"{name}: {event['text']}")
+
+    def _begins(self, name: str, label: str) -> None:
+        """A step of a stage: its bar begins anew and moves without an end until one is known; a log has a line instead."""
+        if self._labels.get(name) == label:
+            return
+        self._labels[name] = label
+        (bar,) = (task for task in self._bars.tasks if task.id == self._shown[name])
+        bar.description, bar.completed, bar.total, bar.finished_time = label, 0, None, None
+        if not self._console.is_terminal:
+            self.say(f"{name:<20} {label}")
 
     def end(self, name: str, outcome: Outcome) -> None:
         """A stage is done."""
@@ -66,6 +81,18 @@ class Display:
     def _hide(self, name: str) -> None:
         with self._lock:
             self._bars.remove_task(self._shown.pop(name))
+            self._labels.pop(name, None)
+
+    def expect(self, minutes: Mapping[str, float]) -> None:
+        """What each stage that is to be done is expected to take, and all of them."""
+        from rich.table import Table
+
+        table = Table("stage", title="Expected on this machine", title_justify="left")
+        table.add_column("minutes", justify="right")
+        for stage, expected in minutes.items():
+            table.add_row(stage, f"{expected:.1f}")
+        table.add_row("total", f"{sum(minutes.values()):.1f}")
+        self._console.print(table)
 
     def table(self, rows: list[Row]) -> None:
         """The result of the run."""

@@ -13,15 +13,19 @@ from tasks.errors import PipelineError
 from tasks.stage import folder
 
 
-def show(root: Path, name: str, rows: Sequence[results.Row], registered: str) -> None:
-    """Put the result of the run in the workspace `root` on the page of the flow run that calls this."""
+def show(root: Path, name: str, rows: Sequence[results.Row], registered: str) -> str | None:
+    """Put the result of the run in the workspace `root` on the page of the flow run that calls this. Returns the address of
+    MLflow's page of it, where a server shows one.
+    """
     text = f"{results.markdown(rows)}\n\n{registered}\n\n{links(root)}"
     create_markdown_artifact(text, key="result", description=f"Result of run {name}")
     for key, (title, svg) in plots(folder(root, "package"), folder(root, "select")).items():
         picture = base64.b64encode(svg.encode()).decode()
         create_image_artifact(f"data:image/svg+xml;base64,{picture}", key=key, description=title)
-    if found := tracking.pages(workspace.main_root(root), root):
+    found = tracking.pages(workspace.main_root(root), root)
+    if found:
         create_link_artifact(found[1], "Report", key="report", description="report.html, as MLflow keeps it")
+    return found[0] if found else None
 
 
 def links(root: Path) -> str:

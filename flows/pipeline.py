@@ -19,7 +19,7 @@ from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.tasks import exponential_backoff
 
-from flows import fan_out, locks, pages, preflight, release, results, tracking, versioning, workspace
+from flows import fan_out, locks, pages, plan, preflight, release, results, tracking, versioning, workspace
 from flows.display import Display
 from flows.report import write_report
 from tasks import cores, manifest, params
@@ -44,6 +44,7 @@ class Result:
     registered: str
     report: Path
     work_s: float
+    page: str | None = None  # MLflow's, of the run
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ def slmops(root: str, name: str, by: str | None = None) -> Result:
         if version:
             chosen = folder(here, "validate", results.bundle(here)["chosen"])
             tracking.tell_model(main, here, version.name, version.version, chosen)
-        pages.show(here, name, rows, registered)
-    result = Result(desk.done, rows, registered, report, covered(desk.spans))
+        page = pages.show(here, name, rows, registered)
+    result = Result(desk.done, rows, registered, report, covered(desk.spans), page)
     ended = {"slmops.dvc_lock": versioning.lock_digest(here), "slmops.registered": registered}
     spent = {"wall_s": time.monotonic() - started, "work_s": result.work_s}
     desk.tracker.close("FINISHED", ended, spent, (report, folder(here, "package") / "bundle.json"))
@@ -209,6 +210,8 @@ def _stages(desk: Desk, run: str, checked: params.Params) -> None:
         )
         for key in _keys(checked)
     ]
+    if minutes := plan.expected(desk.root, checked, behind):
+        desk.display.expect(minutes)
     by_name = {order.name: order for order in orders}
     inputs = {order.key: _inputs(*order.key, checked) for order in orders}
     futures: dict[Key, PrefectFuture[versioning.Outcome]] = {}

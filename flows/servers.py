@@ -23,12 +23,13 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from flows import files, prefect_api, questions, server_env, spool, supervise
+from flows import files, mlflow_store, prefect_api, questions, server_env, spool, supervise
 from flows.server_env import MLFLOW_SECRET, MLFLOW_USER, PREFECT, PREFECT_SECRET, Options
 from tasks.errors import ConfigError, PipelineError
 
 POOL = "slmops"
 MARK = "SLMOPS_UP"
+EXPERIMENT_PAGE = "/#/experiments/{}"  # without an id: the list of experiments
 NICE = ("nice", "-n", "10")  # the worker and its runs: the servers answer people while models train
 # In processes of their own: Prefect reads its settings when it is imported, and each is 100 MB to keep.
 APPLY = """
@@ -54,10 +55,11 @@ class State:
     prefect: str
     mlflow: str
     auth: bool
+    experiment: str = ""  # MLflow's id of the one that our runs are in
 
     def text(self) -> str:
-        """For a person."""
-        return f"Prefect  {self.prefect}\nMLflow   {self.mlflow}"
+        """For a person: the pages that show the runs."""
+        return f"Prefect  {self.prefect}/runs\nMLflow   {self.mlflow}{EXPERIMENT_PAGE.format(self.experiment)}"
 
 
 def settings(main: Path) -> dict[str, str]:
@@ -212,12 +214,24 @@ def _bring_up(
     supervisor.wait("mlflow")
     supervisor.wait("worker")
     apply_deployments(main, worker_env, runs=options.runs)
-    state = State(os.getpid(), datetime.now().isoformat(" ", "seconds"), prefect, mlflow, bool(auth))
+    credentials = f"{auth[MLFLOW_USER]}:{auth[MLFLOW_SECRET]}" if auth else None
+    experiment = _experiment(mlflow, credentials)
+    state = State(os.getpid(), datetime.now().isoformat(" ", "seconds"), prefect, mlflow, bool(auth), experiment)
     files.write(_state(main), json.dumps(asdict(state), indent=1) + "\n", private=True)
     if not server_env.is_loopback(options.host):
         _tell("note: passwords go over the network in the clear: put a proxy with TLS in front, or use a tunnel")
     _tell(f"{state.text()}\nlogs     {logs}\nall healthy after {time.monotonic() - began:.1f} s; Ctrl-C stops them")
     return worker_env
+
+
+def _experiment(mlflow: str, credentials: str | None) -> str:
+    """Id of the experiment of our runs, made where it is missing so that its page opens."""
+    api = f"{mlflow}/api/2.0/mlflow/experiments"
+    status, answer = _ask(f"{api}/get-by-name?experiment_name={mlflow_store.EXPERIMENT}", credentials)
+    if status == 200:
+        return str(json.loads(answer)["experiment"]["experiment_id"])
+    status, answer = _ask(f"{api}/create", credentials, json.dumps({"name": mlflow_store.EXPERIMENT}).encode())
+    return str(json.loads(answer)["experiment_id"]) if status == 200 else ""
 
 
 def _closer(main: Path, env: dict[str, str]) -> Callable[[], None]:

@@ -1,8 +1,8 @@
 """Progress for whoever is watching: a bar on a terminal, JSON lines for a caller.
 
-`tasks/__main__.py` calls `open_sink` once; library code only calls `progress` and `metric`. A line is
-one of `{"event": "progress", "label", "done", "total", "unit"}`, `{"event": "metric", "name", "value",
-"step"}`, `{"event": "note", "text"}`, `{"event": "finished", "seconds"}` and `{"event": "error", "family", "text"}`.
+`tasks/__main__.py` calls `open_sink` once; library code only calls `progress`, `doing` and `metric`. A line is
+one of `{"event": "progress", "label", "done", "total", "unit"}`, `{"event": "doing", "label"}`, `{"event": "metric", "name",
+"value", "step"}`, `{"event": "note", "text"}`, `{"event": "finished", "seconds"}` and `{"event": "error", "family", "text"}`.
 """
 
 import json
@@ -47,6 +47,15 @@ def note(text: str) -> None:
     """Tell one line of plain text; on a terminal or in a log it goes to standard error."""
     _send("note", text=text)
     print(text, file=sys.stderr, flush=True)
+
+
+def doing(label: str) -> None:
+    """Tell what begins now where nothing can be counted (imports, loading, another program's work), so that whoever waits
+    knows for what.
+    """
+    _send("doing", label=label)
+    if sys.stderr.isatty():
+        print(f"{label} ...", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks import manifest
+from tasks import events, manifest
 from tasks.bounded import Limits
 from tasks.errors import ArtifactError, ConfigError, DiskFullError, StageError
 from tasks.params import Params
@@ -69,6 +69,7 @@ def run(
     if item and not stage.per:
         raise ConfigError(f"{stage.name} is done once, for no variant or seed, but was given {item!r}")
 
+    events.doing("check inputs")
     paths: dict[str, Path] = {}
     digests: dict[str, str] = {}
     for role, source in stage.inputs.items():

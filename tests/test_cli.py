@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from checkout import DEFAULTS, SLMOPS, commit, environment, git, make_toy, slmop
 
 from flows import doctor, plan, shape
 from flows.cli import main
+from flows.display import Display
 from tasks import jsonl, params
 from tasks.distill.plan import MULTIPLE
 from tasks.errors import ArtifactError, BrokenRuntimeError, ConfigError
@@ -88,6 +90,39 @@ def test_a_stage_runs_alone_with_its_overrides(toy: Path) -> None:
     assert (toy / "build" / "finetune" / "manifest.json").is_file()
 
 
+def test_version_and_completion_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.split() == ["slmops", metadata.version("slmops")]
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert "--even-if-worse" in script
+
+
+def test_what_is_shown_can_be_had_as_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(plan.models, "product_rates", lambda: {"float32": 1e11, "bfloat16": 1e11})
+    monkeypatch.setattr(
+        doctor, "examine", lambda root: iter([doctor.Check("torch", False, "missing", "pip install torch")])
+    )
+    monkeypatch.chdir(ROOT)
+    assert main(["plan", "--params", str(DEFAULTS), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["teacher"]["parameters"] == 134_515_008
+    assert told["files"][0].keys() == {"variant", "bytes", "of_teacher_f16", "ram_bytes"}
+    assert main(["plan", "--params", str(DEFAULTS)]) == 0
+    assert "134.5 M parameters" in capsys.readouterr().out
+    assert main(["doctor", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[0]["fix"] == "pip install torch"
+    assert main(["doctor"]) == 1
+    assert "FAIL torch" in capsys.readouterr().out
+    assert main(["runs", "--json"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), list)
+
+
 # --- plan --------------------------------------------------------------------------------------------
 
 # Sizes of files that llama.cpp made of the bundled SmolLM2-135M, in bytes / 1e5.
@@ -132,6 +167,55 @@ def test_a_plan_tells_all_of_a_run_before_any_work(tmp_path: Path) -> None:
     assert tuned.steps == tuned.tokens // 1000
     assert sum(work.seconds for work in slow.work) > sum(work.seconds for work in fast.work)
     assert all(slow.ram[name] > size for name, size in slow.sizes.items())
+
+
+SHARES = [("distill", "17"), ("validate", "q8_0"), ("judge", "q8_0")]
+
+
+def test_a_run_is_told_the_minutes_of_what_it_is_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.models, "product_rates", lambda: {"float32": 1e11, "bfloat16": 1e11})
+    checked = params.load(DEFAULTS, ["select.seeds=[17, 18]"])
+    whole = {work.stage: work.seconds / 60 for work in plan.predict(ROOT, checked, 1e11, 1e11).work}
+    told = plan.expected(ROOT, checked, SHARES)
+    assert told == pytest.approx(
+        {"distill": whole["distill"] / 2, **{name: whole[name] / 6 for name in ("validate", "judge")}}
+    )
+
+
+def test_a_run_whose_work_cannot_be_foreseen_is_told_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.models, "product_rates", lambda: pytest.fail("measured for nothing"))
+    checked = params.load(DEFAULTS)
+    assert plan.expected(ROOT, checked, SHARES[2:]) == {}  # no model runs
+    hub = {"source": "hub", "repo": "a/b", "revision": "0" * 40}
+    raw = params.read(DEFAULTS)
+    raw["acquire"]["model"] = hub
+    assert plan.expected(tmp_path, params.check(raw, "test"), SHARES) == {}
+    (tmp_path / "data").mkdir()
+    assert plan.expected(tmp_path, local_data(tmp_path, 0), SHARES) == {}
+
+
+def test_narrowing_counts_second_moments_of_every_row(smollm: shape.Shape) -> None:
+    def seconds(rows: int) -> float:
+        settings = params.load(DEFAULTS, ["distill.block_share=0.0", f"distill.fitted_rows={rows}"]).distill
+        return plan._pruning(settings, smollm, smollm.pruned(settings), 50, float("inf"), 1.0)
+
+    assert seconds(1001) - seconds(1000) == pytest.approx(2 * 50 * 1536**2 * 30)
+
+
+def test_a_bar_carries_what_its_stage_does_and_a_log_has_a_line_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = {"event": "progress", "label": "prune", "total": 4, "unit": "blocks"}
+    with Display() as display:
+        display.begin("distill-17")
+        (bar,) = display._bars.tasks
+        display.event("distill-17", {**progress, "done": 4})
+        assert (bar.description, bar.completed, bar.total) == ("prune 4/4 blocks", 4, 4)
+        display.event("distill-17", {"event": "doing", "label": "load the student"})
+        assert (bar.description, bar.total) == ("load the student", None)
+        for done in (1, 2):
+            display.event("distill-17", {**progress, "label": "distill", "done": done})
+        assert (bar.description, bar.completed, bar.finished) == ("distill 2/4 blocks", 2, False)
+    said = [line.split(maxsplit=1)[1] for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert said == ["prune", "load the student", "distill"]
 
 
 def local_data(root: Path, rows: int, between: str = " ") -> params.Params:

@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,37 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     stop(up)
 
 
+def test_the_page_of_the_runs_is_told_and_its_experiment_made_once() -> None:
+    made: list[str] = []
+
+    class Store(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply(200 if made else 404, {"experiment": {"experiment_id": "7"}})
+
+        def do_POST(self) -> None:
+            made.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["name"])
+            self.reply(200, {"experiment_id": "7"})
+
+        def reply(self, status: int, body: dict[str, object]) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Store) as store:
+        threading.Thread(target=store.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{store.server_port}"
+        assert [servers._experiment(address, each) for each in (None, "a:b")] == ["7", "7"]
+        store.shutdown()
+    assert made == ["slmops"]
+    assert servers._experiment(address, None) == ""  # nobody answers: the list of experiments is told
+    assert servers.State(1, "now", "http://p", "http://m", False, "7").text().split() == [
+        "Prefect", "http://p/runs", "MLflow", "http://m/#/experiments/7",
+    ]  # fmt: skip
+
+
 # --- one `up` ----------------------------------------------------------------------------------------
 
 
@@ -157,8 +190,9 @@ def test_all_three_are_up_and_told(plain: Up) -> None:
     state = servers.running(plain.root)
     assert state
     assert state.pid == plain.process.pid
-    assert f"Prefect  {state.prefect}" in plain.text()
-    assert f"MLflow   {state.mlflow}" in plain.text()
+    assert f"Prefect  {state.prefect}/runs\n" in plain.text()
+    assert state.experiment.isdecimal()
+    assert f"MLflow   {state.mlflow}/#/experiments/{state.experiment}\n" in plain.text()
     urls = asked(plain)
     assert ask(urls["prefect"], body={}) == ask(urls["mlflow"]) == 200
     assert ask(f"{state.prefect}/api/work_pools/{servers.POOL}") == 200

@@ -63,6 +63,7 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
     if isinstance(params.task.metric, OwnMetric):
         _copy_metric(params.task.metric, splits["test"], root, out / scoring.OWN)
 
+    events.doing("read the model")
     found = model_sources.SOURCES[settings.model.source](settings.model, root, scratch)
     licence_text = model_sources.read_licence(found.licence_text) if found.licence_text else None
     opened = _open_gguf(found, settings.licences) if found.path.is_file() else _open_folder(found, settings.licences)
@@ -78,8 +79,10 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
     if config.model_type in supports.UNPRUNABLE:
         events.note(supports.cannot_prune(config.model_type))
     fit.check(tokenizer, config, splits, params.task)
+    events.doing("check the weights")
     _check_numbers(opened.model)
     parameters = models.count(opened.model)
+    events.doing("save the model")
     _save(opened, stops, out / "model")
 
     rows.write(splits, out / "data")
@@ -116,6 +119,7 @@ def _splits(params: Params, data: data_sources.FoundData) -> dict[str, list[rows
     settings = params.acquire
     near = settings.near_duplicate
     metric = params.task.metric
+    events.doing("read the rows")
     found = rows.load(data.files, data.shown, metric if isinstance(metric, str) else "own")
     if data_sources.ALL in found:
         unlabelled, shares = found.get(rows.UNLABELLED, []), settings.data
@@ -129,6 +133,7 @@ def _splits(params: Params, data: data_sources.FoundData) -> dict[str, list[rows
         )
         found[rows.UNLABELLED] = unlabelled
     found = {name: members[: settings.most.of(name)] for name, members in found.items()}
+    events.doing("look for near duplicates")
     rows.refuse_leaks(found, near)
     return found
 

@@ -33,6 +33,7 @@ def distill(params: Params, *, source: Path, teacher: Path, seed: int, out: Path
     """
     settings, task = params.distill, params.task
     order = seed ^ ORDER
+    events.doing("load libraries and rows")
     tokenizer = models.load_tokenizer(teacher / "model")
     models.check_same_vocabulary(teacher / "model", source / "model")
     splits = {name: read_rows(source / "data" / f"{name}.jsonl") for name in ("train", "validation", "test")}
@@ -47,6 +48,7 @@ def distill(params: Params, *, source: Path, teacher: Path, seed: int, out: Path
     )
 
     dtype = models.arithmetic(settings.precision)
+    events.doing("load the teacher")
     model = models.load_model(teacher / "model", dtype)
     judge.add("teacher", model)
     rows = encoded["train"] + _answered(model, tokenizer, source, judge.stops, params, scratch)
@@ -63,9 +65,12 @@ def distill(params: Params, *, source: Path, teacher: Path, seed: int, out: Path
         judge.add("control", control)
     objective = distillation(model, lookup, settings)
     history = train(model, rows, encoded["validation"], settings, objective, scratch, "distill", seed=order)
+    events.doing("save the student")
     models.save(model, tokenizer, out / "model")
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n")
+    events.doing("load the student")
     judge.add("distilled", models.load_model(out / "model", dtype))
+    events.doing("load the base model")
     judge.add("base", models.load_model(source / "model", dtype), SAMPLE)
     judge.write(out)
     teacher_facts, student = judge.models["teacher"], judge.models["distilled"]

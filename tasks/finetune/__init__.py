@@ -22,12 +22,16 @@ def finetune(params: Params, *, source: Path, out: Path, scratch: Path) -> dict[
             place(file, out / "model" / file.name)
         (out / "history.json").write_text("[]\n")
         return {"steps": 0.0}
+    events.doing("load libraries and rows")
     tokenizer = models.load_tokenizer(source / "model")
     rows = encode_all(tokenizer, read_rows(source / "data" / "train.jsonl"), task.max_length)
     validation = encode_all(tokenizer, read_rows(source / "data" / "validation.jsonl"), task.max_length)
+    events.doing("load the model")
     model = models.load_model(source / "model", "float32")
+    events.doing("loss before training")
     before = validation_loss(model, validation)
     history = train(model, rows, validation, settings, cross_entropy(model), scratch, "finetune", seed=settings.seed)
+    events.doing("save the model")
     models.save(model, tokenizer, out / "model")
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n")
     return {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import ArtifactError
+from tasks.events import doing
 from tasks.judge import gates
 from tasks.params import Params, Variant
 from tasks.stage import read_json, require_file, write_json
@@ -22,6 +23,7 @@ def judge(params: Params, *, validated: Path, variant: Variant, out: Path) -> di
     """
     metrics, measured = read_json(validated / "metrics.json"), read_json(validated / "measurements.json")
     ours, theirs = _correct(require_file(validated / "predictions.jsonl", f"run validate {variant} again"))
+    doing("draw the intervals")
     spread = gates.intervals(ours, theirs, params.validate_.bootstrap, params.validate_.seed)
     write_json(out / "intervals.json", {f"{name}_interval": bounds for name, bounds in spread.items()})
     write_json(out / "verdict.json", gates.judge(params.validate_, _values(metrics) | _values(measured), spread))

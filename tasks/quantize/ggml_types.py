@@ -13,6 +13,7 @@ from typing import Any
 
 from tasks.cores import threads
 from tasks.errors import StageError
+from tasks.events import doing
 from tasks.manifest import sha256
 from tasks.params import Onnx, Variant
 from tasks.stage import disk_full, need_space, place, require_file
@@ -39,6 +40,7 @@ def quantize(variant: Variant, _: Onnx, __: Path, f16: Path, out: Path) -> None:
     """
     import llama_cpp
 
+    doing("read the F16 file")
     require_file(f16, SOURCE)
     need_space(out, int(SHARE[variant] * f16.stat().st_size) + 1_000_000)
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
@@ -57,12 +59,14 @@ def quantize(variant: Variant, _: Onnx, __: Path, f16: Path, out: Path) -> None:
     params.kv_overrides = overrides
     target = out / "model.gguf"
     errors = io.StringIO()
+    doing(f"quantize to {variant}")
     with contextlib.redirect_stderr(errors):
         code = llama_cpp.llama_model_quantize(str(f16).encode(), str(target).encode(), ctypes.byref(params))
     if code != 0:
         need_space(out, 1_000_000)
         raise StageError(f"{f16}: llama.cpp cannot quantize it to {variant}: {_reason(errors)}")
     # A full disk does not always fail the write: hold the file against what it says of itself.
+    doing("load the file")
     problem = _problem(llama_cpp, target)
     if problem:
         if shutil.disk_usage(out).free < 1_000_000:

@@ -18,6 +18,7 @@ from typing import Any
 from tasks import crashes
 from tasks.cores import threads
 from tasks.errors import StageError
+from tasks.events import doing
 from tasks.params import Onnx
 from tasks.stage import disk_full, need_space, require_file
 
@@ -103,6 +104,7 @@ def _run_olive(config: dict[str, Any], scratch: Path, out: Path) -> None:
     # Caches that an outer setting points elsewhere would escape the temporary folder.
     for name in ("HF_HUB_CACHE", "OLIVE_CACHE_DIR", "XDG_CACHE_HOME", "PYTHONHASHSEED"):
         env.pop(name, None)
+    doing("Olive builds and quantizes the graph")
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, str(scratch / "tmp")], input=json.dumps(config), cwd=scratch, env=env,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,

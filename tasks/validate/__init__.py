@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 from tasks import chat, jsonl, models, scoring
 from tasks.cores import busy, quiet, threads
 from tasks.errors import ArtifactError
-from tasks.events import progress
+from tasks.events import doing, progress
 from tasks.params import Params, Variant
 from tasks.stage import require_file, write_json
 from tasks.validate import likelihood, llama_runtime, onnx_runtime
@@ -54,11 +54,15 @@ def validate(
     rows = chat.read_rows(source / "data" / "test.jsonl")
     metric = scoring.load(params.task.metric, source)
     taught = _teacher(distilled / "predictions.jsonl", rows)
+    doing("load libraries and tokenizer")
     tokenizer = models.load_tokenizer(distilled / "model")
     stops = models.stop_ids(distilled / "model", tokenizer)
 
+    doing("wait while another variant is measured")
     with busy(artifact.parent):
+        doing("load the file")
         predictions = _predict(params, evaluator, file, rows, taught, tokenizer, stops, metric)
+        doing("load the files for perplexity")
         close = _likelihood(params, evaluator, file, reference, source / "data" / "text.txt", rows, tokenizer)
     correct = [line["correct"] for line in predictions]
     accuracy, size = scoring.accuracy(correct), _size(file)
@@ -73,7 +77,9 @@ def validate(
         "size_ratio": size / _size(yardstick),
     }
     prompt = chat.prompt_ids(tokenizer, sorted(rows, key=lambda row: len(str(row)))[len(rows) // 2][:-1])
+    doing("wait for the other variants' work")
     with quiet(artifact.parent):
+        doing("measure speed and memory")
         measured = measure(file, yardstick, prompt, params.validate_.repeats)
 
     details = {
