@@ -32,7 +32,8 @@ def watched(work: str, cpu_s: float, memory: float = 5e8) -> "subprocess.Popen[s
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="nothing tells what a process uses")
 @pytest.mark.parametrize("what", WORK)
 def test_work_beyond_its_limits_is_ended_with_a_sentence(what: str) -> None:
-    process = watched(WORK[what], cpu_s=1.0 if what == "time" else 60.0)  # one limit at a time: a busy machine looks late
+    # One limit at a time: a busy machine looks late.
+    process = watched(WORK[what], cpu_s=1.0 if what == "time" else 60.0)
     told = process.communicate(timeout=DEADLINE_S)[1]
     assert process.returncode == 1
     assert told.startswith("error: acquire was stopped")
