@@ -72,7 +72,7 @@ def test_a_quick_run_needs_nothing_and_releases_nothing_of_the_whole_ones() -> N
     assert quick.package.name != whole.package.name
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("recipe", MODELS, ids=lambda recipe: recipe.stem)
 def test_a_recipe_says_only_what_differs(recipe: Path) -> None:
     defaults = dict(values(yaml.safe_load(DEFAULTS.read_text())))
     same = [key for key, value in values(yaml.safe_load(recipe.read_text())) if defaults.get(key) == value]
