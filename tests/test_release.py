@@ -226,6 +226,8 @@ def test_a_bundle_goes_from_candidate_to_champion_and_back(root: Path) -> None:
     lines = release.history(root, NAME).splitlines()
     assert [line.split()[1] for line in lines] == ["register", "approve", "register", "approve", "rollback"]
     assert "version 1    by Eve: wrong answers in the hall" in lines[-1]
+    last = release.decided(root, NAME)[-1]
+    assert (last["action"], last["version"], last["by"]) == ("rollback", "1", "Eve")
     version = mlflow_store.client(root).get_model_version(NAME, "1")
     assert (version.tags["decision"], version.tags["decided_by"]) == ("rollback", "Eve")
     assert version.tags["bundle_digest"] == first.digest
