@@ -327,11 +327,6 @@ def edit_tokenizer(change: Callable[[dict], object]) -> Callable[[Path], None]:
     return changed
 
 
-def pipe(folder: Path) -> None:
-    (folder / "notes.txt").unlink(missing_ok=True)
-    os.mkfifo(folder / "notes.txt")
-
-
 def licence_elsewhere(folder: Path) -> None:
     (folder.parent / "secret").write_text("of somebody")
     (folder / "LICENSE").symlink_to(folder.parent / "secret")
@@ -375,7 +370,6 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a template that calls itself": (
         lambda f: (f / "chat_template.jinja").write_text("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), "template",
     ),
-    "a pipe": (pipe, "no regular file"),
     "weights that Git LFS did not fetch": (lambda f: (f / "model.safetensors").write_text(POINTER), "git lfs pull"),
     "a tokenizer that Git LFS did not fetch": (lambda f: (f / "tokenizer.json").write_text(POINTER), "git lfs pull"),
     "a licence that lies elsewhere": (licence_elsewhere, "outside"),
@@ -419,6 +413,11 @@ def test_an_unsafe_or_broken_folder_is_refused(tiny_params: dict, tmp_path: Path
     message = refused(tiny_params, tmp_path)
     assert wording in message
     assert len(message) < 1000
+
+
+def test_a_pipe_beside_a_model_is_refused_before_anyone_waits_for_it(tiny_params: dict, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "data" / "model" / "pipe")
+    assert "data/model/pipe" in refused(tiny_params, tmp_path, ConfigError)
 
 
 def test_no_token_that_ends_a_turn_is_told_before_the_rows_are_read(tiny_params: dict, tmp_path: Path) -> None:
