@@ -1,13 +1,21 @@
 """The blocks of a decoder one by one: what each is called with, what it gives, and how one is taken out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from tasks import packing
-from tasks.packing import Packed
+from tasks.chat import Encoded
+from tasks.packing import Packed, pack
+
+ROWS = 32  # of a packed sequence
 
 Call = tuple[Any, dict[str, Any]]  # what a block is called with: hidden states, keywords
+
+
+def packed_rows(model: Any, rows: Sequence[Encoded]) -> list[Packed]:
+    """Rows as packed sequences short enough to be held for every block at once."""
+    return [pack(rows[i : i + ROWS], model.device) for i in range(0, len(rows), ROWS)]
 
 
 def calls_of(model: Any, packed: Packed) -> tuple[list[Call], Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from tasks import events, models, packing, supports
 from tasks.chat import Encoded
-from tasks.distill.blocks import Call, calls_of, first_blocks, output_of, remove
+from tasks.distill.blocks import Call, calls_of, first_blocks, output_of, packed_rows, remove
 from tasks.distill.plan import planned
 from tasks.distill.width import can_narrow, narrow, resize
 from tasks.errors import ConfigError
@@ -29,7 +29,6 @@ from tasks.stage import need_space
 from tasks.training import log_probs
 
 RIDGE = 0.05  # of the mean square of the inner layer: 0.01 fits the rows better, and all others worse
-ROWS = 32  # of a packed sequence
 
 
 def prune(
@@ -45,7 +44,6 @@ def prune(
     Raises:
         ConfigError: even one block would be too large, or this architecture cannot lose any.
     """
-
     if settings.max_parameters >= 1:
         return {"blocks": [], "channels": None}
     decoder, kind = model.get_decoder(), model.config.model_type
@@ -173,7 +171,7 @@ class _Ready:
 
     def __init__(self, model: Any, rows: Sequence[Encoded]) -> None:
         self.model = model
-        self.packs = [pack(rows[i : i + ROWS], model.device) for i in range(0, len(rows), ROWS)]
+        self.packs = packed_rows(model, rows)
         self.calls: list[list[Call]] = [[] for _ in self.packs]
 
     def around(self, position: int) -> Iterator[tuple[Any, Any, Any]]:

@@ -12,12 +12,11 @@ from typing import Any
 
 from tasks import events, packing
 from tasks.chat import Encoded
-from tasks.distill.blocks import calls_of, output_of
-from tasks.packing import Packed, pack, tokens
+from tasks.distill.blocks import calls_of, output_of, packed_rows
+from tasks.packing import Packed, tokens
 
 RIDGE = 0.01  # of the mean square of the inner channels
 STEP = 64  # channels that go before the rest is weighed again
-ROWS = 32  # of a packed sequence
 
 
 def can_narrow(model: Any) -> bool:
@@ -49,12 +48,14 @@ def narrow(model: Any, rows: Sequence[Encoded], kept: int) -> list[float]:
 
     lost: list[float] = []
     layers = model.get_decoder().layers
-    packs = [pack(rows[i : i + ROWS], model.device) for i in range(0, len(rows), ROWS)]
+    packs = packed_rows(model, rows)
+    hidden: list[Any] = []
+    keywords: list[list[dict[str, Any]]] = []
     with torch.no_grad(), events.progress("narrow", len(layers), "blocks") as advance, packing.attention(model):
-        calls = [calls_of(model, packed)[0] for packed in packs]
-        hidden = [of_pack[0][0] for of_pack in calls]
-        keywords = [[keyword for _, keyword in of_pack] for of_pack in calls]
-        del calls
+        for packed in packs:  # the states between blocks are made anew below, and held for one pack alone here
+            calls = calls_of(model, packed)[0]
+            hidden.append(calls[0][0])
+            keywords.append([each for _, each in calls])
         for n, layer in enumerate(layers):
             squares = _squares(layer, hidden, [each[n] for each in keywords], packs)
             lost.append(_narrow_mlp(layer.mlp, squares, kept))
@@ -86,9 +87,9 @@ def _narrow_mlp(mlp: Any, squares: Any, kept: int) -> float:
     import torch
 
     whole = mlp.down_proj.weight.float()  # (d, inner)
-    ridge = RIDGE * squares.diagonal().mean() * torch.eye(len(squares), device=squares.device)
-    chosen = _choose(squares + ridge, whole, kept)
-    fitted = torch.linalg.solve((squares + ridge)[chosen][:, chosen], (squares + ridge)[chosen] @ whole.T).T
+    ridged = squares + RIDGE * squares.diagonal().mean() * torch.eye(len(squares), device=squares.device)
+    chosen = _choose(ridged, whole, kept)
+    fitted = torch.linalg.solve(ridged[chosen][:, chosen], ridged[chosen] @ whole.T).T
     _keep_channels(mlp, chosen)
     mlp.down_proj.weight.copy_(fitted)
     missing = whole.clone()
