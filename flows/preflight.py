@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from flows.results import read_json
+from flows import results
 from tasks import supports
 from tasks.errors import ConfigError, PipelineError
 from tasks.params import Acquire, Params
@@ -26,10 +26,8 @@ def architecture(acquire: Acquire, root: Path) -> str | None:
     from tasks.acquire import gguf_check, model_sources
 
     if acquire.model.source == "hub":
-        lineage = root / "build" / "acquire" / "lineage.json"
-        model = read_json(lineage)["model"] if lineage.is_file() else {}
-        same = (model.get("repo"), model.get("revision")) == (acquire.model.repo, acquire.model.revision)
-        return str(model["architecture"]) if same else None
+        model = results.fetched(root, acquire.model)
+        return str(model["architecture"]) if model else None
     try:
         path = model_sources.SOURCES[acquire.model.source](acquire.model, root, root).path
         if path.is_file():

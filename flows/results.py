@@ -1,6 +1,5 @@
 """The result of a run as rows: one a variant, read from what the stages wrote."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.charts import number
-from tasks.errors import ArtifactError
 from tasks.package.choose import failing
-from tasks.params import Gate, Params
-from tasks.stage import folder
+from tasks.params import Gate, HubModel, Params
+from tasks.stage import folder, read_json
 
 
 @dataclass(frozen=True)
@@ -46,16 +44,11 @@ def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file that a stage wrote.
-
-    Raises:
-        ArtifactError: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}): run that stage again, or `dvc checkout`") from None
+def fetched(root: Path, model: HubModel) -> dict[str, Any] | None:
+    """What acquire recorded of a hub model that lies in the workspace; None where another one lies there, or none."""
+    lineage = folder(root, "acquire") / "lineage.json"
+    found: dict[str, Any] = read_json(lineage)["model"] if lineage.is_file() else {}
+    return found if (found.get("repo"), found.get("revision")) == (model.repo, model.revision) else None
 
 
 def bundle(root: Path) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flows.results import read_json
+from flows import results
 from tasks.distill.plan import planned
 from tasks.errors import ArtifactError, ConfigError
 from tasks.models import load_config, tied
 from tasks.params import Acquire, Distill, Onnx
+from tasks.stage import folder
 
 BITS: Mapping[str, float] = {"f32": 32, "f16": 16, "q8_0": 8.5, "q6_k": 6.5625, "q5_1": 6, "q5_0": 5.5, "q4_k": 4.5, "q4_0": 4.5}  # fmt: skip
 FALLBACK: Mapping[str, str] = {"q4_k": "q5_0", "q6_k": "q8_0"}  # where 256 does not divide the row
@@ -130,14 +131,11 @@ def read(acquire: Acquire, root: Path) -> Shape:
     from tasks.acquire import model_sources
 
     if acquire.model.source == "hub":
-        fetched, wanted = root / "build" / "acquire", acquire.model
-        lineage = fetched / "lineage.json"
-        model = read_json(lineage)["model"] if lineage.is_file() else {}
-        if (model.get("repo"), model.get("revision")) != (wanted.repo, wanted.revision):
+        if not results.fetched(root, acquire.model):
             raise ConfigError(
-                f"{wanted.repo} is on the Hub and a plan fetches nothing: run `slmops stage acquire` with the same --set first"
+                f"{acquire.model.repo} is on the Hub and a plan fetches nothing: run `slmops stage acquire` with the same --set first"
             )
-        return from_config(fetched / "model")
+        return from_config(folder(root, "acquire") / "model")
     path = model_sources.SOURCES[acquire.model.source](acquire.model, root, root).path
     return from_gguf(path) if path.is_file() else from_config(path)
 
