@@ -8,6 +8,7 @@ is given up for good), hold for runs without a server, and tell who has them.
 import fcntl
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -138,7 +139,7 @@ def _end_orphans(left: dict[str, Any]) -> None:
     holds the lock too, is ended with it (see versioning.py).
     """
     if left.get("process"):
-        processes.end_marked(f"{MARK_EXACT}={left['process']}")
+        processes.signal_marked(f"{MARK_EXACT}={left['process']}", signal.SIGTERM)
 
 
 def _holder(path: Path) -> dict[str, Any] | None:

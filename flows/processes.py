@@ -27,9 +27,9 @@ def lives(written: str) -> bool:
     return number.isdecimal() and identity(int(number)) == written
 
 
-def end_marked(mark: str) -> list[int]:
-    """Ask every process but this one that carries `mark` (NAME=VALUE) in its environment to end; their numbers. None where
-    there is no /proc.
+def signal_marked(mark: str, number: signal.Signals) -> list[int]:
+    """Send a signal to every process but this one that carries `mark` (NAME=VALUE) in its environment; their numbers. None
+    where there is no /proc.
     """
     found = []
     for entry in PROC.glob("[0-9]*"):
@@ -41,7 +41,7 @@ def end_marked(mark: str) -> list[int]:
             continue  # it ended meanwhile
         try:
             if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                signal.pidfd_send_signal(handle, signal.SIGTERM)
+                signal.pidfd_send_signal(handle, number)
                 found.append(int(entry.name))
         except OSError:
             continue  # someone else's, or it ended meanwhile

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from flows import processes
 from tasks.errors import PipelineError
 
 DEADLINE_S = 180.0  # for the first start on a slow disk, where a database is migrated too
@@ -182,12 +183,8 @@ def end_marked(mark: str) -> int:
     """Ask every marked process to end, and make those that do not; how many there were."""
     found = marked(mark)
     for number, seconds in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
-        left, deadline = marked(mark), time.monotonic() + seconds
-        for pid in left:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
+        deadline = time.monotonic() + seconds
+        processes.signal_marked(mark, number)
         while marked(mark) and time.monotonic() < deadline:
             time.sleep(0.1)
     return len(found)
