@@ -32,8 +32,8 @@ setup: .venv/.ready  ## the environment, once; about 10 minutes on 2 cores. Agai
 .venv/.ready: constraints.txt pyproject.toml infra/setup.sh infra/build_llama.py
 	infra/setup.sh
 
-test: setup lint  ## the style, the types and all but the slow tests
-	$(BIN)/python -m pytest
+test: setup lint  ## the style, the types and all but the slow tests; a file at a time in each of up to four processes
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-all: setup lint  ## the slow tests too: the real model, minutes
 	$(BIN)/python -m pytest -m ""

@@ -211,7 +211,7 @@ def _work(
     test = counted.count["test"] * counted.tokens
 
     def trained(rows_used: int, settings: params.Training, model: shape.Shape) -> tuple[int, int, float]:
-        tokens = int(rows_used * counted.tokens * settings.epochs)
+        tokens = int(rows_used * counted.tokens * settings.passes(rows_used))
         return max(1, tokens // settings.batch_tokens), tokens, 6 * model.parameters * tokens / training
 
     steps, tokens, seconds = trained(train, checked.finetune, base) if checked.finetune.enabled else (0, 0, 0.0)

@@ -178,7 +178,7 @@ def train(
 
     torch.manual_seed(seed)
     dtype = models.arithmetic(settings.precision)
-    events.note(f"{label}: computes in {dtype}")
+    events.note(f"computes in {dtype}")
     models.cast(model, torch.float32)
     if settings.freeze_embeddings:
         model.get_input_embeddings().weight.requires_grad_(False)
@@ -191,7 +191,12 @@ def train(
         masters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
 
-    steps = batches([len(row.ids) for row in rows], settings.batch_tokens, seed, settings.epochs)
+    passes = settings.passes(len(rows))
+    if passes < settings.epochs:
+        events.note(
+            f"reads about {settings.most_rows:,} of {len(rows):,} rows, {passes:.2g} epochs: most_rows is {settings.most_rows:,}"
+        )
+    steps = batches([len(row.ids) for row in rows], settings.batch_tokens, seed, passes)
     evaluate_at = {round(len(steps) * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     state = _State(scratch / f"{label}.safetensors", optimizer, masters)
     saved, pause = time.monotonic(), CHECKPOINT_SECONDS

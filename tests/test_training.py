@@ -149,6 +149,20 @@ def test_frozen_embeddings_stay_and_the_rest_moves(model: Any, rows: list[Encode
     assert len(moved) > 20
 
 
+def test_rows_read_are_limited_over_all_epochs(model: Any, rows: list[Encoded], tmp_path: Path) -> None:
+    limited = SETTINGS.model_copy(update={"epochs": 4.0, "most_rows": len(rows) * 2})
+    found = []
+    for name, values in {"limited": limited, "two": SETTINGS.model_copy(update={"epochs": 2.0})}.items():
+        mine = copy.deepcopy(model)
+        (tmp_path / name).mkdir()
+        objective = training.cross_entropy(mine)
+        found.append(training.train(mine, rows, rows[:6], values, objective, tmp_path / name, "t", seed=17))
+    assert found[0] == found[1]
+    assert limited.passes(len(rows) // 2) == 4.0  # so few rows that the limit is not reached
+    assert limited.passes(len(rows) * 10) == pytest.approx(0.2)
+    assert SETTINGS.passes(10**9) == 4.0
+
+
 def test_a_run_that_stops_and_resumes_gives_the_same_weights(model: Any, rows: list[Encoded], tmp_path: Path) -> None:
     whole, history = _train(model, rows, tmp_path / "whole")
     mine = copy.deepcopy(model)

@@ -45,7 +45,8 @@ def cache_targets(model: Any, rows: Sequence[Encoded], settings: Distill, path: 
         hidden = torch.zeros(starts[-1], width, dtype=torch.bfloat16)
         head = head_of(model).at(settings.temperature)
         lengths = [len(row.ids) for row in rows]
-        read = sorted(set(chain.from_iterable(batches(lengths, settings.batch_tokens, seed, settings.epochs))))
+        steps = batches(lengths, settings.batch_tokens, seed, settings.passes(len(rows)))
+        read = sorted(set(chain.from_iterable(steps)))
         with torch.no_grad(), events.progress("teacher targets", len(read), "rows") as advance:
             for part in batches([lengths[i] for i in read], 4096, 0, 1.0):
                 chosen = [read[n] for n in part]
