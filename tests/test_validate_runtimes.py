@@ -97,7 +97,7 @@ def until(answers: list[list[int]], stops: list[int]) -> list[list[int]]:
     return [answer[: next((i for i, token in enumerate(answer) if token in stops), LIMIT)] for answer in answers]
 
 
-TIE = 0.2  # of the spread of a token's logits: what rounding activations to 8 bits may turn round
+TIE = 0.5  # of the spread of a token's logits: more than rounding turns round (0.15 seen), less than any other token lies below
 
 
 def shortfalls(file: Path, prompts: list[list[int]], answers: list[list[int]], stops: list[int]) -> list[float]:
@@ -141,7 +141,7 @@ def test_answers_are_those_of_plain_greedy_decoding(lively: Path, prompts: list[
         assert found == llama_runtime.answers(file, prompts, drafts, **common, threads=1, advance=lambda _: None)
         assert not any(token in stops for answer in found for token in answer)
     other = [[7] * LIMIT for _ in expected]
-    assert min(shortfalls(file, prompts, other, stops)) > TIE
+    assert min(shortfalls(file, prompts, other, stops)) > 4 * TIE
 
 
 @pytest.mark.parametrize("variant", ["q8_0", "onnx-int4"])
