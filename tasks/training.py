@@ -193,9 +193,7 @@ def train(
 
     passes = settings.passes(len(rows))
     if passes < settings.epochs:
-        events.note(
-            f"reads about {settings.most_rows:,} of {len(rows):,} rows, {passes:.2g} epochs: most_rows is {settings.most_rows:,}"
-        )
+        events.note(f"reads {passes:.2g} epochs of {len(rows):,} rows: most_rows is {settings.most_rows:,}")
     steps = batches([len(row.ids) for row in rows], settings.batch_tokens, seed, passes)
     evaluate_at = {round(len(steps) * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     state = _State(scratch / f"{label}.safetensors", optimizer, masters)

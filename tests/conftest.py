@@ -12,9 +12,8 @@ from checkout import DEFAULTS
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # tests run side by side: threads that wait leave the core to others
+# Tests run side by side: threads that wait leave the core to others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 INTENTS = {"lamp": "turn on the lamp in the {}", "door": "lock the door of the {}", "sound": "play music in the {}"}
 ROOMS = ["kitchen", "attic", "garage", "office", "hall", "cellar", "porch", "studio", "nursery", "library"]

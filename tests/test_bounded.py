@@ -1,11 +1,14 @@
 """Work without end is ended with a sentence, and a watched stage ends as it would by itself."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import yaml
@@ -86,6 +89,26 @@ def test_what_may_be_used_grows_with_the_files(tiny_params: dict, tmp_path: Path
     after = limits.limits(checked, tmp_path)
     assert after.memory - before.memory > 100e9
     assert after.cpu_s - before.cpu_s > 3600
+
+
+def test_downloads_that_are_removed_while_they_are_counted_are_no_error(tiny_params: dict, tmp_path: Path) -> None:
+    """A watched stage is asked every moment, at its end too, when it removes them."""
+    checked, downloads, over = params.check(tiny_params, "test"), tmp_path / "build" / ".acquire.scratch", Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            (downloads / "model").mkdir(parents=True)
+            (downloads / "model" / "part").write_bytes(b"x")
+            shutil.rmtree(downloads)
+
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(come_and_go)
+        try:
+            for _ in range(1000):
+                limits.limits(checked, tmp_path)
+        finally:
+            over.set()
+        work.result()
 
 
 def test_a_template_without_end_is_refused_by_the_command(tiny_params: dict, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_two_worker_processes_give_the_same_digests_as_threads(toy: Path, tmp_pa
     assert code == 0, said
     assert len(seen) == 2
     assert digests(on_dask) == digests(toy)
-    assert set(started(on_dask)) == set(started(toy))  # a stage may be begun again, by a retry or by Dask
+    assert sorted(started(on_dask)) == sorted(started(toy))
     assert "quantize-q4_0        done" in said
     assert set(dict(runs(on_dask)).values()) == {"FINISHED"}
     store = mlflow_store.client(on_dask)

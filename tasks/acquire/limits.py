@@ -35,6 +35,10 @@ def limits(params: Params, root: Path) -> Limits:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    """Bytes of a file, or of all files in a folder; what is removed meanwhile, as downloads are in the end, counts nothing."""
+    files = [path, *(Path(place) / name for place, _, names in os.walk(path) for name in names)]
+    size = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            size += file.stat().st_size if file.is_file() else 0
+    return size
