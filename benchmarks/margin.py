@@ -2,11 +2,12 @@
 
 Trains the teacher and the student of params.yaml with each seed in float32 and in bfloat16, makes the files and lets each
 answer all test rows in its own runtime: the stages themselves, one workspace a run under .cache/margin. A stage that was
-done is not done again, so the benchmark can be stopped and started; a whole one takes hours on two cores. Exit code 1
-when a promise of the README does not hold: every student keeps 96 % of its teacher's accuracy, 97.5 % on average, with at
+done is not done again, so the benchmark can be stopped and started; a whole one takes hours on two cores. The numbers of
+each run lie in benchmarks/margin_runs with the processor that made them, so that runs of several machines make one table:
+what is there for the same parameters is not made again (--again makes it). Exit code 1 when a promise of the README does not hold: every student keeps 96 % of its teacher's accuracy, 97.5 % on average, with at
 most 85 % of the parameters, and in each run two files of at most 40 % of the teacher's F16 pass all gates on quality.
 
-    python -m benchmarks.margin [--seeds 17 18 19] [--precision fp32 bf16] [--json] [--set key=value]
+    python -m benchmarks.margin [--seeds 17 18 19] [--precision fp32 bf16] [--again] [--json] [--set key=value]
 """
 
 import argparse
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from tasks import manifest, params
-from tasks.stage import folder
-from tasks.stages import STAGES
+from tasks.stage import folder, read_json, write_json
+from tasks.stages import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benchmarks" / "margin_runs"
 LEAST, MEAN, PARAMETERS = 0.96, 0.975, 0.85  # of the teacher's accuracy in each run and on average, of its parameters
 SMALL, FILES = 0.40, 2  # so many files of at most this share of the teacher's F16 pass
 TIMED = {"decode_speedup", "peak_rss_ratio"}  # gates of a quiet machine: no part of this
@@ -35,36 +37,55 @@ def main() -> int:
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "margin", help="where the runs lie")
+    parser.add_argument("--again", action="store_true", help="make runs that are on record too")
     parser.add_argument("--json", action="store_true", help="the numbers as one JSON object, not as a table")
     args = parser.parse_args()
     runs = [
-        one_run(args.folder, seed, precision, args.overrides) for precision in args.precision for seed in args.seeds
+        recorded(args.folder, seed, precision, args.overrides, args.again)
+        for precision in args.precision
+        for seed in args.seeds
     ]
-    report = {"processor": processor(), "runs": runs, **spread(runs)}
+    report = {"runs": runs, **spread(runs)}
     print(json.dumps(report, indent=2) if args.json else table(report))
     return 0 if report["holds"] else 1
 
 
-def one_run(parent: Path, seed: int, precision: str, overrides: list[str]) -> dict[str, Any]:
-    """The numbers of one seed in one arithmetic."""
-    root = parent / f"{precision}-{seed}"
-    root.mkdir(parents=True, exist_ok=True)
-    if not (root / "data").exists():
-        (root / "data").symlink_to(ROOT / "data")
+def recorded(parent: Path, seed: int, precision: str, overrides: list[str], again: bool) -> dict[str, Any]:
+    """The numbers of one seed in one arithmetic, from the record where it has them under the same parameters."""
     settings = [
         *overrides, f"finetune.seed={seed}", f"select.seeds=[{seed}]",
         f"finetune.precision={precision}", f"distill.precision={precision}",
     ]  # fmt: skip
     values = params.load(ROOT / "params.yaml", settings)
-    for stage in STAGES.values():
-        if stage.name == "package":
-            continue
+    digest = values.digest({key for stage in measured() for key in stage.sections})
+    record = RECORDS / f"{precision}-{seed}.json"
+    if not again and record.is_file() and (known := read_json(record)).get("parameters") == digest:
+        return known
+    made = one_run(parent / record.stem, values, settings)
+    run = {"seed": seed, "precision": precision, "parameters": digest, "processor": processor(), **made}
+    RECORDS.mkdir(exist_ok=True)
+    write_json(record, run)
+    return run
+
+
+def measured() -> list[Stage]:
+    """The stages that make what is measured: all but the last."""
+    return [stage for stage in STAGES.values() if stage.name != "package"]
+
+
+def one_run(root: Path, values: params.Params, settings: list[str]) -> dict[str, Any]:
+    """Every stage that is not done yet, and its numbers."""
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / "data").exists():
+        (root / "data").symlink_to(ROOT / "data")
+    for stage in measured():
         for item in stage.items(values) or (None,):
             if not (folder(root, stage.name, item) / manifest.NAME).is_file():
                 run_stage(root, settings, stage.name, *filter(None, [item]))
+    (seed,) = values.select.seeds
     student = manifest.load(folder(root, "distill", str(seed))).metrics
-    made = {"seed": seed, "precision": precision, "retention": student["retention"]}
-    made |= {name: student[name] for name in ("teacher_accuracy", "accuracy", "parameters_ratio", "validation_loss")}
+    names = ("retention", "teacher_accuracy", "accuracy", "parameters_ratio", "validation_loss")
+    made = {name: student[name] for name in names}
     return made | {"files": {variant: judged(root, variant) for variant in values.quantize.variants}}
 
 
@@ -111,10 +132,8 @@ def table(report: dict[str, Any]) -> str:
     """The runs as a Markdown table, as docs show it."""
     variants = list(report["runs"][0]["files"])
     lines = [
-        f"{report['processor']}",
-        "",
-        f"| arithmetic | seed | teacher | student | of the teacher's | {' | '.join(variants)} |",
-        "|---" * (5 + len(variants)) + "|",
+        f"| arithmetic | seed | processor | teacher | student | of the teacher's | {' | '.join(variants)} |",
+        "|---" * (6 + len(variants)) + "|",
     ]
     for run in report["runs"]:
         files = [
@@ -122,7 +141,7 @@ def table(report: dict[str, Any]) -> str:
             for file in run["files"].values()
         ]
         lines.append(
-            f"| {run['precision']} | {run['seed']} | {run['teacher_accuracy']:.3f} | {run['accuracy']:.3f} | "
+            f"| {run['precision']} | {run['seed']} | {run['processor']} | {run['teacher_accuracy']:.3f} | {run['accuracy']:.3f} | "
             f"{run['retention']:.1%} | {' | '.join(files)} |"
         )
     lines += [

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -113,10 +114,14 @@ def ask(url: str, credentials: str | None = None, body: dict | None = None) -> i
     )
     if credentials:
         request.add_header("Authorization", f"Basic {base64.b64encode(credentials.encode()).decode()}")
-    try:
-        return urllib.request.urlopen(request, timeout=20).status
-    except urllib.error.HTTPError as error:
-        return error.code
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return urllib.request.urlopen(request, timeout=20).status
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or time.monotonic() > deadline:  # SQLite is busy: Prefect's own client asks again too
+                return error.code
+            time.sleep(1)
 
 
 def status(url: str, method: str, /, **headers: str) -> int:

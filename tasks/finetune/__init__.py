@@ -27,7 +27,7 @@ def finetune(params: Params, *, source: Path, out: Path, scratch: Path) -> dict[
     rows = encode_all(tokenizer, read_rows(source / "data" / "train.jsonl"), task.max_length)
     validation = encode_all(tokenizer, read_rows(source / "data" / "validation.jsonl"), task.max_length)
     events.doing("load the model")
-    model = models.load_model(source / "model", "float32")
+    model = models.load_model(source / "model", models.arithmetic(settings.precision))  # its weights are bf16
     events.doing("loss before training")
     before = validation_loss(model, validation)
     history = train(model, rows, validation, settings, cross_entropy(model), scratch, "finetune", seed=settings.seed)
