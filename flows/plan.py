@@ -21,14 +21,15 @@ from tasks.errors import PipelineError
 from tasks.judge import gates
 from tasks.package.memory import minimum_ram
 
-# Speed of real work relative to the matrix product of the probe. Above 1 where most of the model need not be computed.
-TRAIN, FORWARD = 0.95, 2.9
-PREFILL, DECODE_BYTES_PER_S = 0.8, 1.5e10  # llama.cpp, float32: prompts are bound by arithmetic, answers by memory
+# Speed of real work relative to the matrix product of the probe, by what rows do not share with all others: that is computed
+# once. Above 1 where most of the model need not be computed.
+TRAIN, FORWARD = 0.63, 1.9
+PREFILL, DECODE_BYTES_PER_S = 0.53, 1.5e10  # llama.cpp, float32: prompts are bound by arithmetic, answers by memory
 # Where the data cannot be read before acquire.
 TOKENS_A_ROW = 60
 GUESSED = {"train": 2000, "validation": 200, "test": 400, "unlabelled": 0}
 AGREEMENT = 0.9  # of student and teacher on a test row, to tell how many such rows a verdict needs
-CHARACTERS_A_TOKEN = 2.8
+CHARACTERS_A_TOKEN, MARKS = 2.8, 12  # MARKS: characters that a template writes around a message
 OVERHEAD_S = {
     "acquire": 15.0,
     "select": 2.0,
@@ -70,6 +71,7 @@ class Plan:
 class _Rows:
     count: dict[str, int]
     tokens: int  # of a row with its answer, on average
+    own: int  # of those, what the row does not begin with alike all others
     exact: bool  # counted, not guessed
 
 
@@ -208,11 +210,12 @@ def _work(
     train = counted.count["train"]
     forward, training = training * FORWARD, training * TRAIN
     taught = train + min(checked.distill.unlabelled_rows, counted.count["unlabelled"])
-    test = counted.count["test"] * counted.tokens
+    test = counted.count["test"] * counted.own
 
     def trained(rows_used: int, settings: params.Training, model: shape.Shape) -> tuple[int, int, float]:
-        tokens = int(rows_used * counted.tokens * settings.passes(rows_used))
-        return max(1, tokens // settings.batch_tokens), tokens, 6 * model.parameters * tokens / training
+        used = rows_used * settings.passes(rows_used)
+        tokens = int(used * counted.tokens)
+        return max(1, tokens // settings.batch_tokens), tokens, 6 * model.parameters * used * counted.own / training
 
     steps, tokens, seconds = trained(train, checked.finetune, base) if checked.finetune.enabled else (0, 0, 0.0)
     found = [
@@ -220,9 +223,9 @@ def _work(
         Work("finetune", steps, tokens, seconds),
     ]
     steps, tokens, seconds = trained(taught, checked.distill, student)
-    calibration = _pruning(checked.distill, base, student, counted.tokens, forward, plain)
+    calibration = _pruning(checked.distill, base, student, counted.own, forward, plain)
     # The teacher reads and answers; four models take the test.
-    answering = 2 * base.parameters * (2 * taught * counted.tokens + 4 * 2 * test) / forward
+    answering = 2 * base.parameters * (2 * taught * counted.own + 4 * 2 * test) / forward
     students = len(checked.select.seeds)
     each = seconds + calibration + answering
     found.append(Work("distill", students * steps, students * tokens, students * each))
@@ -273,7 +276,7 @@ def _rows(root: Path, checked: params.Params) -> _Rows:
     """
     data = checked.acquire.data
     if data.source != "local":
-        return _Rows(GUESSED, TOKENS_A_ROW, exact=False)
+        return _Rows(GUESSED, TOKENS_A_ROW, TOKENS_A_ROW, exact=False)
     found = data_sources.local(data, root, root)
     metric = checked.task.metric
     loaded = rows.load(found.files, found.shown, metric if isinstance(metric, str) else "own")
@@ -284,8 +287,19 @@ def _rows(root: Path, checked: params.Params) -> _Rows:
         count |= {"test": round(data.test * len(train)), "validation": round(data.validation * len(train))}
         count["train"] = len(train) - count["test"] - count["validation"]
     count = {name: min(there, checked.acquire.most.of(name) or there) for name, there in count.items()}
-    characters = sum(len(message["content"]) + 12 for row in train for message in row.messages)
-    return _Rows(count, int(characters / max(1, len(train)) / CHARACTERS_A_TOKEN), exact=True)
+    characters = sum(len(message["content"]) + MARKS for row in train for message in row.messages)
+    tokens = int(characters / max(1, len(train)) / CHARACTERS_A_TOKEN)
+    return _Rows(count, tokens, max(1, tokens - int(_shared(train) / CHARACTERS_A_TOKEN)), exact=True)
+
+
+def _shared(train: Sequence[rows.Row]) -> int:
+    """Characters that all rows begin with alike: mostly a system prompt."""
+    texts = [[f"{message['role']}{message['content']}" for message in row.messages] for row in train]
+    if not texts:
+        return 0
+    first, last = min(texts), max(texts)  # what these two share, all between them share
+    alike = next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    return sum(len(message["content"]) + MARKS for message in train[0].messages[:alike]) + MARKS
 
 
 def _doubts(checked: params.Params, found: _Rows) -> list[str]:

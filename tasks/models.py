@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tasks import bf16
 from tasks.errors import ArtifactError, PipelineError, StageError, brief
 from tasks.stage import disk_full
 
@@ -110,7 +111,7 @@ def foreign(what: str, cure: str = "take it from its source again") -> Iterator[
         raise ArtifactError(f"{what}: {kind}{brief(error)}: {cure}") from error
 
 
-PROBE_SIDE, PROBE_S = 1024, 0.5
+PROBE_SIDE, PROBE_S, PROBE_TURN_S = 1024, 0.5, 0.03
 WINS = 1.25  # times bf16's rate at which float32 is taken: real ratios lie far off, so noise does not decide
 
 
@@ -118,37 +119,49 @@ WINS = 1.25  # times bf16's rate at which float32 is taken: real ratios lie far 
 def product_rates() -> Mapping[str, float]:
     """Floating-point operations a second of a matrix product on all cores of the CPU, in float32 and in bfloat16.
 
-    Measured once a process, in turns, so that other work slows both; the best of each counts.
+    Measured once a process, in turns, so that other work slows both; the best of each counts. Without bf16
+    instructions both are float32's: see `bf16`.
     """
     import torch
 
-    matrices = {
-        name: torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=getattr(torch, name)) for name in ("float32", "bfloat16")
-    }
+    names = ("float32", "bfloat16") if has_bf16() else ("float32",)
+    matrices = {name: torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=getattr(torch, name)) for name in names}
     for matrix in matrices.values():
         matrix @ matrix  # the first product starts the threads
-    best, began = dict.fromkeys(matrices, float("inf")), time.perf_counter()
+    best, began = dict.fromkeys(names, float("inf")), time.perf_counter()
     while time.perf_counter() - began < PROBE_S:
         for name, matrix in matrices.items():
-            started = time.perf_counter()
-            matrix @ matrix
-            best[name] = min(best[name], time.perf_counter() - started)
-    return {name: 2 * PROBE_SIDE**3 / seconds for name, seconds in best.items()}
+            turn = time.perf_counter()
+            while (started := time.perf_counter()) - turn < PROBE_TURN_S:
+                matrix @ matrix
+                best[name] = min(best[name], time.perf_counter() - started)
+    rates = {name: 2 * PROBE_SIDE**3 / seconds for name, seconds in best.items()}
+    return {"bfloat16": rates["float32"], **rates}
+
+
+def has_bf16() -> bool:
+    """Whether the CPU has instructions for products of bf16 matrices."""
+    import torch
+
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
 
 
 def arithmetic(precision: str) -> str:
     """The type to compute in, "bfloat16" or "float32", for `precision` (`auto`: the faster one of this machine).
 
     Having bf16 instructions does not tell: AMX makes them eight times as fast as float32, AVX512 without it twice or
-    half, and what lacks them emulates them.
+    half. Where a processor that has none is told `bf16`, its products are computed in float32 and rounded.
     """
     import torch
 
+    if precision == "bf16" and not torch.cuda.is_available() and not has_bf16():
+        bf16.emulate()
     if precision != "auto":
         return {"bf16": "bfloat16", "fp32": "float32"}[precision]
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not has_bf16():
         return "float32"
     rates = product_rates()
     return "float32" if rates["float32"] > WINS * rates["bfloat16"] else "bfloat16"
