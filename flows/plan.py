@@ -28,7 +28,7 @@ PREFILL, DECODE_BYTES_PER_S = 0.53, 1.5e10  # llama.cpp, float32: prompts are bo
 # Where the data cannot be read before acquire.
 TOKENS_A_ROW = 60
 GUESSED = {"train": 2000, "validation": 200, "test": 400, "unlabelled": 0}
-AGREEMENT = 0.9  # of student and teacher on a test row, to tell how many such rows a verdict needs
+AGREEMENT = 0.9  # of student, teacher and reference on a row: how many a verdict needs, and how many are generated
 CHARACTERS_A_TOKEN, MARKS = 2.8, 12  # MARKS: characters that a template writes around a message
 OVERHEAD_S = {
     "acquire": 15.0,
@@ -235,7 +235,9 @@ def _work(
     found.append(Work("quantize", None, None, count * (OVERHEAD_S["quantize"] + 4 * student.parameters / 1e9)))
     prompts = test + checked.validate_.windows * checked.validate_.context * 3
     each = 2 * student.parameters * prompts / (plain * PREFILL)
-    answers = sum(counted.count["test"] * 16 * size / DECODE_BYTES_PER_S for size in sizes.values())
+    # Answers are checked against drafts, side by side: only those that differ are generated token by token.
+    generated = (1 - AGREEMENT) * counted.count["test"] * 16
+    answers = sum(generated * size / DECODE_BYTES_PER_S for size in sizes.values())
     found.append(Work("validate", None, prompts * count, count * (OVERHEAD_S["validate"] + each) + answers))
     found.append(Work("judge", None, None, count * OVERHEAD_S["judge"]))
     found.append(Work("package", None, None, OVERHEAD_S["package"]))
