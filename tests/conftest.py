@@ -15,6 +15,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests run side by side: threads that wait leave the core to others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Files that take minutes, the longest first: begun last, one would keep a process busy while the others have nothing left.
+LONG = (
+    "test_pipeline",
+    "test_servers",
+    "test_distill",
+    "test_release",
+    "test_faults",
+    "test_recipes",
+    "test_quantize",
+    "test_validate_runtimes",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 INTENTS = {"lamp": "turn on the lamp in the {}", "door": "lock the door of the {}", "sound": "play music in the {}"}
 ROOMS = ["kitchen", "attic", "garage", "office", "hall", "cellar", "porch", "studio", "nursery", "library"]
 

@@ -80,6 +80,7 @@ def kill(root: Path, stage: str, number: int = signal.SIGKILL) -> Callable[[subp
     return look
 
 
+@pytest.mark.slow
 def test_two_worker_processes_give_the_same_digests_as_threads(toy: Path, tmp_path: Path) -> None:
     on_dask = tmp_path / "dask"
     shutil.copytree(toy, on_dask)
