@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -296,12 +297,9 @@ def _rows(root: Path, checked: params.Params) -> _Rows:
 
 def _shared(train: Sequence[rows.Row]) -> int:
     """Characters that all rows begin with alike: mostly a system prompt."""
-    texts = [[f"{message['role']}{message['content']}" for message in row.messages] for row in train]
-    if not texts:
-        return 0
-    first, last = min(texts), max(texts)  # what these two share, all between them share
-    alike = next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-    return sum(len(message["content"]) + MARKS for message in train[0].messages[:alike]) + MARKS
+    turns = zip(*(row.messages for row in train), strict=False)
+    alike = takewhile(lambda said: all(turn == said[0] for turn in said), turns)
+    return sum(len(said[0]["content"]) + MARKS for said in alike) + MARKS
 
 
 def _doubts(checked: params.Params, found: _Rows) -> list[str]:
