@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks import utf8
 from tasks.errors import PipelineError, of_disk
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit code 1 with `error: ...` for anything a person can act on, 130 for Ctrl-C."""
+    if argv is None:
+        utf8.ensure()
     args = _parser().parse_args(argv)
     from flows import quiet
 

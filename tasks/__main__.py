@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from tasks import utf8
 from tasks.allocator import keep_blocks
 
 
@@ -88,6 +89,7 @@ def _quiet() -> None:
 
 
 if __name__ == "__main__":
+    utf8.ensure()
     if sys.argv[1:2] in (["finetune"], ["distill"]):
         keep_blocks([sys.executable, *sys.orig_argv[1:]])
     sys.exit(main())

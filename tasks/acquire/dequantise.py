@@ -1,13 +1,15 @@
 """A GGUF file as transformers holds a model: weights de-quantised to bf16, configuration, tokenizer.
 
 transformers' own `from_pretrained(gguf_file=...)` parses the file's vocabulary three times and builds the name
-table once per sub-module, which is most of its time. Here its configuration and tokenizer conversion and its
-tensor processors are used as they are; the weights are read at the offsets that `gguf_check` found, with one
+table once per sub-module, which is most of its time. Here its configuration and tokenizer conversion, on one parse,
+and its tensor processors are used as they are; the weights are read at the offsets that `gguf_check` found, with one
 name table. What it would leave out silently (a tensor it has no place for, rope scaling) is refused.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ def dequantise(path: Path, info: GgufInfo) -> tuple[Any, Any]:
         )
     _check_sizes(path, info)
     folder = path.parent
-    with foreign(f"{path}: transformers cannot read it", CURE):
+    with foreign(f"{path}: transformers cannot read it", CURE), _parsed_once():
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name, local_files_only=True)
         config = AutoConfig.from_pretrained(folder, gguf_file=path.name, local_files_only=True)
     for name in ("quantization_config", "_name_or_path"):
@@ -75,6 +77,19 @@ def dequantise(path: Path, info: GgufInfo) -> tuple[Any, Any]:
     if lost := [*loading["missing_keys"], *loading["mismatched_keys"]]:
         raise _unsupported(path, f"it does not fill {', '.join(map(str, lost[:5]))}")
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let gguf parse a file's metadata once, whoever asks: its Python reader takes seconds for a vocabulary."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _state(path: Path, info: GgufInfo, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
