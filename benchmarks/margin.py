@@ -4,11 +4,11 @@ Trains the teacher and the student of params.yaml with each seed in float32 and 
 answer all test rows in its own runtime: the stages themselves, one workspace a run under .cache/margin. A stage that was
 done is not done again, so the benchmark can be stopped and started; a whole one takes hours on two cores. The numbers of
 each run lie in benchmarks/margin_runs with the processor that made them, so that runs of several machines make one table:
-what is there for the same parameters is not made again (--again makes it). Exit code 1 when a promise of the README does
+what is there for the same parameters is not made again (--again makes it; --recorded shows it and makes nothing). Exit code 1 when a promise of the README does
 not hold: every student keeps 96 % of its teacher's accuracy, 97.5 % on average, with at most 85 % of the parameters, and in
 each run two files of at most 40 % of the teacher's F16 pass all gates on quality.
 
-    python -m benchmarks.margin [--seeds 17 18 19] [--precision fp32 bf16] [--again] [--json] [--set key=value]
+    python -m benchmarks.margin [--seeds 17 18 19] [--precision fp32 bf16] [--recorded | --again] [--json] [--set key=value]
 """
 
 import argparse
@@ -38,35 +38,55 @@ def main() -> int:
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "margin", help="where the runs lie")
-    parser.add_argument("--again", action="store_true", help="make runs that are on record too")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--again", action="store_true", help="make runs that are on record too")
+    which.add_argument("--recorded", action="store_true", help="make none: show those that are on record")
     parser.add_argument("--json", action="store_true", help="the numbers as one JSON object, not as a table")
     args = parser.parse_args()
-    runs = [
-        recorded(args.folder, seed, precision, args.overrides, args.again)
-        for precision in args.precision
-        for seed in args.seeds
-    ]
+    wanted = [Run(seed, precision, args.overrides) for precision in args.precision for seed in args.seeds]
+    runs = []
+    for run in wanted:
+        known = None if args.again else run.known()
+        if known is None and not args.recorded:
+            known = run.made(args.folder)
+        if known is not None:
+            runs.append(known)
+    if not runs:
+        parser.error("none of these runs is on record for these parameters")
+    if missing := len(wanted) - len(runs):
+        print(f"{missing} of {len(wanted)} runs are not on record: what holds, holds for those shown", file=sys.stderr)
     report = {"runs": runs, **spread(runs)}
     print(json.dumps(report, indent=2) if args.json else table(report))
     return 0 if report["holds"] else 1
 
 
-def recorded(parent: Path, seed: int, precision: str, overrides: list[str], again: bool) -> dict[str, Any]:
-    """The numbers of one seed in one arithmetic, from the record where it has them under the same parameters."""
-    settings = [
-        *overrides, f"finetune.seed={seed}", f"select.seeds=[{seed}]",
-        f"finetune.precision={precision}", f"distill.precision={precision}",
-    ]  # fmt: skip
-    values = params.load(ROOT / "params.yaml", settings)
-    digest = values.digest({key for stage in measured() for key in stage.sections})
-    record = RECORDS / f"{precision}-{seed}.json"
-    if not again and record.is_file() and (known := read_json(record)).get("parameters") == digest:
-        return known
-    made = one_run(parent / record.stem, values, settings)
-    run = {"seed": seed, "precision": precision, "parameters": digest, "processor": processor(), **made}
-    RECORDS.mkdir(exist_ok=True)
-    write_json(record, run)
-    return run
+class Run:
+    """One seed in one arithmetic, and its record."""
+
+    def __init__(self, seed: int, precision: str, overrides: list[str]) -> None:
+        self.seed, self.precision = seed, precision
+        self.settings = [
+            *overrides, f"finetune.seed={seed}", f"select.seeds=[{seed}]",
+            f"finetune.precision={precision}", f"distill.precision={precision}",
+        ]  # fmt: skip
+        self.values = params.load(ROOT / "params.yaml", self.settings)
+        self.digest = self.values.digest({key for stage in measured() for key in stage.sections})
+        self.record = RECORDS / f"{precision}-{seed}.json"
+
+    def known(self) -> dict[str, Any] | None:
+        """The numbers on record, where they are of the same parameters."""
+        found: dict[str, Any] | None = read_json(self.record) if self.record.is_file() else None
+        return found if found and found.get("parameters") == self.digest else None
+
+    def made(self, parent: Path) -> dict[str, Any]:
+        """The numbers of the run, made in a workspace under `parent` and recorded."""
+        made = one_run(parent / self.record.stem, self.values, self.settings)
+        run = {
+            "seed": self.seed, "precision": self.precision, "parameters": self.digest, "processor": processor(), **made
+        }  # fmt: skip
+        RECORDS.mkdir(exist_ok=True)
+        write_json(self.record, run)
+        return run
 
 
 def measured() -> list[Stage]:
@@ -162,7 +182,8 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
     found = [flag for flag in ("amx_bf16", "avx512_bf16") if f" {flag}" in text]
-    return f"{name or platform.machine()}, {len(os.sched_getaffinity(0))} cores, {' and '.join(found) or 'no bf16 instructions'}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{name or platform.machine()}, {cores} core{'s' * (cores > 1)}, {' and '.join(found) or 'no bf16 instructions'}"
 
 
 if __name__ == "__main__":
