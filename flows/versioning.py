@@ -53,7 +53,7 @@ def address(stage: str, item: str | None = None) -> str:
     return f"{stage}@{item}" if item else stage
 
 
-def environment() -> dict[str, str]:
+def stage_environment() -> dict[str, str]:
     """What a dvc process gets: no telemetry, and this very interpreter for the stage (see infra/python)."""
     return {**quiet.OFF, **os.environ, "SLMOPS_PYTHON": sys.executable}
 
@@ -87,7 +87,7 @@ def repro(
     started = time.monotonic()
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
     watched = ["/bin/sh", "-c", WATCHED, "sh", *command]
-    given = {**environment(), **(env or {}), "SLMOPS_EVENTS": str(events.absolute())}
+    given = {**stage_environment(), **(env or {}), "SLMOPS_EVENTS": str(events.absolute())}
     with log.open("wb") as out, events.open(encoding="utf-8") as stream:
         process = subprocess.Popen(
             watched,
@@ -355,7 +355,7 @@ def _lines(stream: IO[str]) -> Callable[[], Iterator[Event]]:
 
 def _dvc(root: Path, *arguments: str, stderr: bool = False) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], cwd=root, env=environment(), capture_output=True, text=True
+        [sys.executable, "-m", "dvc", *arguments], cwd=root, env=stage_environment(), capture_output=True, text=True
     )
     if done.returncode != 0:
         raise StageError(f"dvc {' '.join(arguments)} failed in {root}: {_dvc_error(done.stderr or done.stdout)}")

@@ -169,12 +169,12 @@ def _open_folder(found: model_sources.Found, allowed: tuple[str, ...]) -> _Opene
             empty = AutoModelForCausalLM.from_config(settings)
     _refuse_other_sizes(str(folder), empty, tensors, parameters)
     with models.foreign(f"{folder}: transformers cannot load this model"):
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     if hasattr(model.config, "auto_map"):  # it names code that is not here
         del model.config.auto_map
-    _refuse_unfilled(str(folder), loading)
+    _refuse_unfilled(str(folder), info)
     return _Opened(model.eval(), tokenizer, {path.name: manifest.sha256(path) for path in files}, found.licence)
 
 
@@ -195,10 +195,10 @@ def _refuse_other_sizes(where: str, empty: Any, tensors: safe_weights.Tensors, p
         )
 
 
-def _refuse_unfilled(where: str, loading: Mapping[str, Any]) -> None:
+def _refuse_unfilled(where: str, info: Mapping[str, Any]) -> None:
     """Refuse weights that are not exactly those that the configuration asks for."""
     lost, extra = (
-        sorted(str(key[0] if isinstance(key, tuple) else key) for name in names for key in loading[name])
+        sorted(str(key[0] if isinstance(key, tuple) else key) for name in names for key in info[name])
         for names in (("missing_keys", "mismatched_keys"), ("unexpected_keys",))
     )
     if lost:
