@@ -21,8 +21,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tasks import manifest, params
-from tasks.stage import folder, read_json, write_json
+from tasks import params
+from tasks.frame import manifest
+from tasks.frame.stage import folder, read_json, write_json
 from tasks.stages import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parent.parent

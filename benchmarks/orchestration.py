@@ -25,8 +25,9 @@ from checkout import DEFAULTS, ask, make_toy  # noqa: E402 (the toy checkout of 
 from test_deployments import Servers  # noqa: E402
 from test_servers import start, stop  # noqa: E402
 
-from flows.pipeline import covered  # noqa: E402
-from tasks import jsonl, params  # noqa: E402
+from flows.run.pipeline import covered  # noqa: E402
+from tasks import params  # noqa: E402
+from tasks.frame import jsonl  # noqa: E402
 from tasks.stages import STAGES  # noqa: E402
 
 LIMITS_S = {"a full run": 25.0, "everything cached": 30.0}

@@ -85,12 +85,13 @@ def score(args: argparse.Namespace) -> dict[str, float]:
     """What the validate stage computes, timed without loading the models."""
     import torch
 
-    from tasks.validate import likelihood, llama_runtime
+    from tasks.runtimes import llama
+    from tasks.validate import likelihood
 
     torch.set_num_threads(args.threads)
     with (
-        llama_runtime.window_logits(args.reference, args.context, args.threads) as base,
-        llama_runtime.window_logits(args.file, args.context, args.threads) as file,
+        llama.window_logits(args.reference, args.context, args.threads) as base,
+        llama.window_logits(args.file, args.context, args.threads) as file,
     ):
         tokens = base.session.tokenize(args.text.read_text(encoding="utf-8"))
         windows = likelihood.split(tokens, args.context, args.windows, base.session.window_start())
@@ -165,7 +166,7 @@ def number(pattern: str, text: str) -> float:
 
 def utterances() -> str:
     """What people say in the shipped data, a line each: short, plain English that makes enough windows."""
-    from tasks import jsonl
+    from tasks.frame import jsonl
 
     rows = [row for name in ("unlabelled", "train") for row in jsonl.read(ROOT / "data" / "home" / f"{name}.jsonl")]
     return "\n".join(m["content"] for row in rows for m in row["messages"] if m["role"] == "user") + "\n"

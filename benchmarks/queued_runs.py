@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from checkout import ask, make_toy  # noqa: E402 (the toy checkout of the tests)
 from test_servers import own, start, stop  # noqa: E402
 
-from flows import servers  # noqa: E402
+from flows.servers import stack  # noqa: E402
 
 FLOW = """
 import os
@@ -74,9 +74,9 @@ def main() -> int:
 def measure(root: Path, count: int, clients: int) -> bool:
     """Queue the runs and watch them; were all completed, each once?"""
     (root / "idle.py").write_text(FLOW)
-    env = {**own(root), **servers.settings(root)}
+    env = {**own(root), **stack.settings(root)}
     subprocess.run([sys.executable, "idle.py"], cwd=root, env=env, check=True, capture_output=True)
-    api = f"{servers.running(root).prefect}/api"
+    api = f"{stack.running(root).prefect}/api"
     (deployment,) = ask(f"{api}/deployments/filter", {"deployments": {"name": {"any_": ["idle"]}}})
 
     def queue(number: int) -> str:

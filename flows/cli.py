@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import utf8
 from tasks.errors import PipelineError, of_disk
+from tasks.frame import utf8
 
 if TYPE_CHECKING:
-    from flows import pipeline
+    from flows.run import pipeline
     from tasks import params
 
 Command = Callable[[argparse.Namespace], int]
@@ -24,9 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         utf8.ensure()
     args = _parser().parse_args(argv)
-    from flows import quiet
 
-    quiet.apply()
+    from flows import environment
+
+    environment.apply()
     command: Command = args.command
     try:
         args.overrides = _expanded(args.overrides)
@@ -166,45 +167,47 @@ def run(args: argparse.Namespace) -> int:
     """`slmops run`."""
     started = time.monotonic()
     _listen()
-    from flows import locks, quiet, workspace
+    from flows import environment
+    from flows.workspace import locks, worktrees
     from tasks import params
 
     locks.mark()
-    here = workspace.find(Path())
-    main = workspace.main_root(here)
-    workspace.check_commit(here)
+    here = worktrees.find(Path())
+    main = worktrees.main_root(here)
+    worktrees.check_commit(here)
     _use_servers(main)
-    quiet.apply(quiet.PREFECT)
-    name = args.name or workspace.new_name()
+    environment.apply(environment.PREFECT)
+    name = args.name or worktrees.new_name()
     if not args.worktree:
-        with workspace.in_place(here, name, args.params, args.overrides):
+        with worktrees.in_place(here, name, args.params, args.overrides):
             if args.params or args.overrides:
                 print("note: params.yaml now holds the effective values of this run", file=sys.stderr)
             model = params.load(here / "params.yaml").package.name
             with locks.one_at_a_time(main, model, name):
                 _go(here, name, started)
         return 0
-    changed = workspace.uncommitted(main)
+    changed = worktrees.uncommitted(main)
     if changed:
         print(f"note: not in this run, since not committed: {', '.join(changed)}", file=sys.stderr)
-    model = workspace.planned(main, name, args.commit, args.params, args.overrides)[1].package.name
+    model = worktrees.planned(main, name, args.commit, args.params, args.overrides)[1].package.name
     print(f"run {name}: should it stop, `slmops run --worktree --name {name}` takes it up again", file=sys.stderr)
     with (
         locks.one_at_a_time(main, model, name),
-        workspace.worktree(main, name, args.commit, args.params, args.overrides) as root,
+        worktrees.worktree(main, name, args.commit, args.params, args.overrides) as root,
     ):
         registered = _go(root, name, started)
-        commit = workspace.finish(root, name, f"Run {name}\n\n{registered}")
-    workspace.retire(main, params.load(root / "params.yaml").machine.keep_runs)
+        commit = worktrees.finish(root, name, f"Run {name}\n\n{registered}")
+    worktrees.retire(main, params.load(root / "params.yaml").machine.keep_runs)
     print(f"commit {commit[:12]} on branch runs/{name}; its files are in {root} until `slmops prune`")
     return 0
 
 
 def _use_servers(main: Path) -> None:
     """Work with the servers of a running `slmops up`, but for those that the person has named."""
-    from flows import quiet, servers
+    from flows import environment
+    from flows.servers import stack
 
-    quiet.apply(servers.settings(main))
+    environment.apply(stack.settings(main))
 
 
 def _listen() -> None:
@@ -225,14 +228,16 @@ def _terminated(number: int, frame: object) -> None:
 
 def _go(root: Path, name: str, started: float) -> str:
     """Run the flow in a workspace that is locked, print what it came to, and say what was registered."""
-    from flows import mlflow_store, prefect_api, versioning, workspace
+    from flows.servers import prefect_api
+    from flows.tracking import mlflow_store
+    from flows.workspace import versioning, worktrees
 
     # What would stop the run later is asked before Prefect's server takes its seconds to start.
-    mlflow_store.check_server(mlflow_store.uri(workspace.main_root(root)))
+    mlflow_store.check_server(mlflow_store.uri(worktrees.main_root(root)))
     versioning.check_state(root)
     prefect_api.ready()
 
-    from flows import pipeline
+    from flows.run import pipeline
 
     result = pipeline.run(root, name)
     print(_summary(result, time.monotonic() - started))
@@ -240,7 +245,7 @@ def _go(root: Path, name: str, started: float) -> str:
 
 
 def _summary(result: "pipeline.Result", wall_s: float) -> str:
-    from flows.display import HOW
+    from flows.run.terminal import HOW
 
     lines = []
     for (stage, item), outcome in result.outcomes.items():
@@ -254,10 +259,10 @@ def _summary(result: "pipeline.Result", wall_s: float) -> str:
 
 def stage(args: argparse.Namespace) -> int:
     """`slmops stage NAME [ITEM]`."""
-    from flows import workspace
+    from flows.workspace import worktrees
     from tasks.__main__ import main as tasks_main
 
-    argv = [args.stage, *([args.item] if args.item else []), "--root", str(workspace.find(Path()))]
+    argv = [args.stage, *([args.item] if args.item else []), "--root", str(worktrees.find(Path()))]
     if args.params:
         argv += ["--params", str(args.params)]
     return tasks_main([*argv, *(word for override in args.overrides for word in ("--set", override))])
@@ -265,17 +270,17 @@ def stage(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """`slmops plan`."""
-    from flows import workspace
-    from flows.plan import facts, show
+    from flows.preflight.plan import facts, show
+    from flows.workspace import worktrees
 
-    root = workspace.find(Path())
+    root = worktrees.find(Path())
     _print(args, facts(root, args.params or root / "params.yaml", args.overrides), show)
     return 0
 
 
 def doctor(args: argparse.Namespace) -> int:
     """`slmops doctor`: exit code 1 if something needed is missing."""
-    from flows.doctor import facts, failed, show
+    from flows.preflight.doctor import facts, failed, show
 
     checks: list[dict[str, Any]] = []
 
@@ -290,12 +295,12 @@ def doctor(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """`slmops report`."""
-    from flows import workspace
-    from flows.report import write_report
+    from flows.report.page import write_report
+    from flows.workspace import worktrees
     from tasks import params
-    from tasks.stage import folder
+    from tasks.frame.stage import folder
 
-    root = workspace.find(Path())
+    root = worktrees.find(Path())
     checked = params.load(args.params or root / "params.yaml", args.overrides)
     out = root / "report.html"
     write_report(folder(root, "package"), folder(root, "select"), out, params=checked)
@@ -305,28 +310,30 @@ def report(args: argparse.Namespace) -> int:
 
 def ask(args: argparse.Namespace) -> int:
     """`slmops ask TEXT`."""
-    from flows import release, workspace
-    from flows.ask import answer
-    from tasks.stage import folder
+    from flows.release import decisions
+    from flows.release.ask import answer
+    from flows.workspace import worktrees
+    from tasks.frame.stage import folder
 
     if args.champion:
-        _, place = release.champion(*_model(args))
+        _, place = decisions.champion(*_model(args))
     elif args.version is not None:
-        place = release.registered_bundle(*_model(args), str(args.version))
+        place = decisions.registered_bundle(*_model(args), str(args.version))
     else:
-        place = folder(workspace.find(Path()), "package")
+        place = folder(worktrees.find(Path()), "package")
     print(answer(place, args.text, args.system))
     return 0
 
 
 def register(args: argparse.Namespace) -> int:
     """`slmops register`."""
-    from flows import release, workspace
+    from flows.release import decisions
+    from flows.workspace import worktrees
 
-    root = workspace.find(Path())
-    main = workspace.main_root(root)
+    root = worktrees.find(Path())
+    main = worktrees.main_root(root)
     _use_servers(main)
-    print(release.register(root, main, separate_duties=_checked(args).release.separate_duties).text())
+    print(decisions.register(root, main, separate_duties=_checked(args).release.separate_duties).text())
     return 0
 
 
@@ -334,10 +341,10 @@ def compare(args: argparse.Namespace) -> int:
     """`slmops compare VERSION`."""
     from dataclasses import asdict
 
-    from flows import release
+    from flows.release import decisions
 
     main, name = _model(args)
-    found = release.compare(main, name, str(args.version))
+    found = decisions.compare(main, name, str(args.version))
     facts = {"model": name, **asdict(found), "gain": found.gain, "worse": found.worse}
     _print(args, facts, lambda _: print(found.table(name)))
     return 0
@@ -345,13 +352,13 @@ def compare(args: argparse.Namespace) -> int:
 
 def approve(args: argparse.Namespace) -> int:
     """`slmops approve VERSION`."""
-    from flows import questions, release
+    from flows.release import decisions, pending
 
     main, name = _model(args)
-    for line in questions.expire(main):
+    for line in pending.expire(main):
         print(line)
     print(
-        release.approve(
+        decisions.approve(
             main, name, str(args.version), args.by, args.reason,
             digest=args.bundle, separate_duties=_checked(args).release.separate_duties,
             even_if_worse=args.even_if_worse, even_if_rejected=args.even_if_rejected,
@@ -363,23 +370,23 @@ def approve(args: argparse.Namespace) -> int:
 
 def reject(args: argparse.Namespace) -> int:
     """`slmops reject VERSION`."""
-    from flows import release
+    from flows.release import decisions
 
     main, name = _model(args)
-    print(release.reject(main, name, str(args.version), args.by, args.reason))
+    print(decisions.reject(main, name, str(args.version), args.by, args.reason))
     _wake(main, name, args, "reject")
     return 0
 
 
 def _wake(main: Path, name: str, args: argparse.Namespace, decision: str) -> None:
     """Let the deployed runs that wait for this decision end."""
-    from flows import questions
+    from flows.release import pending
 
-    runs = questions.decide(main, name, str(args.version), decision=decision, name=args.by, reason=args.reason)
+    runs = pending.decide(main, name, str(args.version), decision=decision, name=args.by, reason=args.reason)
     if runs and "PREFECT_API_URL" in os.environ:
-        from flows import approval
+        from flows.run import recovery
 
-        for line in approval.deliver(main):
+        for line in recovery.deliver(main):
             print(line)
     elif runs:
         print(f"note: {', '.join(runs)} still waits for it: `slmops up` tells it as soon as it runs")
@@ -387,75 +394,75 @@ def _wake(main: Path, name: str, args: argparse.Namespace, decision: str) -> Non
 
 def rollback(args: argparse.Namespace) -> int:
     """`slmops rollback`."""
-    from flows import release
+    from flows.release import decisions
 
-    print(release.rollback(*_model(args), args.by, args.reason))
+    print(decisions.rollback(*_model(args), args.by, args.reason))
     return 0
 
 
 def history(args: argparse.Namespace) -> int:
     """`slmops history`."""
-    from flows import questions, release
+    from flows.release import decisions, pending
 
     main, name = _model(args)
-    questions.expire(main)
-    _print(args, release.decided(main, name), lambda found: print(release.listed(found, name)))
+    pending.expire(main)
+    _print(args, decisions.decided(main, name), lambda found: print(decisions.listed(found, name)))
     return 0
 
 
 def audit(args: argparse.Namespace) -> int:
     """`slmops audit verify`."""
-    from flows import release
+    from flows.release import decisions
 
-    print(release.verify_audit(*_model(args)))
+    print(decisions.verify_audit(*_model(args)))
     return 0
 
 
 def _model(args: argparse.Namespace) -> tuple[Path, str]:
     """The main checkout, where the registry lies, and the name of the registered model."""
-    from flows import workspace
+    from flows.workspace import worktrees
 
-    main = workspace.main_root(workspace.find(Path()))
+    main = worktrees.main_root(worktrees.find(Path()))
     _use_servers(main)
     return main, args.model or _checked(args).package.name
 
 
 def _checked(args: argparse.Namespace) -> "params.Params":
-    from flows import workspace
+    from flows.workspace import worktrees
     from tasks import params
 
-    return params.load(args.params or workspace.find(Path()) / "params.yaml", args.overrides)
+    return params.load(args.params or worktrees.find(Path()) / "params.yaml", args.overrides)
 
 
 def runs(args: argparse.Namespace) -> int:
     """`slmops runs`."""
     from dataclasses import asdict
 
-    from flows import workspace
+    from flows.workspace import worktrees
 
     def show(found: list[dict[str, Any]]) -> None:
         width = max((len(run["name"]) for run in found), default=0)
         for run in found:
             print(f"{run['name']:<{width}}  {run['state']:<8}  {run['commit']}  {run['folder']}")
 
-    _print(args, list(map(asdict, workspace.runs(workspace.main_root(workspace.find(Path()))))), show)
+    _print(args, list(map(asdict, worktrees.runs(worktrees.main_root(worktrees.find(Path()))))), show)
     return 0
 
 
 def prune(args: argparse.Namespace) -> int:
     """`slmops prune [NAME ...]`."""
-    from flows import workspace
+    from flows.workspace import worktrees
 
-    for name in workspace.prune(workspace.main_root(workspace.find(Path())), args.name):
+    for name in worktrees.prune(worktrees.main_root(worktrees.find(Path())), args.name):
         print(f"removed the worktree of {name}")
     return 0
 
 
 def gc(args: argparse.Namespace) -> int:
     """`slmops gc`."""
-    from flows import workspace
+    from flows.workspace import worktrees
 
-    print(workspace.collect(workspace.main_root(workspace.find(Path())), do=args.yes))
+    print(worktrees.collect(worktrees.main_root(worktrees.find(Path())), do=args.yes))
     if not args.yes:
         print("nothing was removed: `slmops gc --yes` removes it")
     return 0
@@ -471,24 +478,26 @@ def completion(args: argparse.Namespace) -> int:
 
 def deploy(args: argparse.Namespace) -> int:
     """`slmops deploy`."""
-    from flows import servers, workspace
+    from flows.servers import stack
+    from flows.workspace import worktrees
     from tasks.errors import ConfigError
 
-    main = workspace.main_root(workspace.find(Path()))
+    main = worktrees.main_root(worktrees.find(Path()))
     _use_servers(main)
     if "PREFECT_API_URL" not in os.environ:
         raise ConfigError("there is no Prefect server to deploy to: start `slmops up`, or set PREFECT_API_URL")
-    servers.apply_deployments(main, os.environ, args.root)
+    stack.apply_deployments(main, os.environ, args.root)
     return 0
 
 
 def up(args: argparse.Namespace) -> int:
     """`slmops up`."""
-    from flows import server_env, servers, workspace
+    from flows.servers import server_env, stack
+    from flows.workspace import worktrees
 
     database = server_env.hide_password(args.database) if args.database else None
-    main = workspace.main_root(workspace.find(Path()))
-    servers.up(main, server_env.Options(args.host, args.prefect_port, args.mlflow_port, database, args.runs))
+    main = worktrees.main_root(worktrees.find(Path()))
+    stack.up(main, server_env.Options(args.host, args.prefect_port, args.mlflow_port, database, args.runs))
     return 0
 
 

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from tasks import utf8
-from tasks.allocator import keep_blocks
+from tasks.frame import utf8
+from tasks.frame.allocator import keep_blocks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,8 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="the workspace (default: here)")
     args = parser.parse_args(argv)
 
-    from tasks import bounded, events, params, selftest, stage
+    from tasks import params, selftest
     from tasks.errors import PipelineError, of_disk
+    from tasks.frame import bounded, events, stage
 
     _quiet()
     try:
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _failed(error: Exception) -> int:
-    from tasks import events
+    from tasks.frame import events
 
     try:
         events.error(type(error).__name__, str(error))

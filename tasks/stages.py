@@ -6,9 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tasks.bounded import Limits
+from tasks.frame.bounded import Limits
+from tasks.frame.stage import Stage
 from tasks.params import Params
-from tasks.stage import Stage
 
 
 def _late(name: str) -> Callable[..., Mapping[str, float]]:

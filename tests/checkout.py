@@ -30,7 +30,8 @@ FILES = ("dvc.yaml", ".dvcignore", ".gitattributes", ".gitignore", "constraints.
 TOY = """
 import json, os, time
 from pathlib import Path
-from tasks import cores, errors, events
+from tasks.frame import cores, events
+from tasks import errors
 
 def {stage}(params, *, out, variant=None, seed=None, **rest):
     name = "{stage}" + ("-" + variant if variant else f"-{{seed}}" if seed else "")
@@ -101,7 +102,7 @@ def _servers() -> tempfile.TemporaryDirectory[str]:
 @functools.cache
 def empty_store() -> Path:
     """An MLflow database without runs, to be copied."""
-    from flows import mlflow_store
+    from flows.tracking import mlflow_store
 
     folder = Path(_servers().name)
     mlflow_store.client(folder).search_experiments()

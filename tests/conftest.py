@@ -88,7 +88,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, real_tokenizer_f
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from tasks import models
+    from tasks.models import loading
 
     out = tmp_path_factory.mktemp("tiny")
     tokenizer = AutoTokenizer.from_pretrained(real_tokenizer_folder)
@@ -98,7 +98,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, real_tokenizer_f
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    models.save(LlamaForCausalLM(config), tokenizer, out)
+    loading.save(LlamaForCausalLM(config), tokenizer, out)
     return out
 
 

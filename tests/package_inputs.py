@@ -11,7 +11,9 @@ from typing import Any
 
 from conftest import ROOMS, tiny_rows, write_jsonl
 
-from tasks import chat, manifest, models, params
+from tasks import params
+from tasks.frame import manifest
+from tasks.models import chat, loading
 from tasks.stages import STAGES
 
 ROWS = [row["messages"] for row in tiny_rows(ROOMS[:1])]
@@ -38,7 +40,7 @@ def trained(tiny: Path) -> Path:
     """The tiny model after some seconds of training: it answers ROWS and ends its turn."""
     import torch
 
-    model, tokenizer = models.load_model(tiny, "float32"), models.load_tokenizer(tiny)
+    model, tokenizer = loading.load_model(tiny, "float32"), loading.load_tokenizer(tiny)
     tokenizer.backend_tokenizer.pre_tokenizer = digits_apart(spelled_out=True)
     rows = chat.encode_all(tokenizer, ROWS, 128)
     ids, target = (
@@ -57,7 +59,7 @@ def trained(tiny: Path) -> Path:
         loss.backward()
         optimizer.step()
     out = tiny.parent / f"{tiny.name}-trained"
-    models.save(model, tokenizer, out)
+    loading.save(model, tokenizer, out)
     return out
 
 
@@ -87,7 +89,7 @@ def answer(model: Path, messages: chat.Messages) -> str:
     """What HF greedy generation says, without the end-of-turn token that must close it."""
     import torch
 
-    loaded, tokenizer = models.load_model(model, "float32"), models.load_tokenizer(model)
+    loaded, tokenizer = loading.load_model(model, "float32"), loading.load_tokenizer(model)
     prompt = torch.tensor([chat.prompt_ids(tokenizer, messages)])
     out = loaded.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False)
     ids = out[0, prompt.shape[1] :].tolist()

@@ -11,9 +11,10 @@ from conftest import ROOMS, tiny_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import acquire, params, scoring
+from tasks import acquire, params
 from tasks.acquire import data_sources, near_duplicates, rows
 from tasks.errors import ConfigError
+from tasks.models import scoring
 from tasks.params import LocalData
 
 USER = {"role": "user", "content": "turn it on"}

@@ -16,9 +16,11 @@ import gguf
 import pytest
 from conftest import ROOMS, tiny_rows, write_jsonl
 
-from tasks import chat, manifest, models, params, stage
+from tasks import params
 from tasks.acquire import data_sources, dequantise, gguf_check, model_sources, safe_weights
 from tasks.errors import ArtifactError, ConfigError
+from tasks.frame import manifest, stage
+from tasks.models import chat, loading
 from tasks.params import Acquire, GgufModel, LocalModel, PackageModel
 from tasks.stages import STAGES
 
@@ -153,10 +155,10 @@ def test_a_local_folder_becomes_a_plain_one_with_its_lineage(tiny_params: dict, 
     assert generation["eos_token_id"] == [0, 2]
     assert not {"temperature", "top_p"} & set(generation)
     assert generation["do_sample"] is False
-    assert models.load_tokenizer(out / "model").chat_template
+    assert loading.load_tokenizer(out / "model").chat_template
     before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     after = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
-    assert models.count(after) == count
+    assert loading.count(after) == count
     ids = torch.tensor([[1, 50, 900, 4]])
     assert torch.equal(before(ids).logits, after(ids).logits)
     assert str(tmp_path) not in "".join(path.read_text() for path in (out / "model").glob("*.json"))
@@ -437,7 +439,7 @@ def test_an_end_that_llama_cpp_does_not_know_is_told_before_the_work_and_can_be_
 ) -> None:
     """`<jupyter_start>` stands for a token of the model's own."""
     folder, end = tmp_path / "data" / "model", "<jupyter_start>"
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     number = tokenizer.convert_tokens_to_ids(end)
     if own:
         template = (folder / "chat_template.jinja").read_text()
@@ -459,7 +461,7 @@ def test_the_default_one_of_named_templates_is_taken(tiny_params: dict, tmp_path
     (folder / "chat_template.jinja").unlink()
     named = [{"name": "default", "template": template}, {"name": "tool_use", "template": "{{ 1/0 }}"}]
     edit(folder / "tokenizer_config.json", chat_template=named)
-    assert models.load_tokenizer(acquire(tiny_params, tmp_path) / "model").chat_template == template
+    assert loading.load_tokenizer(acquire(tiny_params, tmp_path) / "model").chat_template == template
 
 
 def test_a_head_of_its_own_where_the_configuration_says_tied_is_kept(tiny_params: dict, tmp_path: Path) -> None:
@@ -467,7 +469,7 @@ def test_a_head_of_its_own_where_the_configuration_says_tied_is_kept(tiny_params
 
     own = torch.randn(49152, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     change_tensors(lm_head__weight=lambda _: own)(tmp_path / "data" / "model")
-    model = models.load_model(acquire(tiny_params, tmp_path) / "model", "bfloat16")
+    model = loading.load_model(acquire(tiny_params, tmp_path) / "model", "bfloat16")
     assert torch.equal(model.get_output_embeddings().weight, own)
 
 
@@ -572,14 +574,14 @@ def test_parameters_are_counted_from_the_configuration(kind: str, extra: dict) -
     config = AutoConfig.for_model(kind, num_attention_heads=4, **({"num_key_value_heads": 2} | sizes | ids | extra))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert models.parameters_from_config(config.to_dict()) == models.count(model)
+    assert loading.parameters_from_config(config.to_dict()) == loading.count(model)
 
 
 def test_a_configuration_without_sizes_is_refused() -> None:
     with pytest.raises(ArtifactError, match="model_type 'mamba'"):
-        models.parameters_from_config({"model_type": "mamba"})
+        loading.parameters_from_config({"model_type": "mamba"})
     with pytest.raises(ArtifactError, match="hidden_size"):
-        models.parameters_from_config({"model_type": "llama"})
+        loading.parameters_from_config({"model_type": "llama"})
 
 
 # --- GGUF --------------------------------------------------------------------------------------------
@@ -635,7 +637,7 @@ def test_a_gguf_becomes_the_model_that_it_was_made_from(
     lineage = json.loads((out.parent / "lineage.json").read_text())["model"]
     assert lineage["sha256"] == {"tiny.gguf": manifest.sha256(tiny_gguf)}
     assert (lineage["source"], lineage["licence"], lineage["architecture"]) == ("gguf", "mit", "llama")
-    tokenizer = models.load_tokenizer(out)
+    tokenizer = loading.load_tokenizer(out)
     messages = tiny_rows(["hall"])[0]["messages"]
     assert tokenizer.apply_chat_template(messages, tokenize=False).startswith("<|im_start|>system\nReply with one")
 
@@ -743,12 +745,12 @@ def test_an_untied_model_survives_the_way_through_gguf_exactly(tmp_path: Path, r
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    models.save(LlamaForCausalLM(config), tokenizer, tmp_path / "model")
+    loading.save(LlamaForCausalLM(config), tokenizer, tmp_path / "model")
     path = convert(tmp_path / "model", tmp_path / "untied.gguf", "bf16")
     info = gguf_check.check(path)
     again, _ = dequantise.dequantise(path, info)
-    before = models.load_model(tmp_path / "model", "float32")
-    assert info.parameters == models.count(again) == models.count(before)
+    before = loading.load_model(tmp_path / "model", "float32")
+    assert info.parameters == loading.count(again) == loading.count(before)
     ids = torch.tensor([[1, 50, 900, 4, 17]])
     with torch.no_grad():
         assert torch.equal(before(ids).logits, again.float()(ids).logits)

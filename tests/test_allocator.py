@@ -7,7 +7,7 @@ import pytest
 
 STARTS = """
 import os, resource, sys
-from tasks.allocator import keep_blocks
+from tasks.frame.allocator import keep_blocks
 
 if "begun" not in os.environ:
     os.environ["begun"] = str(os.getpid())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from checkout import prefect_server
 
-from flows import approval
+from flows.deployed import approval
 
 QUESTION = {
     "name": "home-commands", "version": "3", "text": "Release **home-commands version 3** (bundle 0123456789ab)?",

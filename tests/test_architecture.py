@@ -1,6 +1,8 @@
 """The rules that keep the parts apart, and dvc.yaml in step with tasks/stages.py."""
 
 import ast
+import shutil
+import site
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from tasks.stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = sorted((ROOT / "tasks").rglob("*.py"))
-FLOWS = sorted((ROOT / "flows").glob("*.py"))
+FLOWS = sorted((ROOT / "flows").rglob("*.py"))
 HEAVY = (
     "torch",
     "transformers",
@@ -26,10 +28,21 @@ HEAVY = (
     "numpy",
     "pandas",
 )
-# What carries a stage rather than making its result: a change there redoes nothing.
-FRAME = {
-    "tasks.bounded", "tasks.crashes", "tasks.errors", "tasks.events", "tasks.manifest", "tasks.params", "tasks.stage",
+# The rooms, lowest first: a room imports those on floors below its own. On one floor no room imports another.
+FLOORS = {
+    "tasks": (
+        ("errors",), ("params",), ("frame",), ("models",), ("learning", "runtimes"),
+        ("acquire", "finetune", "distill", "select", "convert", "quantize", "validate", "judge", "package", "selftest"),
+        ("stages",), ("__main__",),
+    ),
+    "flows": (
+        ("environment",), ("workspace",), ("report", "tracking"), ("preflight", "release"), ("servers",), ("run",),
+        ("deployed",), ("cli",),
+    ),
 }  # fmt: skip
+
+
+FRAME = {"errors", "params", "frame"}  # carries a stage rather than making its result: a change there redoes nothing
 
 
 def module(path: Path) -> str:
@@ -56,9 +69,8 @@ def file_of(name: str) -> Path | None:
     return None
 
 
-def stage_folder(path: Path) -> str | None:
-    parts = path.relative_to(ROOT / "tasks").parts
-    return parts[0] if len(parts) > 1 else None
+def room(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
 
 
 @pytest.mark.parametrize("path", TASKS, ids=module)
@@ -67,35 +79,32 @@ def test_tasks_know_nothing_of_when_and_where(path: Path) -> None:
     assert not roots & {"flows", "prefect", "mlflow", "dvc"}
 
 
-@pytest.mark.parametrize("path", [p for p in TASKS if stage_folder(p)], ids=module)
-def test_a_stage_imports_no_other_stage(path: Path) -> None:
-    own = stage_folder(path)
-    others = {f"tasks.{name}" for name in STAGES if name != own}
-    crossed = {name for name in imports(path) for other in others if name == other or name.startswith(f"{other}.")}
-    assert not crossed
+@pytest.mark.parametrize("path", [*TASKS, *FLOWS], ids=module)
+def test_imports_go_down_only(path: Path) -> None:
+    top = module(path).split(".")[0]
+    floor = {each: height for height, rooms in enumerate(FLOORS[top]) for each in rooms}
+    own = room(module(path))
+    assert not own or own in floor, f"{own} has no floor"
+    used = {room(name) for name in imports(path) if name.startswith(f"{top}.")} - {own, ""}
+    assert used <= {each for each in floor if floor[each] < floor.get(own, -1)}
 
 
-@pytest.mark.parametrize("path", [p for p in TASKS if not stage_folder(p) and p.stem != "stages"], ids=module)
-def test_what_stages_share_imports_no_stage(path: Path) -> None:
-    assert not {name for name in imports(path) if name.startswith("tasks.") and name.split(".")[1] in STAGES}
+def test_no_folder_has_more_rooms_than_a_person_holds_in_mind() -> None:
+    assert len([path for path in (ROOT / "flows").iterdir() if (path / "__init__.py").exists()]) <= 12
+
+
+@pytest.mark.parametrize("path", [p for p in (*TASKS, *FLOWS) if p.name == "__init__.py"], ids=module)
+def test_every_room_says_what_it_holds(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def test_only_flows_touch_the_orchestrators() -> None:
     for tool, owners in {
-        "mlflow": {"mlflow_store", "registry", "served_model", "tracking"},
-        "prefect": {
-            "aftermath",
-            "approval",
-            "automations",
-            "deployments",
-            "fan_out",
-            "pages",
-            "pipeline",
-            "prefect_api",
-            "prefect_server",
-        },
+        "mlflow": {"tracking", "release"},
+        "prefect": {"run", "deployed", "servers"},
+        "dvc": {"workspace"},
     }.items():
-        users = {path.stem for path in FLOWS if tool in {name.split(".")[0] for name in imports(path)}}
+        users = {room(module(path)) for path in FLOWS if tool in {name.split(".")[0] for name in imports(path)}}
         assert users <= owners, tool
 
 
@@ -108,11 +117,10 @@ def test_no_file_hides_an_importable_package() -> None:
 
 
 def test_importing_is_light_and_leaves_no_trace(tmp_path: Path) -> None:
-    light = [module(path) for path in TASKS if path.stem != "__main__"] + [
-        "flows.cli", "flows.quiet", "flows.versioning", "flows.workspace", "flows.locks", "flows.tracking", "flows.mlflow_store", "flows.release",
-        "flows.results", "flows.display", "flows.plan", "flows.shape", "flows.doctor", "flows.report", "flows.servers",
-        "flows.server_env", "flows.supervise", "flows.prefect_server", "flows.prefect_api",
-    ]  # fmt: skip
+    heavy = ("flows.run", "flows.deployed")  # begin with Prefect's own imports: a flow is made by a decorator
+    light = [
+        module(path) for path in (*TASKS, *FLOWS) if path.stem != "__main__" and not module(path).startswith(heavy)
+    ]
     code = f"""
 import importlib, logging, os, sys
 before = dict(os.environ), list(logging.getLogger().handlers)
@@ -132,7 +140,7 @@ def test_the_core_imports_with_pydantic_and_yaml_alone(tmp_path: Path) -> None:
     """Nothing but these two and the standard library is read by `python -m tasks` before a stage starts."""
     code = """
 import sys
-import tasks.params, tasks.stage, tasks.stages, tasks.manifest, tasks.events, tasks.chat, tasks.models
+import tasks.params, tasks.frame.stage, tasks.stages, tasks.frame.manifest, tasks.frame.events, tasks.models.chat, tasks.models.loading
 print(*sorted({name.split(".")[0] for name in sys.modules if getattr(sys.modules[name], "__file__", None)
     and "site-packages" in sys.modules[name].__file__}))
 """
@@ -166,7 +174,8 @@ def test_plug_in_tables_hold_what_the_params_name() -> None:
 def test_scoring_and_targets_hold_what_the_params_name() -> None:
     from typing import get_args
 
-    from tasks import package, scoring
+    from tasks import package
+    from tasks.models import scoring
 
     targets = get_args(params.Package.model_fields["targets"].annotation)[0]
     assert set(scoring.METRICS) == set(get_args(params.Metric))
@@ -203,17 +212,18 @@ def test_dvc_says_what_the_stage_says(dvc: dict, name: str) -> None:
 
 
 def shared_code(stage: str) -> set[str]:
-    """Files outside a stage's folder that its code reaches, without the frame that carries every stage."""
+    """Files outside a stage's room that its code reaches, without the frame that carries every stage."""
     reached: set[Path] = set()
-    waiting = [path for path in TASKS if stage_folder(path) == stage]
+    waiting = [path for path in TASKS if room(module(path)) == stage]
     while waiting:
         path = waiting.pop()
         if path in reached:
             continue
         reached.add(path)
-        names = {name for name in imports(path) if name.startswith("tasks.")} - FRAME
-        waiting += [found for name in names if (found := file_of(name))]
-    return {path.relative_to(ROOT).as_posix() for path in reached if not stage_folder(path)}
+        names = {name for name in imports(path) if name.startswith("tasks.")}
+        waiting += [found for name in names if room(name) not in FRAME and (found := file_of(name))]
+    found = {path.relative_to(ROOT).as_posix() for path in reached if room(module(path)) not in ("", stage)}
+    return {name for name in found if not name.endswith("__init__.py")}
 
 
 def test_dvc_caches_every_output(dvc: dict) -> None:
@@ -244,3 +254,31 @@ def test_a_stage_cannot_read_a_section_that_it_did_not_declare() -> None:
     assert view.finetune == checked.finetune
     with pytest.raises(AttributeError):
         _ = view.distill
+
+
+# --- the wheel -------------------------------------------------------------------------------------
+
+
+def test_the_wheel_holds_every_module_and_each_can_be_imported(tmp_path: Path) -> None:
+    """Apart from the checkout: what is imported lies in the installed wheel, and everything else where it is installed."""
+    source, wheels, place = tmp_path / "source", tmp_path / "wheels", tmp_path / "place"
+    for name in ("tasks", "flows"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(source)]
+    subprocess.run(build, check=True, capture_output=True, text=True)
+    (wheel,) = wheels.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(place), str(wheel)], check=True)
+    names = [module(path) for path in (*TASKS, *FLOWS) if path.stem != "__main__"]
+    code = f"""
+import importlib, sys
+sys.path += [{str(place)!r}, *{site.getsitepackages()!r}]
+for name in {names!r}:
+    made = importlib.import_module(name)
+    assert made.__file__.startswith({str(place)!r}), made.__file__
+"""
+    command = [sys.executable, "-I", "-S", "-c", code]  # -S: without the .pth files, which lead to the checkout
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows import audit
+from flows.release import audit_log
 from tasks.errors import ArtifactError, StageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,10 +24,10 @@ def entry(reason: str = "good", **other: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def write(path: Path, count: int = 4) -> audit.Head:
+def write(path: Path, count: int = 4) -> audit_log.Head:
     """A record of so many lines; where it ends."""
-    lines = [audit.append(path, entry(f"reason {number}: größer")) for number in range(1, count + 1)]
-    return audit.Head(lines[-1]["seq"], lines[-1]["hash"])
+    lines = [audit_log.append(path, entry(f"reason {number}: größer")) for number in range(1, count + 1)]
+    return audit_log.Head(lines[-1]["seq"], lines[-1]["hash"])
 
 
 @pytest.fixture
@@ -41,15 +41,15 @@ def test_a_line_names_the_one_before(path: Path) -> None:
     read = [json.loads(line) for line in lines]
     assert [each["seq"] for each in read] == [1, 2, 3, 4]
     assert read[0]["previous"] == "0" * 64
-    assert read[1]["previous"] == audit._sha256(lines[0])
-    assert audit.problems(path.read_bytes(), [head]) == audit.unconfirmed(path.read_bytes(), [head]) == []
-    assert audit.parse_head(head.text()) == head
+    assert read[1]["previous"] == audit_log._sha256(lines[0])
+    assert audit_log.problems(path.read_bytes(), [head]) == audit_log.unconfirmed(path.read_bytes(), [head]) == []
+    assert audit_log.parse_head(head.text()) == head
 
 
 def rehashed(line: bytes, **changes: object) -> bytes:
     """A line that was changed by someone who knows how its hash is made."""
     changed = {**json.loads(line), **changes}
-    return audit._canonical({**changed, "hash": audit._hash(changed)})
+    return audit_log._canonical({**changed, "hash": audit_log._hash(changed)})
 
 
 @pytest.mark.parametrize(
@@ -75,18 +75,18 @@ def rehashed(line: bytes, **changes: object) -> bytes:
 def test_what_was_changed_is_found_by_its_line(path: Path, change: Callable[..., list[bytes]], said: list[str]) -> None:
     head = write(path)
     changed = b"".join(line + b"\n" for line in change(*path.read_bytes().splitlines()))
-    found = audit.problems(changed, [head])
+    found = audit_log.problems(changed, [head])
     assert len(found) == len(said), found
     assert all(each.startswith(start) for each, start in zip(found, said, strict=True)), found
 
     path.write_bytes(changed)
     with pytest.raises(ArtifactError, match="no decision is added to it: bring it back"):
-        audit.append(path, entry(), [head])
+        audit_log.append(path, entry(), [head])
     assert path.read_bytes() == changed
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, audit.Head]:
+def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, audit_log.Head]:
     path = tmp_path_factory.mktemp("three") / "history.jsonl"
     head = write(path, 3)
     return path.read_bytes(), head
@@ -94,43 +94,43 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, audit.Head]:
 
 @settings(deadline=None)  # a busy machine is slow, not wrong
 @given(data=st.data())
-def test_no_byte_can_change_unseen(data: st.DataObject, three: tuple[bytes, audit.Head]) -> None:
+def test_no_byte_can_change_unseen(data: st.DataObject, three: tuple[bytes, audit_log.Head]) -> None:
     content, head = three
     start = data.draw(st.integers(0, len(content) - 1))
     end = data.draw(st.integers(start, len(content)))
     changed = content[:start] + data.draw(st.binary(max_size=20)) + content[end:]
     same = changed in (content, content[:-1])  # the last line break says nothing
-    assert (audit.problems(changed, [head]) == []) == same
+    assert (audit_log.problems(changed, [head]) == []) == same
 
 
 def test_all_written_anew_is_found_by_what_mlflow_knows(path: Path, tmp_path: Path) -> None:
     head = write(path)
     forged = tmp_path / "forged.jsonl"
     for number in range(5):
-        audit.append(forged, entry(f"forged {number}"))
-    assert audit.problems(forged.read_bytes()) == []
-    assert audit.problems(forged.read_bytes(), [head])[0].startswith("line 4 is not the one that MLflow knows")
+        audit_log.append(forged, entry(f"forged {number}"))
+    assert audit_log.problems(forged.read_bytes()) == []
+    assert audit_log.problems(forged.read_bytes(), [head])[0].startswith("line 4 is not the one that MLflow knows")
 
 
 def test_a_line_that_mlflow_never_heard_of_is_told(path: Path) -> None:
     head = write(path, 2)
-    audit.append(path, entry("not mirrored"), [head])
-    assert audit.unconfirmed(path.read_bytes(), [head])[0].startswith("line 3 is not known to MLflow")
-    assert audit.unconfirmed(path.read_bytes(), [])[0].startswith("lines 1 to 3 are not known to MLflow")
-    audit.append(path, entry("it goes on"), [head])
+    audit_log.append(path, entry("not mirrored"), [head])
+    assert audit_log.unconfirmed(path.read_bytes(), [head])[0].startswith("line 3 is not known to MLflow")
+    assert audit_log.unconfirmed(path.read_bytes(), [])[0].startswith("lines 1 to 3 are not known to MLflow")
+    audit_log.append(path, entry("it goes on"), [head])
 
 
 def test_a_lost_last_line_break_is_no_damage(path: Path) -> None:
     head = write(path, 2)
     path.write_bytes(path.read_bytes()[:-1])
-    audit.append(path, entry(), [head])
-    assert audit.problems(path.read_bytes(), [head]) == []
+    audit_log.append(path, entry(), [head])
+    assert audit_log.problems(path.read_bytes(), [head]) == []
     assert len(path.read_bytes().splitlines()) == 3
 
 
 def test_a_tag_that_is_no_head_is_refused() -> None:
     with pytest.raises(ArtifactError, match=r"tag slmops\.audit_head is 'nothing'"):
-        audit.parse_head("nothing")
+        audit_log.parse_head("nothing")
 
 
 # --- what the record says is released ------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_a_tag_that_is_no_head_is_refused() -> None:
 @given(st.lists(st.tuples(st.sampled_from(["approve", "reject", "rollback"]), st.sampled_from("123")), max_size=12))
 def test_where_a_model_stands_is_what_its_decisions_did(wanted: list[tuple[str, str]]) -> None:
     champion = previous = ""
-    lines: list[audit.Entry | None] = [
+    lines: list[audit_log.Entry | None] = [
         entry(action="register", version=version, bundle_digest=version) for version in "123"
     ]
     for action, version in wanted:
@@ -154,24 +154,24 @@ def test_where_a_model_stands_is_what_its_decisions_did(wanted: list[tuple[str, 
         else:
             continue  # refused, so not on record
         lines += [None, entry(action=action, version=version, bundle_digest=version), entry(model="other", version="9")]
-    found = audit.standing(lines, "m")
+    found = audit_log.standing(lines, "m")
     assert (found.champion, found.previous) == (champion, previous)
     assert found.digests == {version: version for version in "123"}
 
 
 def test_a_line_that_was_taken_back_counts_for_nothing() -> None:
     made = {**entry(action="approve"), "seq": 2}
-    lines: list[audit.Entry | None] = [{**entry(action="register"), "seq": 1}, made]
-    assert audit.standing(lines, "m").champion == "1"
+    lines: list[audit_log.Entry | None] = [{**entry(action="register"), "seq": 1}, made]
+    assert audit_log.standing(lines, "m").champion == "1"
     lines.append({**entry(action="void"), "seq": 3, "voids": 2})
-    assert audit.standing(lines, "m").champion == ""
-    assert [line["seq"] for line in audit.effective(lines)] == [1]
+    assert audit_log.standing(lines, "m").champion == ""
+    assert [line["seq"] for line in audit_log.effective(lines)] == [1]
 
 
 def test_a_model_made_anew_stands_nowhere() -> None:
-    lines: list[audit.Entry | None] = [entry(action="register"), entry(action="approve")]
+    lines: list[audit_log.Entry | None] = [entry(action="register"), entry(action="approve")]
     lines.append(entry(action="register", bundle_digest="another"))
-    assert audit.standing(lines, "m") == audit.Standing(digests={"1": "another"})
+    assert audit_log.standing(lines, "m") == audit_log.Standing(digests={"1": "another"})
 
 
 # --- lines from before there was a chain ---------------------------------------------------------------
@@ -185,28 +185,28 @@ def old_record(path: Path) -> bytes:
 
 def test_old_lines_are_counted_and_sealed(path: Path) -> None:
     old = old_record(path)
-    assert (audit.problems(old), audit.unchained(old)) == ([], 2)
+    assert (audit_log.problems(old), audit_log.unchained(old)) == ([], 2)
     head = write(path, 2)
     content = path.read_bytes()
-    assert (audit.problems(content, [head]), audit.unchained(content)) == ([], 2)
-    assert audit.unconfirmed(content, [head]) == []
+    assert (audit_log.problems(content, [head]), audit_log.unchained(content)) == ([], 2)
+    assert audit_log.unconfirmed(content, [head]) == []
     assert json.loads(content.splitlines()[2])["seq"] == 3
 
     for changed in (
         content.replace(b"old 0", b"OLD 0"),
         b"\n".join([*old.splitlines()[::-1], *content.splitlines()[2:]]),
     ):
-        assert audit.problems(changed, [head])[0].startswith("line 3 does not follow what stands before it")
-    assert audit.problems(content[content.index(b"\n") + 1 :], [head])[0].startswith("line 2 is entry 3")
-    assert audit.problems(content + old, [head])[0].startswith("line 5 was edited")
+        assert audit_log.problems(changed, [head])[0].startswith("line 3 does not follow what stands before it")
+    assert audit_log.problems(content[content.index(b"\n") + 1 :], [head])[0].startswith("line 2 is entry 3")
+    assert audit_log.problems(content + old, [head])[0].startswith("line 5 was edited")
 
 
 def test_a_chain_cannot_be_taken_off(path: Path) -> None:
     head = write(path, 2)
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
-    bare = "".join(json.dumps({k: v for k, v in line.items() if k not in audit.CHAIN}) + "\n" for line in lines)
-    assert audit.unchained(bare.encode()) == 2
-    assert audit.problems(bare.encode(), [head])[0].startswith("line 2 is not the one that MLflow knows")
+    bare = "".join(json.dumps({k: v for k, v in line.items() if k not in audit_log.CHAIN}) + "\n" for line in lines)
+    assert audit_log.unchained(bare.encode()) == 2
+    assert audit_log.problems(bare.encode(), [head])[0].startswith("line 2 is not the one that MLflow knows")
 
 
 # --- faults of the writing process ---------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_a_chain_cannot_be_taken_off(path: Path) -> None:
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-from flows import audit
+from flows.release import audit_log
 path = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, -1))
 if sys.argv[2] == "kill":
@@ -235,15 +235,15 @@ def test_a_kill_in_the_middle_of_a_write_is_told_with_what_to_do(path: Path) -> 
     assert len(path.read_bytes()) == len(before) + 100
 
     with pytest.raises(ArtifactError, match=r"line 3 is torn.*did not happen: remove that line .*and decide again"):
-        audit.append(path, entry(), [head])
+        audit_log.append(path, entry(), [head])
     subprocess.run(["sed", "-i", "$d", path], check=True)  # as the message says
     assert path.read_bytes() == before
-    audit.append(path, entry(), [head])
+    audit_log.append(path, entry(), [head])
 
 
 def test_a_line_that_was_whole_once_is_not_called_torn(path: Path) -> None:
     head = write(path, 2)
-    (found,) = audit.problems(path.read_bytes()[:-30], [head])
+    (found,) = audit_log.problems(path.read_bytes()[:-30], [head])
     assert found.startswith("line 2 was edited")
 
 
@@ -258,13 +258,13 @@ def test_a_full_disk_leaves_the_record_as_it_was(path: Path) -> None:
 
 def test_a_record_that_cannot_be_opened_is_a_stage_error(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="cannot be written"):
-        audit.append(tmp_path / "missing" / "history.jsonl", entry())
+        audit_log.append(tmp_path / "missing" / "history.jsonl", entry())
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from flows import audit
+from flows.release import audit_log
 for number in range(40):
     audit.append(Path(sys.argv[1]), {"at": "", "action": "approve", "model": "m", "version": str(number),
                                      "bundle_digest": "d", "by": sys.argv[2], "reason": "R"})
@@ -275,6 +275,6 @@ def test_two_processes_append_at_once(path: Path) -> None:
     command = [sys.executable, "-c", WRITER, str(path)]
     writers = [subprocess.Popen([*command, name], cwd=ROOT) for name in ("Ada", "Bob")]
     assert [writer.wait() for writer in writers] == [0, 0]
-    read = audit.entries(path.read_bytes())
-    assert audit.problems(path.read_bytes()) == []
+    read = audit_log.entries(path.read_bytes())
+    assert audit_log.problems(path.read_bytes()) == []
     assert [sum(each is not None and each["by"] == name for each in read) for name in ("Ada", "Bob")] == [40, 40]

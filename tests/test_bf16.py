@@ -5,7 +5,7 @@ import sys
 
 BOTH_WAYS = """
 import torch
-from tasks import bf16
+from tasks.models import bf16
 
 def products(dtype):
     torch.manual_seed(17)

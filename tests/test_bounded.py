@@ -13,9 +13,10 @@ from threading import Event
 import pytest
 import yaml
 
-from tasks import bounded, params
+from tasks import params
 from tasks.acquire import limits
 from tasks.errors import ArtifactError
+from tasks.frame import bounded
 
 DEADLINE_S = 300
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from checkout import DEFAULTS, SLMOPS, commit, environment, git, make_toy, slmops
 
-from flows import doctor, plan, shape
 from flows.cli import main
-from flows.display import Display
-from tasks import jsonl, params
+from flows.preflight import doctor, file_sizes, plan
+from flows.run.terminal import Display
+from tasks import params
 from tasks.distill.plan import MULTIPLE
 from tasks.errors import ArtifactError, BrokenRuntimeError, ConfigError
+from tasks.frame import jsonl
 from tasks.params import Onnx
 
 ROOT = Path(__file__).parent.parent
@@ -130,24 +131,24 @@ MADE = {"f16": 2709, "q8_0": 1448, "q5_1": 1116, "q5_0": 1050, "q4_k_m": 1055, "
 
 
 @pytest.fixture(scope="module")
-def smollm() -> shape.Shape:
-    return shape.read(params.load(DEFAULTS).acquire, ROOT)
+def smollm() -> file_sizes.Shape:
+    return file_sizes.read(params.load(DEFAULTS).acquire, ROOT)
 
 
 @pytest.mark.parametrize("variant", MADE)
-def test_the_predicted_size_is_that_of_the_file_that_llama_cpp_makes(smollm: shape.Shape, variant: str) -> None:
-    assert round(shape.size(smollm, variant, Onnx()) / 1e5) == MADE[variant]
+def test_the_predicted_size_is_that_of_the_file_that_llama_cpp_makes(smollm: file_sizes.Shape, variant: str) -> None:
+    assert round(file_sizes.size(smollm, variant, Onnx()) / 1e5) == MADE[variant]
 
 
-def test_a_config_and_a_gguf_header_tell_the_same_shape(smollm: shape.Shape, tmp_path: Path) -> None:
+def test_a_config_and_a_gguf_header_tell_the_same_shape(smollm: file_sizes.Shape, tmp_path: Path) -> None:
     config = {**smollm.config, "model_type": "llama", "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    told = shape.from_config(tmp_path)
+    told = file_sizes.from_config(tmp_path)
     assert told.parameters == smollm.parameters == 134_515_008
     assert {(t.name, t.row, t.elements) for t in told.tensors} == {(t.name, t.row, t.elements) for t in smollm.tensors}
 
 
-def test_the_student_is_the_largest_that_is_small_enough(smollm: shape.Shape) -> None:
+def test_the_student_is_the_largest_that_is_small_enough(smollm: file_sizes.Shape) -> None:
     settings = params.load(DEFAULTS).distill
     blocks = smollm.pruned(settings.model_copy(update={"block_share": 1.0}))
     assert blocks.parameters <= 0.85 * smollm.parameters < smollm.first(blocks.layers + 1).parameters
@@ -194,7 +195,7 @@ def test_a_run_whose_work_cannot_be_foreseen_is_told_nothing(tmp_path: Path, mon
     assert plan.expected(tmp_path, local_data(tmp_path, 0), SHARES) == {}
 
 
-def test_narrowing_counts_second_moments_of_every_row(smollm: shape.Shape) -> None:
+def test_narrowing_counts_second_moments_of_every_row(smollm: file_sizes.Shape) -> None:
     def seconds(rows: int) -> float:
         settings = params.load(DEFAULTS, ["distill.block_share=0.0", f"distill.fitted_rows={rows}"]).distill
         return plan._pruning(settings, smollm, smollm.pruned(settings), 50, float("inf"), 1.0)
@@ -282,14 +283,14 @@ def test_a_plan_for_a_model_that_is_not_there_says_so(tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match=r"a/b is on the Hub .* run `slmops stage acquire` with the same --set first"
         ):
-            shape.read(acquire, tmp_path)
+            file_sizes.read(acquire, tmp_path)
         (fetched / "lineage.json").write_text(json.dumps({"model": {"repo": "another/model", "revision": "0" * 40}}))
     (fetched / "lineage.json").write_text(json.dumps({"model": hub}))
     with pytest.raises(ArtifactError, match=r"config\.json"):
-        shape.read(acquire, tmp_path)
+        file_sizes.read(acquire, tmp_path)
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
     with pytest.raises(ArtifactError, match="has no hidden_size, intermediate_size"):
-        shape.from_config(tmp_path)
+        file_sizes.from_config(tmp_path)
 
 
 # --- doctor ------------------------------------------------------------------------------------------

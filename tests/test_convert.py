@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from gguf_inputs import converted, stage_input
 
-from tasks import manifest
 from tasks.convert import CONVERTER, convert
 from tasks.errors import ArtifactError, BrokenRuntimeError, StageError
+from tasks.frame import manifest
 
 
 def test_two_conversions_in_different_folders_give_equal_bytes(tiny_model_folder: Path, tmp_path: Path) -> None:

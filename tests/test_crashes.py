@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tasks import crashes
 from tasks.errors import BrokenRuntimeError, ConfigError, DiskFullError, StageError
+from tasks.frame import crashes
 
 DUMP = """some line
 Fatal Python error: Segmentation fault
 
 Current thread 0x00007f4821e4ab80 (most recent call first):
   File "/usr/lib/python3.11/ctypes/__init__.py", line 519 in string_at
-  File "/app/tasks/validate/llama_runtime.py", line 133 in decode
+  File "/app/tasks/runtimes/llama.py", line 133 in decode
   File "/app/tasks/validate/__init__.py", line 9 in validate
 
 Extension modules: numpy._core._multiarray_umath (total: 1)
@@ -81,7 +81,7 @@ def test_a_line_without_end_is_not_quoted_whole(tmp_path: Path) -> None:
     ("said", "found"),
     [
         ("", ""),
-        (DUMP.replace("/app/tasks/validate/llama_runtime.py", "/v/site-packages/llama_cpp/x.py"), "llama_cpp"),
+        (DUMP.replace("/app/tasks/runtimes/llama.py", "/v/site-packages/llama_cpp/x.py"), "llama_cpp"),
         # A crash in a thread of native code: the function that waits for it tells.
         ("Fatal Python error: Aborted\n\nThread 0x1:\n  File \"/app/tasks/a.py\", line 3 in f\n\nCurrent thread 0x2:\n  <no Python frame>\n", "a.py"),
         (DUMP + '\nCurrent thread\'s C stack trace:\n  Binary file "/v/libpython3.14.so.1.0", at f\n  Binary file "/v/libggml-cpu.so", at g\n', "libggml-cpu.so"),

@@ -14,9 +14,10 @@ from conftest import ROOMS, tiny_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import acquire, events
+from tasks import acquire
 from tasks.acquire import containers, data_sources, forms, rows, watched
 from tasks.errors import ConfigError
+from tasks.frame import events
 from tasks.params import Acquire, LocalData
 
 ASKED, SAID = "turn it on", '{"action": "on"}'

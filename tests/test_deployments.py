@@ -16,7 +16,7 @@ import yaml
 from checkout import ASK_S, ROOT, ask, git, make_toy, slmops, started, wait_for
 from test_servers import Up, own, start, stop
 
-from flows import locks, workspace
+from flows.workspace import locks, worktrees
 from tasks.stages import STAGES
 
 TOYS = {"variants": ["q4_0", "q8_0"]}
@@ -237,7 +237,7 @@ def test_who_starts_a_run_may_not_approve_it_and_the_form_asks_again(servers: Se
     failed = servers.wait(servers.run("train-and-release", apart), "Failed")
     assert "say who starts this run (by)" in failed["state"]["message"]
     # Under the name of a run that has finished: it is another all the same.
-    finished = workspace.finished(servers.root)[0]
+    finished = worktrees.finished(servers.root)[0]
     run = servers.run("train-and-release", {**apart, "by": "Ada"}, name=finished)
     servers.wait(run, "Suspended")
     first = servers.question(run)

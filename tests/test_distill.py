@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tasks import chat, generation, manifest, models, packing, params, training
+from tasks import params
 from tasks.distill import distill, pruning
 from tasks.distill.blocks import remove
 from tasks.distill.plan import planned
@@ -21,8 +21,11 @@ from tasks.distill.targets import cache_targets, distillation, forward_kl
 from tasks.distill.width import narrow
 from tasks.errors import ArtifactError, ConfigError
 from tasks.finetune import finetune
+from tasks.frame import manifest
+from tasks.learning import generation, packing, training
+from tasks.models import chat, loading
+from tasks.models.scoring import METRICS
 from tasks.params import Distill, Training
-from tasks.scoring import METRICS
 from tasks.select import select
 
 
@@ -47,13 +50,13 @@ def values(tiny_params: dict) -> params.Params:
 @pytest.fixture(scope="module")
 def learned(source: Path) -> Any:
     """The tiny model, trained until it knows its training rows."""
-    model, tokenizer = models.load_model(source / "model", "float32"), models.load_tokenizer(source / "model")
+    model, tokenizer = loading.load_model(source / "model", "float32"), loading.load_tokenizer(source / "model")
     rows = chat.encode_all(tokenizer, chat.read_rows(source / "data/train.jsonl"), 128)
     settings = Training(epochs=30.0, learning_rate=5e-3, batch_tokens=256, evaluations=1, freeze_embeddings=False)
     scratch = source / "scratch"
     scratch.mkdir()
     training.train(model, rows, rows[:4], settings, training.cross_entropy(model), scratch, "t", seed=17)
-    return models.cast(model, torch.float32), tokenizer, rows  # bf16 rounds near-ties differently from shape to shape
+    return loading.cast(model, torch.float32), tokenizer, rows  # bf16 rounds near-ties differently from shape to shape
 
 
 def test_kl_with_all_tokens_listed_is_the_true_kl_and_zero_for_equals() -> None:
@@ -110,7 +113,7 @@ def test_the_least_important_block_goes_first_and_every_removal_is_scored_again(
         mine.get_decoder().layers[2].self_attn.o_proj.weight.zero_()
         mine.get_decoder().layers[2].mlp.down_proj.weight.zero_()
     reference = copy.deepcopy(mine)
-    block = sum(p.numel() for p in mine.get_decoder().layers[0].parameters()) / models.count(mine)
+    block = sum(p.numel() for p in mine.get_decoder().layers[0].parameters()) / loading.count(mine)
     settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=1 - 2 * block, block_share=1.0, candidates=4)
     history = prune(mine, rows[:6], [], settings, tmp_path / "record.json")["blocks"]
     assert history[0]["block"] == 2
@@ -147,7 +150,7 @@ def test_what_a_removed_block_added_is_made_good(learned: Any, tmp_path: Path) -
     remove(mine, 2)
     assert training.validation_loss(mine, rows) == pytest.approx(want, rel=0.2)
 
-    block = sum(p.numel() for p in model.get_decoder().layers[0].parameters()) / models.count(model)
+    block = sum(p.numel() for p in model.get_decoder().layers[0].parameters()) / loading.count(model)
     settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=1 - 2 * block, block_share=1.0, candidates=2)
     first, again = copy.deepcopy(model), copy.deepcopy(model)
     history = prune(first, rows[:6], rows, settings, tmp_path / "record.json")["blocks"]
@@ -190,14 +193,14 @@ def test_a_narrowed_student_is_made_again_and_loads_from_disk(learned: Any, tmp_
     found = prune(first, rows[:6], rows, settings, tmp_path / "record.json")
     assert found["blocks"] == []
     assert found["channels"]["kept"] < found["channels"]["of"] == model.config.intermediate_size
-    assert models.count(first) <= 0.98 * models.count(model)
+    assert loading.count(first) <= 0.98 * loading.count(model)
     assert prune(again, rows[:6], rows, settings, tmp_path / "record.json") == found
     for ours, theirs in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    models.save(first, tokenizer, tmp_path / "saved")
-    loaded = models.load_model(tmp_path / "saved", "bfloat16")
+    loading.save(first, tokenizer, tmp_path / "saved")
+    loaded = loading.load_model(tmp_path / "saved", "bfloat16")
     assert training.validation_loss(loaded, rows) == pytest.approx(
-        training.validation_loss(models.cast(first, torch.bfloat16), rows), rel=1e-3
+        training.validation_loss(loading.cast(first, torch.bfloat16), rows), rel=1e-3
     )
 
 
@@ -235,7 +238,7 @@ def test_drafted_answers_are_those_of_plain_greedy_decoding(learned: Any, source
     random.Random(0).shuffle(rows)
     encoded = chat.encode_all(tokenizer, rows, 128)
     references = [row[-1]["content"] for row in rows]
-    stops = models.stop_ids(source / "model", tokenizer)
+    stops = loading.stop_ids(source / "model", tokenizer)
     metric = METRICS["json"]
     drafted = generation.answers(model, tokenizer, encoded, references, stops, limit, metric, "test")
     for row, answer, reference in zip(rows, drafted, references, strict=True):
@@ -260,9 +263,9 @@ def test_the_chain_from_source_to_student(source: Path, values: params.Params, t
     assert metrics["accuracy"] == report["distilled"]["accuracy"]
     lines = (tmp_path / "student/predictions.jsonl").read_text().splitlines()
     assert len(lines) == 12
-    student = models.load_model(tmp_path / "student/model", "bfloat16")
+    student = loading.load_model(tmp_path / "student/model", "bfloat16")
     assert student.config.num_hidden_layers == report["distilled"]["layers"] <= 4
-    teacher = models.load_config(tmp_path / "teacher/model")
+    teacher = loading.load_config(tmp_path / "teacher/model")
     assert student.config.intermediate_size < teacher["intermediate_size"]
 
 
@@ -281,9 +284,9 @@ def test_models_with_different_vocabularies_are_not_distilled(tiny_model_folder:
     tokenizer.add_tokens(["<|new|>"])
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ArtifactError, match=r"<\|new\|>"):
-        models.check_same_vocabulary(tiny_model_folder, tmp_path / "other")
+        loading.check_same_vocabulary(tiny_model_folder, tmp_path / "other")
     with pytest.raises(ArtifactError, match="embedding only 49152 rows"):
-        models.check_same_vocabulary(tmp_path / "other", tmp_path / "other")
+        loading.check_same_vocabulary(tmp_path / "other", tmp_path / "other")
 
 
 def test_of_several_students_the_one_that_validates_best_goes_on(tiny_params: dict, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from checkout import SLMOPS, ask, digests, environment, make_toy, prefect_server
 from test_pipeline import read, run_toy, runs
 from test_servers import DEADLINE_S, start, stop
 
-from flows import mlflow_store, servers
+from flows.servers import stack
+from flows.tracking import mlflow_store
 
 pytest.importorskip("prefect_dask", reason="prefect-dask is not installed: pip install 'slmops[dask]'")
 
@@ -139,7 +140,7 @@ def test_the_work_of_a_killed_worker_is_done_by_another(toy: Path) -> None:
 def test_where_every_worker_is_killed_the_run_fails_truly(toy: Path) -> None:
     up = start(toy)
     try:
-        api = f"{servers.running(toy).prefect}/api"
+        api = f"{stack.running(toy).prefect}/api"
         where = {"PREFECT_API_URL": api, "PREFECT_HOME": str(toy / "prefect"), "MLFLOW_TRACKING_URI": ""}
         arguments = ["--name", "one", "--set", "machine.retries=0"]
         code, said = during(toy, kill(toy, "distill-17"), *arguments, TOY_WAIT=json.dumps({"distill-17": 10}), **where)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from checkout import digests, dvc_python, environment, make_toy, slmops, started
 
-from tasks.stage import folder
+from tasks.frame.stage import folder
 from tasks.stages import STAGES
 
 DEADLINE_S = 300

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from tasks import chat, models
 from tasks.acquire import fit, rows
 from tasks.errors import ConfigError
+from tasks.models import chat, loading
 from tasks.params import Task
 
 
 @pytest.fixture(scope="module")
 def tokenizer(real_tokenizer_folder: Path) -> Any:
-    return models.load_tokenizer(real_tokenizer_folder)
+    return loading.load_tokenizer(real_tokenizer_folder)
 
 
 def row(where: str, asked: str = "where is it", said: str = "here") -> rows.Row:

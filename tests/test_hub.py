@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOMS, ROOT, tiny_rows, write_jsonl
 from hub_server import TOKEN, Hub, serve
 
-from tasks import manifest
+from tasks.frame import manifest
 
 DEADLINE_S = 300
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

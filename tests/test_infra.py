@@ -22,8 +22,6 @@ import yaml
 from checkout import ROOT, answers, commit, environment, free_ports, git, wait_for
 from test_servers import ask, database  # noqa: F401 (a fixture)
 
-from flows import quiet
-
 INFRA = ROOT / "infra"
 SECRET_NAME = re.compile(r"password|secret|token|auth|access_key", re.IGNORECASE)
 
@@ -93,7 +91,7 @@ def test_nothing_private_reaches_the_builder() -> None:
 
 def test_the_images_are_silent_unprivileged_and_hold_no_secret(build: dict) -> None:
     for name in ("server", "worker"):
-        assert quiet.OFF.items() <= variables(build[name]).items()
+        assert environment.OFF.items() <= variables(build[name]).items()
         assert of(build[name], "USER") == ["10001"]
         assert [word for word, _ in build[name]].index("USER") > [word for word, _ in build[name]].index("COPY")
         assert of(build[name], "ENTRYPOINT")[0].startswith('["tini"')

@@ -10,7 +10,7 @@ from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows import results
+from flows.report import results
 from tasks import params
 from tasks.errors import ArtifactError
 from tasks.judge import gates, judge

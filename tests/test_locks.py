@@ -11,7 +11,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows import locks, processes, versioning
+from flows.workspace import locks, processes, versioning
 from tasks.errors import ArtifactError, StageError
 
 GARBAGE = [b"", b"[]", b"7", b"{}", b'{"pid": 1}', b'{"name": "a", "pid": [], "started": 3}', b"\xff\x00", b'{"name"']
@@ -82,7 +82,7 @@ def test_what_is_no_process_does_not_live(text: str) -> None:
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from flows import locks
+from flows.workspace import locks
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, -1))
 with getattr(locks, sys.argv[1])(*[Path(sys.argv[2]), "name", "run"][: int(sys.argv[3])]):
     pass

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from tasks import params
-from tasks.stage import run
+from tasks.frame.stage import run
 from tasks.stages import STAGES
 
 WORDS = {"positive": ["great", "lovely", "superb", "fine"], "negative": ["awful", "broken", "poor", "bad"]}

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from package_inputs import add_variant, inputs, settings, to_gguf, trained
 
-from tasks import models, stage
 from tasks.errors import ArtifactError, StageError
+from tasks.frame import stage
+from tasks.models import loading
 from tasks.package import TARGETS, bundle, package
 from tasks.package.choose import candidates, choose
 from tasks.package.memory import minimum_ram
@@ -288,7 +289,7 @@ def test_memory_is_reckoned_from_the_config(model: Path):
         assert measured < minimum_ram("onnx", 118_339_048, config, context) < 1.35 * measured
     with pytest.raises(ArtifactError, match="hidden_size"):
         minimum_ram("gguf", 1, {"num_hidden_layers": 1, "num_attention_heads": 1}, 512)
-    assert minimum_ram("gguf", 0, models.load_config(model), 512) > 160e6
+    assert minimum_ram("gguf", 0, loading.load_config(model), 512) > 160e6
 
 
 def test_the_stage_as_the_pipeline_runs_it(folders: dict[str, Path], tiny_params: dict, tmp_path: Path):

@@ -27,7 +27,8 @@ from checkout import (
     wait_for,
 )
 
-from flows import mlflow_store, versioning
+from flows.tracking import mlflow_store
+from flows.workspace import versioning
 from tasks import params
 from tasks.errors import BrokenRuntimeError, ConfigError, PipelineError, StageError
 from tasks.stages import STAGES
@@ -58,7 +59,8 @@ def runs(root: Path) -> list[tuple[str, str]]:
 def test_params_that_are_edited_during_a_run_end_it_at_the_first_stage_that_reads_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import pipeline, workspace
+    from flows.run import pipeline
+    from flows.workspace import worktrees
 
     toy = make_toy(tmp_path)
     path = toy / "params.yaml"
@@ -70,7 +72,7 @@ def test_params_that_are_edited_during_a_run_end_it_at_the_first_stage_that_read
 
     monkeypatch.setenv("TOY_LOG", str(toy / "toy.log"))
     monkeypatch.setattr(pipeline, "_teller", lambda name, post: print)  # Prefect's part needs its server
-    with workspace.in_place(toy, "r", None, ()):
+    with worktrees.in_place(toy, "r", None, ()):
         path.write_text(path.read_text().replace("keep_runs: 5", "keep_runs: 6"))  # no stage reads it
         assert bring("acquire") == "ran"
         path.write_text(path.read_text().replace("epochs: 1.0", "epochs: 2.0"))

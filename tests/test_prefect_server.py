@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from flows import prefect_server
+from flows.servers import prefect_server
 
 NAMES = {"localhost", "host.example", "prefect.example:8443"}
 PAGE = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}

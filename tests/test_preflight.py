@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from flows import preflight
-from tasks import params, supports
+from flows.preflight import checks
+from tasks import params
 from tasks.distill import pruning
 from tasks.errors import ConfigError
+from tasks.models import supports
 from tasks.params import Distill
 
 
@@ -35,15 +36,15 @@ def test_what_cannot_be_done_later_is_told_first(
     tiny_params: dict, tmp_path: Path, kind: str, changes: dict, key: str
 ) -> None:
     with pytest.raises(ConfigError, match=key):
-        preflight.check(tmp_path, named(tiny_params, tmp_path, kind, **changes))
+        checks.check(tmp_path, named(tiny_params, tmp_path, kind, **changes))
 
 
 def test_what_can_be_done_passes_and_what_acquire_must_judge_is_left_to_it(tiny_params: dict, tmp_path: Path) -> None:
-    preflight.check(tmp_path, named(tiny_params, tmp_path, "llama", variants=["q8_0", "onnx-int4"]))
-    preflight.check(tmp_path, named(tiny_params, tmp_path, "lfm2", max_parameters=1.0))
+    checks.check(tmp_path, named(tiny_params, tmp_path, "llama", variants=["q8_0", "onnx-int4"]))
+    checks.check(tmp_path, named(tiny_params, tmp_path, "lfm2", max_parameters=1.0))
     checked = named(tiny_params, tmp_path, "lfm2")
     (tmp_path / "data" / "model" / "config.json").write_text("{")
-    preflight.check(tmp_path, checked)
+    checks.check(tmp_path, checked)
 
 
 def test_pruning_says_itself_what_it_cannot_do(tmp_path: Path) -> None:

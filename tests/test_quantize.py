@@ -11,8 +11,9 @@ import pytest
 from checkout import DEFAULTS
 from gguf_inputs import converted, quantized
 
-from tasks import manifest, params
+from tasks import params
 from tasks.errors import StageError
+from tasks.frame import manifest
 from tasks.quantize import BACKENDS, quantize
 
 PARAMS = params.load(DEFAULTS)

@@ -13,15 +13,17 @@ from checkout import DEFAULTS, ROOT
 from conftest import ROOMS, tiny_rows, write_jsonl
 from recipe_models import GEMMA_PLACE, MAKERS, TURNS
 
-from tasks import chat, models, params, stage
+from tasks import params
 from tasks.convert import convert, windows
 from tasks.distill import distill
 from tasks.errors import ArtifactError, ConfigError
 from tasks.finetune import finetune
+from tasks.frame import stage
+from tasks.models import chat, loading
 from tasks.package import _context, parity, turns
 from tasks.quantize import quantize
+from tasks.runtimes import llama
 from tasks.stages import STAGES
-from tasks.validate import llama_runtime
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 MODELS = [recipe for recipe in RECIPES if "model" in yaml.safe_load(recipe.read_text())["acquire"]]
@@ -144,11 +146,11 @@ def loss_of_choice(model: Any, prompt: list[int], said: list[int]) -> float:
 @pytest.mark.parametrize(("file", "within"), [("convert/teacher.gguf", 0.05), ("q8_0/model.gguf", 0.3)])
 def test_llama_cpp_answers_as_transformers_does(made: Path, file: str, within: float) -> None:
     folder = made / "build" / ("finetune" if "teacher" in file else "distill") / "model"
-    model, tokenizer = models.load_model(folder, "float32"), models.load_tokenizer(folder)
+    model, tokenizer = loading.load_model(folder, "float32"), loading.load_tokenizer(folder)
     rows = chat.encode_all(tokenizer, chat.read_rows(made / "build/acquire/data/test.jsonl"), 999)
     prompts, drafts = ([row.ids[part(row)] for row in rows] for part in (before, after))
-    stops = models.stop_ids(folder, tokenizer)
-    said = llama_runtime.answers(
+    stops = loading.stop_ids(folder, tokenizer)
+    said = llama.answers(
         made / "build" / file, prompts, drafts, stops=stops, limit=24, threads=2, advance=lambda _: None
     )
     assert all(said)
@@ -165,7 +167,7 @@ def after(row: chat.Encoded) -> slice:
 
 def test_what_is_learned_is_each_answer_and_the_end_of_its_turn(made: Path) -> None:
     folder = made / "build/distill/model"
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     row = chat.encode(tokenizer, TALK, 999)
     learned = "".join(tokenizer.decode([i]) if wanted else "|" for i, wanted in zip(row.ids, row.target, strict=True))
     end = ENDS[family(made)]
@@ -173,13 +175,13 @@ def test_what_is_learned_is_each_answer_and_the_end_of_its_turn(made: Path) -> N
     for cut in (2, 4):
         prompt = chat.prompt_ids(tokenizer, TALK[:cut])
         assert row.ids[: len(prompt)] == prompt
-    assert tokenizer.convert_tokens_to_ids(end) in models.stop_ids(folder, tokenizer)
+    assert tokenizer.convert_tokens_to_ids(end) in loading.stop_ids(folder, tokenizer)
     assert "<think>" not in tokenizer.decode(row.ids)  # what a server asks by default: a prompt without thoughts
 
 
 def test_the_packaged_file_sees_the_prompts_and_stops(made: Path) -> None:
     folder, file = made / "build/distill/model", made / "build/q8_0/model.gguf"
-    tokenizer, runtime = models.load_tokenizer(folder), parity.gguf(file)
+    tokenizer, runtime = loading.load_tokenizer(folder), parity.gguf(file)
     assert parity.check(folder, tokenizer, runtime, file, [TALK[:-1]]) == len(parity.CONVERSATIONS) + 1
     assert parity.needs_composed(tokenizer, runtime) == (family(made) == "qwen3")
     # Gemma's trims texts and has no system turn: only Jinja renders it.
@@ -194,10 +196,10 @@ def test_pruned_gemma_keeps_its_windows(made: Path) -> None:
     """llama.cpp would take the sixth block for the one that sees everything, wherever pruning has put it."""
     from gguf import GGUFReader
 
-    config = models.load_config(made / "build/distill/model")
+    config = loading.load_config(made / "build/distill/model")
     wanted = [kind == "sliding_attention" for kind in config["layer_types"]]
     assert windows.moved(config) == wanted
-    assert windows.moved(models.load_config(made / "build/finetune/model")) is None
+    assert windows.moved(loading.load_config(made / "build/finetune/model")) is None
     key = "gemma3.attention.sliding_window_pattern"
     assert GGUFReader(made / "build/q8_0/model.gguf").fields[key].contents() == wanted
     assert key not in GGUFReader(made / "build/convert/teacher.gguf").fields
@@ -207,11 +209,11 @@ def test_pruned_gemma_keeps_its_windows(made: Path) -> None:
 def test_many_answers_side_by_side_are_no_long_text_to_phi(made: Path) -> None:
     """llama.cpp turns to the rotary embedding for long texts by the size of the whole cache."""
     file, folder = made / "build/q8_0/model.gguf", made / "build/distill/model"
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     row = chat.encode(tokenizer, TALK, 999)
-    assert llama_runtime.first_context(file) == 4096 < llama_runtime.SLOTS * 200
+    assert llama.first_context(file) == 4096 < llama.SLOTS * 200
     few, many = (
-        llama_runtime.answers(
+        llama.answers(
             file,
             [row.ids[before(row)]],
             [row.ids[after(row)]],
@@ -235,8 +237,8 @@ def test_phi_is_not_packaged_for_the_other_rotary_embedding() -> None:
 
 @pytest.mark.parametrize("made", ["phi-4"], indirect=True)
 def test_what_names_code_is_left_behind(made: Path) -> None:
-    assert "auto_map" in models.load_config(made / "data/model")
-    assert "auto_map" not in models.load_config(made / "build/acquire/model")
+    assert "auto_map" in loading.load_config(made / "data/model")
+    assert "auto_map" not in loading.load_config(made / "build/acquire/model")
 
 
 def test_a_row_with_a_token_that_the_model_cannot_embed_is_named(originals: dict[str, Path], tmp_path: Path) -> None:
@@ -257,7 +259,7 @@ def test_gemma_without_its_vocabulary_is_refused_before_hours_of_training(
 
 
 def test_a_template_that_refuses_a_talk_has_the_eos_token_for_an_end(originals: dict[str, Path]) -> None:
-    tokenizer = models.load_tokenizer(originals["gemma3"])
+    tokenizer = loading.load_tokenizer(originals["gemma3"])
     assert tokenizer.convert_ids_to_tokens(chat.end_of_turn(tokenizer)) == "<end_of_turn>"
     tokenizer.chat_template = "{{ raise_exception('never') }}"
     assert chat.end_of_turn(tokenizer) == tokenizer.eos_token_id

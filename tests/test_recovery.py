@@ -27,7 +27,9 @@ from checkout import (
 from test_deployments import Servers
 from test_servers import DEADLINE_S, Up, database, left, start, stop  # noqa: F401 (a fixture)
 
-from flows import mlflow_store, spool, supervise, workspace
+from flows.servers import supervise
+from flows.tracking import mlflow_store, spool
+from flows.workspace import worktrees
 
 pytestmark = pytest.mark.slow
 TRUE_WITHIN_S = 120.0
@@ -117,7 +119,7 @@ def test_a_killed_run_ends_truly_within_two_minutes_and_a_retry_takes_it_up(up: 
     assert (tasks["finetune"], tasks["distill-17"], "RUNNING" in tasks.values()) == ("COMPLETED", "CRASHED", False)
     assert "Prefect was told that these tasks ended with their run: distill-17" in up.text()
     assert not processes(up, "-m tasks")
-    assert [each.state for each in workspace.runs(up.root)] == ["stopped"]
+    assert [each.state for each in worktrees.runs(up.root)] == ["stopped"]
     assert f"MLflow was told what run {name} left" in up.text()
 
     (up.root / "toy.wait").write_text("{}")
@@ -133,7 +135,7 @@ def test_a_run_goes_on_when_its_worker_and_its_servers_are_killed(toy: Path) -> 
         servers = Servers(up)
         run = servers.run("train-and-release", ONE)
         wait_for(lambda: "distill-17" in started(up.root))
-        for words in ("prefect worker start", "flows.prefect_server", "mlflow server"):
+        for words in ("prefect worker start", "flows.servers.prefect_server", "mlflow server"):
             for pid in processes(up, words):
                 os.kill(pid, signal.SIGKILL)
         for name in ("prefect", "mlflow", "worker"):

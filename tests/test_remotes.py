@@ -14,9 +14,9 @@ import pytest
 import yaml
 from checkout import ROOT, commit, dvc_python, free_ports, git
 
-from flows import versioning
+from flows.workspace import versioning
 from tasks.errors import ArtifactError, StageError
-from tasks.manifest import sha256
+from tasks.frame.manifest import sha256
 
 SECRET = "planted-secret-7f3a"
 

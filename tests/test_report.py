@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from flows import charts
-from flows.report import plots, write_report
+from flows.report import charts
+from flows.report.page import plots, write_report
 from tasks import params
 from tasks.errors import ArtifactError
 from tasks.package import bundle

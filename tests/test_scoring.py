@@ -8,8 +8,10 @@ from checkout import DEFAULTS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks import manifest, params, scoring, stage
+from tasks import params
 from tasks.errors import ConfigError
+from tasks.frame import manifest, stage
+from tasks.models import scoring
 from tasks.stages import STAGES
 
 NEAR = """import math

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from package_inputs import ROWS, add_variant, answer, inputs, settings, to_gguf, to_onnx, trained
 
-from tasks import chat, models
+from tasks.models import chat, loading
 from tasks.package import package
 
 DEADLINE = 120.0  # seconds; a busy machine is slow, a broken server never comes
@@ -74,7 +74,7 @@ def test_the_server_answers_as_the_model_does_and_stops(served: tuple[Path, int]
     choice = reply["choices"][0]
     assert choice["finish_reason"] == "stop"
     assert choice["message"]["content"] == answer(model, row[:-1]) == row[-1]["content"]
-    assert reply["usage"]["prompt_tokens"] == len(chat.prompt_ids(models.load_tokenizer(model), row[:-1]))
+    assert reply["usage"]["prompt_tokens"] == len(chat.prompt_ids(loading.load_tokenizer(model), row[:-1]))
 
 
 def test_the_request_in_the_readme_gives_the_answer_in_the_readme(served: tuple[Path, int]):
@@ -105,7 +105,7 @@ def test_the_onnx_bundle_answers_as_its_readme_says(model: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("row", ROWS[:2], ids=[row[1]["content"] for row in ROWS[:2]])
 def test_a_bundle_is_asked_as_the_model_was_trained(served: tuple[Path, int], model: Path, row: chat.Messages):
-    from flows.ask import answer as ask_bundle
+    from flows.release.ask import answer as ask_bundle
 
     place = served[0].parent
     assert ask_bundle(place, row[1]["content"]) == answer(model, row[:-1]) == row[-1]["content"]
@@ -113,7 +113,7 @@ def test_a_bundle_is_asked_as_the_model_was_trained(served: tuple[Path, int], mo
 
 
 def test_a_bundle_with_a_stray_file_is_not_asked(served: tuple[Path, int]):
-    from flows.ask import answer as ask_bundle
+    from flows.release.ask import answer as ask_bundle
     from tasks.errors import ArtifactError, ConfigError
 
     stray = served[0] / "aaa.gguf"

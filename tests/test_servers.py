@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from checkout import ROOT, SLMOPS, environment, free_ports, git, holding, make_toy, slmops, wait_for
 
-from flows import server_env, servers, supervise
+from flows.servers import server_env, stack, supervise
 from tasks.errors import ConfigError, PipelineError
 
 DEADLINE_S = 300
@@ -95,7 +95,7 @@ def stop(up: Up) -> None:
 
 
 def left(root: Path) -> list[int]:
-    return supervise.marked(f"{servers.MARK}={root}")
+    return supervise.marked(f"{stack.MARK}={root}")
 
 
 def refused(root: Path, *more: str, **extra: str) -> str:
@@ -133,7 +133,7 @@ def status(url: str, method: str, /, **headers: str) -> int:
 
 
 def asked(up: Up) -> dict[str, str]:
-    state = servers.running(up.root)
+    state = stack.running(up.root)
     assert state
     return {
         "prefect": f"{state.prefect}/api/flows/filter",
@@ -179,11 +179,11 @@ def test_the_page_of_the_runs_is_told_and_its_experiment_made_once() -> None:
     with HTTPServer(("127.0.0.1", 0), Store) as store:
         threading.Thread(target=store.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{store.server_port}"
-        assert [servers._experiment(address, each) for each in (None, "a:b")] == ["7", "7"]
+        assert [stack._experiment(address, each) for each in (None, "a:b")] == ["7", "7"]
         store.shutdown()
     assert made == ["slmops"]
-    assert servers._experiment(address, None) == ""  # nobody answers: the list of experiments is told
-    assert servers.State(1, "now", "http://p", "http://m", False, "7").text().split() == [
+    assert stack._experiment(address, None) == ""  # nobody answers: the list of experiments is told
+    assert stack.State(1, "now", "http://p", "http://m", False, "7").text().split() == [
         "Prefect", "http://p/runs", "MLflow", "http://m/#/experiments/7",
     ]  # fmt: skip
 
@@ -192,7 +192,7 @@ def test_the_page_of_the_runs_is_told_and_its_experiment_made_once() -> None:
 
 
 def test_all_three_are_up_and_told(plain: Up) -> None:
-    state = servers.running(plain.root)
+    state = stack.running(plain.root)
     assert state
     assert state.pid == plain.process.pid
     assert f"Prefect  {state.prefect}/runs\n" in plain.text()
@@ -200,7 +200,7 @@ def test_all_three_are_up_and_told(plain: Up) -> None:
     assert f"MLflow   {state.mlflow}/#/experiments/{state.experiment}\n" in plain.text()
     urls = asked(plain)
     assert ask(urls["prefect"], body={}) == ask(urls["mlflow"]) == 200
-    assert ask(f"{state.prefect}/api/work_pools/{servers.POOL}") == 200
+    assert ask(f"{state.prefect}/api/work_pools/{stack.POOL}") == 200
     assert (plain.root / ".runs" / "servers.json").stat().st_mode & 0o777 == 0o600
     logs = plain.root / ".runs" / "logs" / "servers"
     assert {path.name for path in logs.iterdir()} == {"prefect.log", "mlflow.log", "worker.log"}
@@ -211,7 +211,7 @@ def test_a_second_up_says_what_runs(plain: Up) -> None:
     done = slmops(plain.root, "up", **own(plain.root))
     assert done.returncode == 0, done.stderr
     assert f"as process {plain.process.pid}" in done.stdout
-    assert servers.running(plain.root).text() in done.stdout
+    assert stack.running(plain.root).text() in done.stdout
     assert left(plain.root) == before
 
 
@@ -242,7 +242,7 @@ def test_servers_answer_to_their_own_names_alone(plain: Up, server: str) -> None
     ],
 )
 def test_another_page_cannot_use_prefect(plain: Up, headers: dict[str, str]) -> None:
-    state = servers.running(plain.root)
+    state = stack.running(plain.root)
     for method in ("POST", "OPTIONS", "GET"):
         assert status(f"{state.prefect}/api/flows/filter", method, **headers) == 403
     assert status(f"{state.prefect}/api/flows/filter", "POST", Origin=state.prefect) == 200
@@ -252,7 +252,7 @@ def test_another_page_cannot_send_events_and_an_own_one_can(plain: Up) -> None:
     from websockets.exceptions import InvalidStatus
     from websockets.sync.client import connect
 
-    prefect = servers.running(plain.root).prefect
+    prefect = stack.running(plain.root).prefect
     socket_in, socket_out = (f"{prefect.replace('http', 'ws')}/api/events/{way}" for way in ("in", "out"))
     for headers in ({"origin": "http://evil.example"}, {"additional_headers": {"Sec-Fetch-Site": "cross-site"}}):
         for place in (socket_in, socket_out):
@@ -266,7 +266,7 @@ def test_another_page_cannot_send_events_and_an_own_one_can(plain: Up) -> None:
 
 
 def test_prefects_pages_open_and_may_not_be_framed(plain: Up) -> None:
-    prefect = servers.running(plain.root).prefect
+    prefect = stack.running(plain.root).prefect
     link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Accept": "text/html"}
     request = urllib.request.Request(f"{prefect}/runs", headers={**link, "Sec-Fetch-Dest": "document"})
     with urllib.request.urlopen(request, timeout=20) as page:
@@ -276,8 +276,8 @@ def test_prefects_pages_open_and_may_not_be_framed(plain: Up) -> None:
 
 
 def test_commands_find_the_servers(plain: Up, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = servers.running(plain.root)
-    found = servers.settings(plain.root)
+    state = stack.running(plain.root)
+    found = stack.settings(plain.root)
     assert (found["PREFECT_API_URL"], found["MLFLOW_TRACKING_URI"]) == (f"{state.prefect}/api", state.mlflow)
     assert found["PREFECT_SERVER_EPHEMERAL_ENABLED"] == "false"
 
@@ -298,7 +298,7 @@ def test_a_server_that_dies_is_told_and_comes_back(plain: Up) -> None:
 
 
 def test_leases_and_runs_are_kept_on_the_disk(plain: Up) -> None:
-    limits = f"{servers.running(plain.root).prefect}/api/v2/concurrency_limits/"
+    limits = f"{stack.running(plain.root).prefect}/api/v2/concurrency_limits/"
     assert answered(limits, {"name": "disk", "limit": 1}) == 201
     assert answered(f"{limits}increment-with-lease", {"names": ["disk"], "slots": 1, "lease_duration": 60}) == 200
     assert len(list((plain.root / "prefect" / "concurrency_leases").glob("*-*.json"))) == 1
@@ -311,7 +311,7 @@ def test_no_more_flows_run_at_once_than_told_and_all_end_with_their_servers(tmp_
     up = start(root, "--runs", "1")
     try:
         (root / "sleeper.py").write_text(SLEEPER)
-        env = {**own(root), **servers.settings(root)}
+        env = {**own(root), **stack.settings(root)}
         subprocess.run([sys.executable, "sleeper.py"], cwd=root, env=env, check=True, capture_output=True)
         wait_for((root / "asleep-600").exists)
         assert (root / "awake").exists()
@@ -324,11 +324,11 @@ def test_no_more_flows_run_at_once_than_told_and_all_end_with_their_servers(tmp_
 
 @pytest.mark.slow
 def test_a_run_uses_them_and_its_record_stays_when_they_are_gone(plain: Up) -> None:
-    from flows import mlflow_store
+    from flows.tracking import mlflow_store
 
     done = slmops(plain.root, "run", "--name", "under-up", **own(plain.root))
     assert done.returncode == 0, done.stderr
-    state = servers.running(plain.root)
+    state = stack.running(plain.root)
     request = urllib.request.Request(
         f"{state.prefect}/api/flow_runs/filter", b"{}", {"Content-Type": "application/json"}
     )
@@ -349,7 +349,7 @@ def test_sigterm_leaves_no_process_and_no_state(plain: Up) -> None:
     assert plain.process.returncode == 0, plain.text()
     assert left(plain.root) == []
     assert not (plain.root / ".runs" / "servers.json").exists()
-    assert servers.settings(plain.root) == {}
+    assert stack.settings(plain.root) == {}
 
 
 @pytest.mark.slow
@@ -360,14 +360,14 @@ def test_after_kill_9_the_next_up_ends_what_was_left(tmp_path: Path) -> None:
     first.process.kill()
     first.process.wait()
     assert (root / ".runs" / "servers.json").exists()
-    assert servers.settings(root) == {}  # a stale file is not believed
+    assert stack.settings(root) == {}  # a stale file is not believed
     assert left(root)
 
     second = start(root)
     try:
         assert f"ended {len(orphans)} processes that a killed `slmops up` had left" in second.text()
         assert not orphans & set(left(root))
-        assert servers.running(root).pid == second.process.pid
+        assert stack.running(root).pid == second.process.pid
     finally:
         stop(second)
     assert left(root) == []
@@ -436,16 +436,17 @@ def test_deployments_are_applied_and_a_failure_is_told(tmp_path: Path, capsys: p
     # What the process that applies them finds: a package `flows` with such a file.
     package = tmp_path / "flows"
     package.mkdir()
+    (package / "deployed").mkdir(parents=True)
     (package / "__init__.py").touch()
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "WHERE": "http://127.0.0.1:1/api"}
     code = "import os\ndef apply(root, place):\n    return [root.name, place.name, os.environ['WHERE']]\n"
-    (package / "deployments.py").write_text(code)
-    servers.apply_deployments(tmp_path, env, Path("/workspace/checkout"))
+    (package / "deployed" / "apply.py").write_text(code)
+    stack.apply_deployments(tmp_path, env, Path("/workspace/checkout"))
     assert capsys.readouterr().out == f"deployments: {tmp_path.name}, checkout, http://127.0.0.1:1/api\n"
 
-    (package / "deployments.py").write_text("def apply(root, place):\n    raise OSError('no such pool')\n")
+    (package / "deployed" / "apply.py").write_text("def apply(root, place):\n    raise OSError('no such pool')\n")
     with pytest.raises(PipelineError, match=r"(?s)were not applied:.*no such pool.*then `slmops deploy`"):
-        servers.apply_deployments(tmp_path, env)
+        stack.apply_deployments(tmp_path, env)
 
 
 # --- the supervisor ----------------------------------------------------------------------------------
@@ -570,7 +571,7 @@ def test_a_command_without_passwords_is_told_which(guarded: Up, monkeypatch: pyt
     assert "set PREFECT_API_AUTH_STRING, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD" in done.stderr
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "a:b")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert servers.settings(guarded.root)["PREFECT_API_URL"].endswith("/api")
+    assert stack.settings(guarded.root)["PREFECT_API_URL"].endswith("/api")
 
 
 @pytest.mark.slow
@@ -663,7 +664,7 @@ def test_both_servers_on_postgresql(postgres: str, tmp_path: Path) -> None:
     try:
         urls = asked(up)
         assert ask(urls["prefect"], body={}) == ask(urls["mlflow"]) == 200
-        state = servers.running(root)
+        state = stack.running(root)
         assert ask(f"{state.mlflow}/api/2.0/mlflow/experiments/create", body={"name": "kept"}) == 200
         with psycopg2.connect(postgres) as connection, connection.cursor() as cursor:
             cursor.execute("SELECT table_schema FROM information_schema.tables WHERE table_name = 'alembic_version'")
@@ -671,7 +672,7 @@ def test_both_servers_on_postgresql(postgres: str, tmp_path: Path) -> None:
             cursor.execute("SELECT name FROM mlflow.experiments WHERE name = 'kept'")
             assert cursor.fetchall() == [("kept",)]
             cursor.execute("SELECT name FROM prefect.work_pool")
-            assert cursor.fetchall() == [(servers.POOL,)]
+            assert cursor.fetchall() == [(stack.POOL,)]
         connection.close()
         texts = [path.read_bytes() for path in (root / ".runs").rglob("*") if path.is_file()] + [up.output.read_bytes()]
         texts += [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in [*left(root), up.process.pid]]

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from checkout import DEFAULTS
 
-from tasks import manifest, params, stage
+from tasks import params
 from tasks.errors import ArtifactError, ConfigError, StageError
-from tasks.stage import Stage
+from tasks.frame import manifest, stage
+from tasks.frame.stage import Stage
 
 
 def write(_: object, *, out: Path) -> dict[str, float]:

@@ -10,7 +10,7 @@ from checkout import DEFAULTS, commit, git
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flows import strictness
+from flows.deployed import policy
 from tasks import params
 from tasks.errors import ConfigError
 from tasks.judge import gates as judging
@@ -47,14 +47,14 @@ def changed(**values: Any) -> params.Params:
 @busy
 @given(policies)
 def test_a_policy_is_as_strict_as_itself(one: params.Params) -> None:
-    assert strictness.loosened(one, one) == []
+    assert policy.loosened(one, one) == []
 
 
 @busy
 @given(policies, policies, policies)
 def test_strictness_is_transitive(one: params.Params, two: params.Params, three: params.Params) -> None:
-    if not strictness.loosened(one, two) and not strictness.loosened(two, three):
-        assert strictness.loosened(one, three) == []
+    if not policy.loosened(one, two) and not policy.loosened(two, three):
+        assert policy.loosened(one, three) == []
 
 
 @busy
@@ -62,7 +62,7 @@ def test_strictness_is_transitive(one: params.Params, two: params.Params, three:
 def test_what_passes_the_stricter_gates_passes_the_others(
     said: params.Params, wanted: params.Params, values: dict[str, float]
 ) -> None:
-    if strictness.loosened(said, wanted):
+    if policy.loosened(said, wanted):
         return
     if judging.judge(wanted.validate_, values, {})["verdict"] == "pass":
         assert judging.judge(said.validate_, values, {})["verdict"] == "pass"
@@ -84,7 +84,7 @@ def test_what_passes_the_stricter_gates_passes_the_others(
     ],
 )  # fmt: skip
 def test_what_is_looser_is_told_by_its_key(section: str, values: dict[str, Any], key: str) -> None:
-    found = strictness.loosened(changed(), changed(**{section: values}))
+    found = policy.loosened(changed(), changed(**{section: values}))
     assert found
     assert all(line.startswith(key) for line in found)
 
@@ -95,8 +95,8 @@ def test_what_is_off_may_be_on_and_a_margin_may_grow_but_not_back() -> None:
         release={"approval": "manual", "separate_duties": True, "margin": 0.1, "expires_hours": 1.0},
         validate={"gates": [*RAW["validate"]["gates"], {"name": "accuracy", "at_least": 0.9}], "max_half_width": 0.01},
     )
-    assert strictness.loosened(loose, strict) == []
-    assert len(strictness.loosened(strict, loose)) == 6
+    assert policy.loosened(loose, strict) == []
+    assert len(policy.loosened(strict, loose)) == 6
 
 
 # --- whose say counts ----------------------------------------------------------------------------------
@@ -117,11 +117,11 @@ def say(root: Path, release: dict[str, Any], **sections: Any) -> str:
 
 def test_an_old_commit_brings_no_old_policy_back(root: Path) -> None:
     old = git(root, "rev-parse", "HEAD")
-    strictness.check(root, old, changed())
+    policy.check(root, old, changed())
     say(root, {"separate_duties": True})
     with pytest.raises(ConfigError, match=r"release\.separate_duties.*HEAD"):
-        strictness.check(root, old, changed())
-    strictness.check(root, old, changed(release={"separate_duties": True}))
+        policy.check(root, old, changed())
+    policy.check(root, old, changed(release={"separate_duties": True}))
 
 
 def test_a_newer_commit_speaks_for_itself(root: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_newer_commit_speaks_for_itself(root: Path) -> None:
     git(root, "checkout", "-q", "-b", "other")
     say(root, {"separate_duties": False})
     git(root, "checkout", "-q", "main")
-    strictness.check(root, "other", changed())
+    policy.check(root, "other", changed())
 
 
 def test_what_a_run_committed_is_not_a_persons_say(root: Path) -> None:
@@ -141,18 +141,18 @@ def test_what_a_run_committed_is_not_a_persons_say(root: Path) -> None:
     git(root, "checkout", "-q", "main")
     for name in ("runs/a", "runs/b", git(root, "rev-parse", "runs/b")):
         with pytest.raises(ConfigError, match=r"validate\.gates"):
-            strictness.check(root, name, changed(validate={"gates": []}))
-        strictness.check(root, name, changed())
+            policy.check(root, name, changed(validate={"gates": []}))
+        policy.check(root, name, changed())
     git(root, "merge", "-q", "runs/b")  # a person takes it over
-    strictness.check(root, "HEAD", changed(validate={"gates": []}))
+    policy.check(root, "HEAD", changed(validate={"gates": []}))
 
 
 def test_a_form_without_gates_makes_no_run(root: Path) -> None:
-    from flows import deployments
+    from flows.deployed import entrypoints
 
     def planned(**form: Any) -> params.Params:
         chosen = {key.replace("_", ".", 1): value for key, value in form.items()}
-        return deployments._planned(root, "a", "HEAD", deployments._overrides(chosen))
+        return entrypoints._planned(root, "a", "HEAD", entrypoints._overrides(chosen))
 
     for form in ({"validate_gates": []}, {"release_approval": "auto"}, {"release_margin": -0.1}):
         with pytest.raises(ConfigError, match=next(iter(form)).replace("_", r"\.")):

@@ -12,8 +12,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from package_inputs import digits_apart, to_gguf, to_onnx, trained
 
-from tasks import chat, models
 from tasks.errors import ArtifactError, StageError
+from tasks.models import chat, loading
 from tasks.package import parity, target_ollama
 from tasks.package.release import Release
 from tasks.package.turns import Turns, probe, render
@@ -42,7 +42,7 @@ def model(tiny_model_folder: Path) -> Path:
 
 @pytest.fixture
 def tokenizer(model: Path):
-    return models.load_tokenizer(model)
+    return loading.load_tokenizer(model)
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from checkout import DEFAULTS, empty_store
 
-from flows import mlflow_store, spool, tracking
-from flows.versioning import Outcome
-from tasks import manifest, params
+from flows.tracking import mlflow_runs, mlflow_store, spool
+from flows.workspace.versioning import Outcome
+from tasks import params
 from tasks.errors import ArtifactError, ConfigError, StageError
+from tasks.frame import manifest
 from tasks.stages import STAGES
 
 PARAMS = params.load(DEFAULTS)
@@ -49,7 +50,7 @@ def found(main: Path) -> dict[str, Any]:
 
 
 def test_a_run_is_a_parent_with_a_nested_child_a_stage(main: Path) -> None:
-    tracker = tracking.Tracker(main, "first", PARAMS, {"slmops.flow_run": "f1", "slmops.git_commit": "abc"})
+    tracker = mlflow_runs.Tracker(main, "first", PARAMS, {"slmops.flow_run": "f1", "slmops.git_commit": "abc"})
     tracker.begin(STAGES["quantize"], "q4_0")
     for step in range(2500):
         tracker.point(STAGES["quantize"], "q4_0", "loss", 1 / (step + 1), step)
@@ -75,7 +76,7 @@ def test_a_run_is_a_parent_with_a_nested_child_a_stage(main: Path) -> None:
 
 def test_a_retry_opens_its_run_again(main: Path) -> None:
     stage = STAGES["convert"]
-    tracker = tracking.Tracker(main, "r", PARAMS, {"slmops.flow_run": "f1"})
+    tracker = mlflow_runs.Tracker(main, "r", PARAMS, {"slmops.flow_run": "f1"})
     tracker.begin(stage, None)
     tracker.fail(stage, None, "the disk is full", "FAILED")
     tracker.begin(stage, None)
@@ -90,7 +91,7 @@ def test_a_retry_opens_its_run_again(main: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from flows import mlflow_store, spool, tracking
+from flows.tracking import mlflow_store, spool, mlflow_runs
 from tasks import params
 from tasks.stages import STAGES
 tracker = tracking.Tracker(Path(sys.argv[1]), "dead", params.load(Path(sys.argv[2])), {"slmops.flow_run": "f1"})
@@ -121,7 +122,7 @@ def test_what_a_killed_run_left_is_told_and_closed_by_the_next(main: Path, told:
     kill_a_run(main, told)
     assert spool.left(main) == ["f1"]
     said: list[str] = []
-    tracking.Tracker(main, "next", PARAMS, {"slmops.flow_run": "f2"}, said.append).close("FINISHED", {}, {}, ())
+    mlflow_runs.Tracker(main, "next", PARAMS, {"slmops.flow_run": "f2"}, said.append).close("FINISHED", {}, {}, ())
     runs = found(main)
     assert {name: run.info.status for name, run in runs.items()} == {
         "dead": "KILLED", "distill@17": "KILLED", "next": "FINISHED",
@@ -134,7 +135,7 @@ def test_what_a_killed_run_left_is_told_and_closed_by_the_next(main: Path, told:
 
 def test_a_killed_run_that_is_taken_up_again_is_not_closed(main: Path) -> None:
     kill_a_run(main, "told")
-    tracker = tracking.Tracker(main, "dead", PARAMS, {"slmops.flow_run": "f1"})
+    tracker = mlflow_runs.Tracker(main, "dead", PARAMS, {"slmops.flow_run": "f1"})
     tracker.begin(STAGES["distill"], "17")
     tracker.end(STAGES["distill"], "17", output(main, answer=1.0), RAN)
     tracker.close("FINISHED", {}, {}, ())
@@ -242,9 +243,9 @@ def test_a_damaged_database_is_told(tmp_path: Path) -> None:
 def test_a_run_goes_on_without_mlflow_and_tells_it_later(main: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setattr(tracking, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(mlflow_runs, "PATIENCE_S", 0.1)
     said: list[str] = []
-    tracker = tracking.Tracker(main, "r", PARAMS, {"slmops.flow_run": "f1"}, said.append)
+    tracker = mlflow_runs.Tracker(main, "r", PARAMS, {"slmops.flow_run": "f1"}, said.append)
     tracker.begin(STAGES["convert"], None)
     tracker.point(STAGES["convert"], None, "loss", 0.5, 1)
     tracker.end(STAGES["convert"], None, output(main), RAN)
@@ -267,7 +268,7 @@ def test_a_run_goes_on_without_mlflow_and_tells_it_later(main: Path, monkeypatch
 
 
 def test_what_mlflow_refuses_fails_the_run(main: Path) -> None:
-    tracker = tracking.Tracker(main, "r", PARAMS, {"slmops.flow_run": "f1"})
+    tracker = mlflow_runs.Tracker(main, "r", PARAMS, {"slmops.flow_run": "f1"})
     tracker.begin(STAGES["convert"], None)
     tracker.point(STAGES["convert"], None, "no/such//name", 0.5, 1)
     tracker.end(STAGES["convert"], None, output(main), RAN)
@@ -342,4 +343,4 @@ def test_an_address_with_a_password_is_refused_and_not_repeated(
 
 
 def test_the_run_of_a_pipeline_has_the_parameters_of_all_stages() -> None:
-    assert set(tracking.SECTIONS) == {name.split(".")[0] for stage in STAGES.values() for name in stage.sections}
+    assert set(mlflow_runs.SECTIONS) == {name.split(".")[0] for stage in STAGES.values() for name in stage.sections}

@@ -12,10 +12,11 @@ from conftest import ROOMS, tiny_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import chat, models, training
-from tasks.chat import Encoded
 from tasks.errors import ConfigError, StageError
-from tasks.logits import Head
+from tasks.learning import training
+from tasks.models import chat, loading
+from tasks.models.chat import Encoded
+from tasks.models.logits import Head
 from tasks.params import Training
 
 SETTINGS = Training(
@@ -25,12 +26,12 @@ SETTINGS = Training(
 
 @pytest.fixture(scope="module")
 def model(tiny_model_folder: Path) -> Any:
-    return models.load_model(tiny_model_folder, "float32")
+    return loading.load_model(tiny_model_folder, "float32")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model_folder: Path) -> Any:
-    return models.load_tokenizer(tiny_model_folder)
+    return loading.load_tokenizer(tiny_model_folder)
 
 
 @pytest.fixture(scope="module")
@@ -130,16 +131,16 @@ def test_the_faster_arithmetic_of_this_machine_is_chosen(
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("asks the CPU's rates only where they decide")
-    monkeypatch.setattr(models, "has_bf16", lambda: True)
-    monkeypatch.setattr(models, "product_rates", lambda: {"float32": ratio, "bfloat16": 1.0})
-    assert models.arithmetic("auto") == chosen
-    assert [models.arithmetic("bf16"), models.arithmetic("fp32")] == ["bfloat16", "float32"]
+    monkeypatch.setattr(loading, "has_bf16", lambda: True)
+    monkeypatch.setattr(loading, "product_rates", lambda: {"float32": ratio, "bfloat16": 1.0})
+    assert loading.arithmetic("auto") == chosen
+    assert [loading.arithmetic("bf16"), loading.arithmetic("fp32")] == ["bfloat16", "float32"]
 
 
 def test_rates_of_products_are_measured_once() -> None:
-    assert models.product_rates() is models.product_rates()
-    assert models.product_rates().keys() == {"float32", "bfloat16"}
-    assert min(models.product_rates().values()) > 1e7
+    assert loading.product_rates() is loading.product_rates()
+    assert loading.product_rates().keys() == {"float32", "bfloat16"}
+    assert min(loading.product_rates().values()) > 1e7
 
 
 def test_frozen_embeddings_stay_and_the_rest_moves(model: Any, rows: list[Encoded], tmp_path: Path) -> None:

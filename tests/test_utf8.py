@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STARTS = r"""
 import os, sys
 from pathlib import Path
-from tasks import utf8
+from tasks.frame import utf8
 
 utf8.ensure()
 Path(sys.argv[1]).write_text("gr\u00f6\u00dfe \u898f\u6a21")

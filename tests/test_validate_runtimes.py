@@ -11,11 +11,14 @@ from checkout import DEFAULTS
 from conftest import ROOMS, tiny_rows
 from gguf_inputs import converted, quantized
 
-from tasks import chat, models, params
+from tasks import params
 from tasks.errors import ArtifactError, ConfigError
+from tasks.models import chat, loading
 from tasks.quantize import quantize
-from tasks.selftest import llama, tiny
-from tasks.validate import likelihood, llama_runtime, onnx_runtime
+from tasks.runtimes import llama, onnx_genai
+from tasks.selftest import llama as selftest_llama
+from tasks.selftest import tiny
+from tasks.validate import likelihood
 
 LIMIT = 10
 
@@ -29,7 +32,7 @@ def lively(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     torch.manual_seed(3)
     config = LlamaConfig.from_pretrained(tiny_model_folder, tie_word_embeddings=False, initializer_range=0.3)
     out = tmp_path_factory.mktemp("lively")
-    models.save(LlamaForCausalLM(config), models.load_tokenizer(tiny_model_folder), out)
+    loading.save(LlamaForCausalLM(config), loading.load_tokenizer(tiny_model_folder), out)
     return out
 
 
@@ -45,13 +48,13 @@ class Wide(NamedTuple):
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Wide:
     folder, shape = tmp_path_factory.mktemp("wide"), tiny.SHAPES[0]
     model = tiny.model(shape)
-    llama.write(model, shape, folder / "student.gguf")
+    selftest_llama.write(model, shape, folder / "student.gguf")
     return Wide(model, shape, folder)
 
 
 @pytest.fixture(scope="module")
 def prompts(tiny_model_folder: Path) -> list[list[int]]:
-    tokenizer = models.load_tokenizer(tiny_model_folder)
+    tokenizer = loading.load_tokenizer(tiny_model_folder)
     return [chat.prompt_ids(tokenizer, row["messages"][:-1]) for row in tiny_rows(ROOMS)]
 
 
@@ -81,11 +84,11 @@ def test_a_file_as_wide_as_a_real_one_computes_what_torch_does(wide: Wide, tmp_p
     """Rows of 576 and 1536 take kernels that those of the tiny model do not: tiles, and blocks of 256."""
     quantize(params.load(DEFAULTS), student=tmp_path, converted=wide.folder, variant=variant, out=tmp_path)
     file, ids = tmp_path / "model.gguf", tiny.tokens()
-    wanted = tiny.reference(wide.model, llama.weights(file, wide.shape), ids)
-    with llama_runtime.window_logits(file, len(ids), 2) as logits:
+    wanted = tiny.reference(wide.model, selftest_llama.weights(file, wide.shape), ids)
+    with llama.window_logits(file, len(ids), 2) as logits:
         tiny.disturb()
         whole = tiny.distance(logits(ids, 0), wanted[:-1])
-    with llama_runtime.Session(file, threads=2, cells=64) as session:
+    with llama.Session(file, threads=2, cells=64) as session:
         ones = [session.decode([token], [at], [0], [True])[0].copy() for at, token in enumerate(ids[:24])]
     one_by_one = tiny.distance(np.stack(ones), wanted[:24])
     for found in (whole, one_by_one):
@@ -106,7 +109,7 @@ def shortfalls(file: Path, prompts: list[list[int]], answers: list[list[int]], s
     After an answer that is shorter than LIMIT the choice was one of `stops`.
     """
     found = []
-    with llama_runtime.Session(file, threads=1, cells=256) as session:
+    with llama.Session(file, threads=1, cells=256) as session:
         for prompt, answer in zip(prompts, answers, strict=True):
             session.clear()
             choices = [[token] for token in answer] + ([stops] if len(answer) < LIMIT else [])
@@ -135,10 +138,10 @@ def test_answers_are_those_of_plain_greedy_decoding(lively: Path, prompts: list[
     for drafts in (right, wrong, half, [each[0] for each in zip(right, wrong, half, strict=True)][::-1]):
         counted: list[int] = []
         common = {"stops": stops, "limit": LIMIT}
-        found = llama_runtime.answers(file, prompts, drafts, **common, threads=2, advance=counted.append)
+        found = llama.answers(file, prompts, drafts, **common, threads=2, advance=counted.append)
         assert max(shortfalls(file, prompts, found, stops)) < TIE
         assert sum(counted) == len(prompts)
-        assert found == llama_runtime.answers(file, prompts, drafts, **common, threads=1, advance=lambda _: None)
+        assert found == llama.answers(file, prompts, drafts, **common, threads=1, advance=lambda _: None)
         assert not any(token in stops for answer in found for token in answer)
     other = [[7] * LIMIT for _ in expected]
     assert min(shortfalls(file, prompts, other, stops)) > 4 * TIE
@@ -147,7 +150,7 @@ def test_answers_are_those_of_plain_greedy_decoding(lively: Path, prompts: list[
 @pytest.mark.parametrize("variant", ["q8_0", "onnx-int4"])
 def test_an_answer_is_cut_where_no_end_can_make_it_right(lively: Path, prompts: list[list[int]], variant: str) -> None:
     folder = quantized(lively, variant)
-    runtime, file = (onnx_runtime, "model") if variant == "onnx-int4" else (llama_runtime, "model.gguf")
+    runtime, file = (onnx_genai, "model") if variant == "onnx-int4" else (llama, "model.gguf")
     common = {"stops": [2], "limit": LIMIT, "threads": 1, "advance": lambda _: None}
     whole = runtime.answers(folder / file, prompts, [[2]] * len(prompts), **common)
 
@@ -162,8 +165,8 @@ def test_more_rows_than_slots_and_a_lone_row(lively: Path, prompts: list[list[in
     file = quantized(lively, "q8_0") / "model.gguf"
     many = [prompt[: len(prompt) - i % 3] for i, prompt in enumerate(prompts * 3)]
     common = {"stops": [2], "limit": LIMIT, "threads": 1, "advance": lambda _: None}
-    found = llama_runtime.answers(file, many, [[2]] * len(many), **common)
-    alone = [llama_runtime.answers(file, [prompt], [[2]], **common)[0] for prompt in many[:6]]
+    found = llama.answers(file, many, [[2]] * len(many), **common)
+    alone = [llama.answers(file, [prompt], [[2]], **common)[0] for prompt in many[:6]]
     for answers in (found[:6], alone):
         assert max(shortfalls(file, many[:6], answers, [2])) < TIE
     assert len(found) == len(many)
@@ -174,7 +177,7 @@ def test_more_rows_than_slots_and_a_lone_row(lively: Path, prompts: list[list[in
     [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2, 3], [1, 2, 3]], 2), ([[1, 2], [1, 2, 3]], 1), ([[1], [2]], 0), ([[5]], 0)],
 )
 def test_the_shared_beginning_leaves_a_token_of_each_prompt(prompts: list[list[int]], shared: int) -> None:
-    assert llama_runtime._common_prefix(prompts) == shared
+    assert llama._common_prefix(prompts) == shared
 
 
 # --- likelihood ------------------------------------------------------------------------------------
@@ -182,7 +185,7 @@ def test_the_shared_beginning_leaves_a_token_of_each_prompt(prompts: list[list[i
 
 @pytest.fixture(scope="module")
 def text(tiny_model_folder: Path) -> list[int]:
-    tokenizer = models.load_tokenizer(tiny_model_folder)
+    tokenizer = loading.load_tokenizer(tiny_model_folder)
     return [id for row in tiny_rows(ROOMS) for id in tokenizer.apply_chat_template(row["messages"], return_dict=False)]
 
 
@@ -192,8 +195,8 @@ def compared(reference: Path, file: Path, windows: list[list[int]], threads: int
     torch.set_num_threads(threads)
     context = len(windows[0])
     with (
-        llama_runtime.window_logits(reference, context, threads) as base,
-        llama_runtime.window_logits(file, context, threads) as ours,
+        llama.window_logits(reference, context, threads) as base,
+        llama.window_logits(file, context, threads) as ours,
     ):
         return likelihood.compare(base, ours, windows)
 
@@ -202,8 +205,8 @@ def test_perplexity_and_kld_are_those_of_the_definition(tiny_model_folder: Path,
     """The same numbers from transformers' logits in float64, written down from the definition."""
     import torch
 
-    model = models.load_model(tiny_model_folder, "float32").to("cpu")
-    halved = models.load_model(tiny_model_folder, "float32").to("cpu")
+    model = loading.load_model(tiny_model_folder, "float32").to("cpu")
+    halved = loading.load_model(tiny_model_folder, "float32").to("cpu")
     with torch.no_grad():
         halved.model.norm.weight.mul_(0.5)
     windows = likelihood.split(text, 96, 3, None)
@@ -211,7 +214,7 @@ def test_perplexity_and_kld_are_those_of_the_definition(tiny_model_folder: Path,
     def by_transformers(of: object) -> likelihood.WindowLogits:
         return lambda window, first: of(torch.tensor([window])).logits[0, first:-1].detach().numpy()
 
-    with llama_runtime.window_logits(converted(tiny_model_folder) / "student.gguf", 96, 1) as base, torch.no_grad():
+    with llama.window_logits(converted(tiny_model_folder) / "student.gguf", 96, 1) as base, torch.no_grad():
         found = likelihood.compare(base, by_transformers(halved), windows)
         nll, base_nll, kld, same = [], [], [], []
         for window in windows:
@@ -269,7 +272,7 @@ def test_infinite_perplexity_is_no_crash() -> None:
 def test_a_damaged_file_is_named(tiny_model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ArtifactError, match=r"model\.gguf: llama\.cpp cannot load it: .+"):
-        llama_runtime.Session(tmp_path / "model.gguf", threads=1, cells=32)
+        llama.Session(tmp_path / "model.gguf", threads=1, cells=32)
     (tmp_path / "onnx").mkdir()
     with pytest.raises(ArtifactError, match="ONNX Runtime GenAI cannot load it"):
-        onnx_runtime.load(tmp_path / "onnx", 1)
+        onnx_genai.load(tmp_path / "onnx", 1)

@@ -12,8 +12,9 @@ from checkout import DEFAULTS, wait_for
 from conftest import ROOMS, tiny_rows, write_jsonl
 from gguf_inputs import ROOT, converted, quantized, stage_input
 
-from tasks import cores, params
+from tasks import params
 from tasks.errors import ArtifactError, StageError
+from tasks.frame import cores
 from tasks.validate import EVALUATORS, validate
 from tasks.validate.measure import measure
 
@@ -132,7 +133,7 @@ def test_a_missing_file_is_named(inputs: dict, tmp_path: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from tasks import cores
+from tasks.frame import cores
 name, kind, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 log = (folder / "log").open("a", buffering=1)
 with getattr(cores, kind)(folder):

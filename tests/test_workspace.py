@@ -12,7 +12,7 @@ import pytest
 import yaml
 from checkout import DEFAULTS, commit, dvc_python, git, make_toy
 
-from flows import files, locks, versioning, workspace
+from flows.workspace import files, locks, versioning, worktrees
 from tasks.errors import ArtifactError, ConfigError, StageError
 
 
@@ -26,19 +26,19 @@ def lines(root: Path) -> list[str]:
 
 
 def test_the_workspace_is_found_from_any_folder_in_it(root: Path) -> None:
-    assert workspace.find(root / "data" / "rows") == root
+    assert worktrees.find(root / "data" / "rows") == root
     with pytest.raises(ConfigError, match="lies in no workspace"):
-        workspace.find(root.parent)
+        worktrees.find(root.parent)
 
 
 def test_what_is_under_no_commit_is_told_what_to_do(root: Path) -> None:
-    workspace.check_commit(root)
+    worktrees.check_commit(root)
     shutil.rmtree(root / ".git")
     with pytest.raises(ConfigError, match="git init"):
-        workspace.main_root(root)
+        worktrees.main_root(root)
     git(root, "init", "-q")
     with pytest.raises(ConfigError, match="git commit"):
-        workspace.check_commit(root)
+        worktrees.check_commit(root)
 
 
 def test_a_persons_settings_of_git_neither_stop_a_run_nor_change_a_byte(
@@ -57,12 +57,12 @@ def test_a_persons_settings_of_git_neither_stop_a_run_nor_change_a_byte(
         git(root, "config", name, value)
     monkeypatch.setenv("GIT_DIR", str(program.parent / "another.git"))  # as in a hook
     monkeypatch.setenv("GIT_INDEX_FILE", str(program.parent / "index"))
-    with workspace.worktree(root, "r", "HEAD", None, ["finetune.epochs=0.5"]) as place:
+    with worktrees.worktree(root, "r", "HEAD", None, ["finetune.epochs=0.5"]) as place:
         assert b"\r" not in (place / "params.yaml").read_bytes() + (place / "dvc.yaml").read_bytes()
         (place / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
-        commit = workspace.finish(place, "r", "Run r\n\n# as it is\n")
-    assert workspace.git(root, "show", "-s", "--format=%B", commit) == "Run r\n\n# as it is"
-    assert workspace.finished(root) == ["r"]
+        commit = worktrees.finish(place, "r", "Run r\n\n# as it is\n")
+    assert worktrees.git(root, "show", "-s", "--format=%B", commit) == "Run r\n\n# as it is"
+    assert worktrees.finished(root) == ["r"]
     assert (root / "params.yaml").read_bytes() == before
     assert not program.with_name("post-commit.ran").exists()
 
@@ -107,7 +107,7 @@ def _until_free(root: Path) -> None:
 
 def test_overrides_are_written_with_every_comment_kept(root: Path) -> None:
     source = DEFAULTS
-    text, checked = workspace.effective(
+    text, checked = worktrees.effective(
         source.read_bytes(), "params.yaml", ["distill.epochs=3.5", "package.choose=fastest"]
     )
     assert (checked.distill.epochs, checked.package.choose) == (3.5, "fastest")
@@ -119,7 +119,7 @@ def test_overrides_are_written_with_every_comment_kept(root: Path) -> None:
 
 def test_wrong_values_leave_params_yaml_alone(root: Path) -> None:
     before = lines(root)
-    with pytest.raises(ConfigError, match=r"distill\.epoch: unknown key: did you mean 'epochs'"), workspace.in_place(root, "a", None, ["distill.epoch=3"]):  # fmt: skip
+    with pytest.raises(ConfigError, match=r"distill\.epoch: unknown key: did you mean 'epochs'"), worktrees.in_place(root, "a", None, ["distill.epoch=3"]):  # fmt: skip
         pytest.fail("a run would start")
     assert lines(root) == before
 
@@ -133,10 +133,10 @@ def test_a_params_file_never_replaces_changes_that_are_not_committed(
     other.write_text(yaml.safe_dump(raw))
     (root / "params.yaml").write_text((root / "params.yaml").read_text() + "# mine\n")
     with pytest.raises(ConfigError, match=r"not committed, and --params .* would replace them"):
-        workspace.write_params(root, other, [])
+        worktrees.write_params(root, other, [])
     assert lines(root)[-1] == "# mine"
     git(root, "checkout", "params.yaml")
-    workspace.write_params(root, other, ["distill.epochs=6.0"])
+    worktrees.write_params(root, other, ["distill.epochs=6.0"])
     assert yaml.safe_load((root / "params.yaml").read_text())["finetune"]["epochs"] == 5.0
     assert yaml.safe_load((root / "params.yaml").read_text())["distill"]["epochs"] == 6.0
 
@@ -144,52 +144,52 @@ def test_a_params_file_never_replaces_changes_that_are_not_committed(
 def test_a_worktree_has_its_own_params_the_shared_cache_and_an_end_on_its_branch(root: Path) -> None:
     (root / "notes.txt").write_text("staged, and none of a run's business")
     git(root, "add", "notes.txt")
-    with workspace.worktree(root, "one", "HEAD", None, ["distill.epochs=7.0"]) as place:
+    with worktrees.worktree(root, "one", "HEAD", None, ["distill.epochs=7.0"]) as place:
         assert place == root / ".runs" / "one"
         assert yaml.safe_load((place / "params.yaml").read_text())["distill"]["epochs"] == 7.0
         assert versioning.cache_folder(place) == versioning.cache_folder(root)
-        assert [(run.name, run.state) for run in workspace.runs(root)] == [("one", "running")]
+        assert [(run.name, run.state) for run in worktrees.runs(root)] == [("one", "running")]
         with pytest.raises(ConfigError, match="still works"):
-            workspace.prune(root, ["one"])
+            worktrees.prune(root, ["one"])
         (place / "dvc.lock").write_text("schema: '2.0'\n")
-        made = workspace.finish(place, "one", "Run one")
+        made = worktrees.finish(place, "one", "Run one")
     assert git(root, "rev-parse", "runs/one") == made
     assert set(git(root, "show", "--name-only", "--format=", "runs/one").split()) == {"params.yaml", "dvc.lock"}
     assert git(root, "status", "--porcelain") == "A  notes.txt"
-    assert [(run.name, run.state) for run in workspace.runs(root)] == [("one", "finished")]
+    assert [(run.name, run.state) for run in worktrees.runs(root)] == [("one", "finished")]
 
-    assert workspace.prune(root) == ["one"]
-    assert workspace.runs(root) == []
+    assert worktrees.prune(root) == ["one"]
+    assert worktrees.runs(root) == []
     assert not (root / ".runs" / "one").exists()
     assert git(root, "rev-parse", "runs/one") == made
     with (
         pytest.raises(ConfigError, match="has ended as branch runs/one"),
-        workspace.worktree(root, "one", "HEAD", None, []),
+        worktrees.worktree(root, "one", "HEAD", None, []),
     ):
         pytest.fail("a finished run would be overwritten")
 
 
 def test_a_run_that_stopped_is_taken_up_again(root: Path) -> None:
-    with workspace.worktree(root, "two", "HEAD", None, ["distill.epochs=7.0"]) as place:
+    with worktrees.worktree(root, "two", "HEAD", None, ["distill.epochs=7.0"]) as place:
         (place / "build").mkdir()
         (place / "build" / "left").write_text("half a run")
-    assert [run.state for run in workspace.runs(root)] == ["stopped"]
-    assert workspace.prune(root) == []
-    with workspace.worktree(root, "two", "HEAD", None, []) as place:
+    assert [run.state for run in worktrees.runs(root)] == ["stopped"]
+    assert worktrees.prune(root) == []
+    with worktrees.worktree(root, "two", "HEAD", None, []) as place:
         assert (place / "build" / "left").exists()
         assert yaml.safe_load((place / "params.yaml").read_text())["distill"]["epochs"] == 7.0
-    assert workspace.prune(root, ["two"]) == ["two"]
+    assert worktrees.prune(root, ["two"]) == ["two"]
     assert git(root, "branch", "--list", "runs/two") == ""
     with pytest.raises(ConfigError, match="no run named two"):
-        workspace.prune(root, ["two"])
+        worktrees.prune(root, ["two"])
 
 
 def test_a_commit_needs_no_configured_person(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
         monkeypatch.setenv(name, "/dev/null")
-    with workspace.worktree(root, "anon", "HEAD", None, []) as place:
+    with worktrees.worktree(root, "anon", "HEAD", None, []) as place:
         (place / "dvc.lock").write_text("schema: '2.0'\n")
-        workspace.finish(place, "anon", "Run anon")
+        worktrees.finish(place, "anon", "Run anon")
     assert git(root, "log", "-1", "--format=%an", "runs/anon") == "slmops"
 
 
@@ -207,7 +207,7 @@ def test_a_commit_needs_no_configured_person(root: Path, monkeypatch: pytest.Mon
 def test_a_worktree_that_cannot_be_leaves_nothing_behind(
     root: Path, name: str, revision: str, override: str, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message), workspace.worktree(root, name, revision, None, [override]):
+    with pytest.raises(ConfigError, match=message), worktrees.worktree(root, name, revision, None, [override]):
         pytest.fail("it was made")
     assert git(root, "branch", "--list", "runs/*") == ""
     assert git(root, "worktree", "list").count("\n") == 0
@@ -217,20 +217,20 @@ def test_local_inputs_must_be_part_of_the_commit(root: Path) -> None:
     git(root, "rm", "-rq", "--cached", "data")
     (root / ".gitignore").write_text((root / ".gitignore").read_text() + "/data\n")
     commit(root)
-    with pytest.raises(ConfigError, match=r"`git add` and commit it, `dvc add` it"), workspace.worktree(root, "x", "HEAD", None, []):  # fmt: skip
+    with pytest.raises(ConfigError, match=r"`git add` and commit it, `dvc add` it"), worktrees.worktree(root, "x", "HEAD", None, []):  # fmt: skip
         pytest.fail("the data would be missing")
 
     subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "data"], cwd=root, check=True)
     git(root, "add", "-f", "data.dvc")
     commit(root)
-    with workspace.worktree(root, "x", "HEAD", None, []) as place:
+    with worktrees.worktree(root, "x", "HEAD", None, []) as place:
         assert (place / "data" / "rows" / "train.jsonl").read_text() == "{}\n"
 
 
 def test_changes_that_a_worktree_does_not_see_are_listed(root: Path) -> None:
-    assert workspace.uncommitted(root) == []
+    assert worktrees.uncommitted(root) == []
     (root / "params.yaml").write_text((root / "params.yaml").read_text() + "# mine\n")
-    assert workspace.uncommitted(root) == ["params.yaml"]
+    assert worktrees.uncommitted(root) == ["params.yaml"]
 
 
 # --- DVC's own files ---------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_a_key_that_dvc_reads_is_missed_before_the_work(root: Path, section: str
         del raw[section]
     (root / "params.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(ConfigError, match=f"{section}.{key}" if key else section):
-        workspace.write_params(root, None, [])
+        worktrees.write_params(root, None, [])
 
 
 def test_a_missing_pointer_in_the_cache_is_a_stage_error(root: Path) -> None:
@@ -301,9 +301,9 @@ def test_a_missing_pointer_in_the_cache_is_a_stage_error(root: Path) -> None:
 
 def ended(root: Path, name: str, *overrides: str) -> Path:
     """A worktree whose run is finished."""
-    with workspace.worktree(root, name, "HEAD", None, overrides) as place:
+    with worktrees.worktree(root, name, "HEAD", None, overrides) as place:
         (place / "dvc.lock").write_text("schema: '2.0'\n")
-        workspace.finish(place, name, f"Run {name}")
+        worktrees.finish(place, name, f"Run {name}")
     return place
 
 
@@ -316,7 +316,7 @@ def test_a_worktree_uses_the_remotes_and_local_settings_of_its_checkout(root: Pa
     ):
         dvc(root, *command)
     before = dvc(root, "config", "--list")
-    with workspace.worktree(root, "shares", "HEAD", None, []) as place:
+    with worktrees.worktree(root, "shares", "HEAD", None, []) as place:
         assert dvc(place, "config", "core.remote") == "store\n"
         remotes = [line.split()[:2] for line in dvc(place, "remote", "list").splitlines()]
         assert remotes == [["store", str(root.parent / "store")], ["cloud", "s3://models/here"]]
@@ -335,8 +335,8 @@ def dvc(root: Path, *arguments: str) -> str:
 
 def test_a_commit_that_git_would_take_for_an_option_is_refused(root: Path) -> None:
     with pytest.raises(ConfigError, match="names no commit, branch or tag"):
-        workspace.planned(root, "one", f"--output={root}/x", None, [])
-    assert workspace.planned(root, "one", "HEAD~0", None, [])
+        worktrees.planned(root, "one", f"--output={root}/x", None, [])
+    assert worktrees.planned(root, "one", "HEAD~0", None, [])
 
 
 def test_a_branch_of_a_remote_is_fetched_before_it_is_run(root: Path, tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_a_branch_of_a_remote_is_fetched_before_it_is_run(root: Path, tmp_path: 
     git(root, "commit", "-q", "--allow-empty", "-m", "newer")
     branch = git(root, "branch", "--show-current")
     for asked, new in (("HEAD", False), (f"origin/{branch}", True)):
-        workspace.fetch(clone, asked)
+        worktrees.fetch(clone, asked)
         assert (git(clone, "rev-parse", f"origin/{branch}") == git(root, "rev-parse", "HEAD")) == new
 
 
@@ -380,21 +380,21 @@ def test_the_model_of_a_killed_run_is_free_at_once(root: Path) -> None:
 def test_old_worktrees_go_but_none_that_works_or_waits(root: Path) -> None:
     for name in ("a", "b", "c", "d"):
         ended(root, name)
-    files.write(root / ".runs" / "b" / workspace.QUESTION, "{}")
+    files.write(root / ".runs" / "b" / worktrees.QUESTION, "{}")
     with locks.locked(root / ".runs" / "a", "a"):
-        assert workspace.retire(root, 1) == ["c"]
-    assert [(run.name, run.state) for run in workspace.runs(root)] == [
+        assert worktrees.retire(root, 1) == ["c"]
+    assert [(run.name, run.state) for run in worktrees.runs(root)] == [
         ("a", "finished"), ("b", "waiting"), ("d", "finished"),
     ]  # fmt: skip
     assert git(root, "show", "runs/c:params.yaml")
-    assert set(workspace.finished(root)) == {"a", "b", "c", "d"}
+    assert set(worktrees.finished(root)) == {"a", "b", "c", "d"}
     with pytest.raises(ConfigError, match="run b waits for approval"):
-        workspace.prune(root, ["b"])
-    assert workspace.retire(root, 5) == []
+        worktrees.prune(root, ["b"])
+    assert worktrees.retire(root, 5) == []
     for name in ("e", "f"):  # runs that stopped on the way
-        with workspace.worktree(root, name, "HEAD", None, []):
+        with worktrees.worktree(root, name, "HEAD", None, []):
             pass
-    assert workspace.retire(root, 1) == ["a", "e"]
+    assert worktrees.retire(root, 1) == ["a", "e"]
     assert git(root, "branch", "--list", "runs/*", "--format=%(refname:short)").split() == [
         f"runs/{each}" for each in "abcdf"
     ]
@@ -423,9 +423,9 @@ def test_gc_keeps_what_branches_worktrees_and_the_checkout_need_and_asks_first(r
     versioning.share(tree, root)
     kept += [held(tree, "of-a-worktree"), held(root, "of-the-checkout")]
     loose = held(None, "of-nothing")
-    workspace.collect(root, do=False)
+    worktrees.collect(root, do=False)
     assert loose.exists()
-    workspace.collect(root, do=True)
+    worktrees.collect(root, do=True)
     assert [path.exists() for path in [*kept, loose]] == [True, True, True, False]
     with locks.locked(tree, "stopped"), pytest.raises(ConfigError, match="stopped"):
-        workspace.collect(root, do=True)
+        worktrees.collect(root, do=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import dated, events, logits, manifest, models, scoring, supports
 from tasks.acquire import (
     data_sources,
     dequantise,
@@ -25,8 +24,10 @@ from tasks.acquire import (
     watched,
 )
 from tasks.errors import ArtifactError, ConfigError, brief
+from tasks.frame import events, manifest
+from tasks.frame.stage import need_space
+from tasks.models import dated, loading, logits, scoring, supports
 from tasks.params import OwnMetric, Params
-from tasks.stage import need_space
 
 __all__ = ["acquire"]
 
@@ -68,7 +69,7 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
     licence_text = model_sources.read_licence(found.licence_text) if found.licence_text else None
     opened = _open_gguf(found, settings.licences) if found.path.is_file() else _open_folder(found, settings.licences)
     tokenizer, config = opened.tokenizer, opened.model.config
-    if not models.fits(tokenizer, config.vocab_size):
+    if not loading.fits(tokenizer, config.vocab_size):
         raise ArtifactError(
             f"the tokenizer knows {len(tokenizer)} tokens, the model's vocabulary has {config.vocab_size}: they do not "
             "belong together, so take both from one place"
@@ -81,7 +82,7 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
     fit.check(tokenizer, config, splits, params.task)
     events.doing("check the weights")
     _check_numbers(opened.model)
-    parameters = models.count(opened.model)
+    parameters = loading.count(opened.model)
     events.doing("save the model")
     _save(opened, stops, out / "model")
 
@@ -100,7 +101,7 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
             "licence": opened.licence,
             "architecture": opened.model.config.model_type,
             "parameters": parameters,
-            "size_class": models.size_class(parameters),
+            "size_class": loading.size_class(parameters),
         },
         "data": {
             "source": settings.data.source,
@@ -155,20 +156,20 @@ def _open_folder(found: model_sources.Found, allowed: tuple[str, ...]) -> _Opene
     folder = found.path
     model_sources.check_licence(found.licence, allowed, str(folder), required=True)
     config = safe_weights.check_folder(folder)
-    if config.get("model_type") in models.DENSE:  # before the weights are fetched; else by their headers
-        _refuse_too_large(models.parameters_from_config(config), str(folder))
+    if config.get("model_type") in loading.DENSE:  # before the weights are fetched; else by their headers
+        _refuse_too_large(loading.parameters_from_config(config), str(folder))
     found.finish()
     tensors, files = safe_weights.check_weights(folder)
     safe_weights.refuse_quantised(tensors, str(folder))
     parameters = safe_weights.parameters(tensors, config)
     _refuse_too_large(parameters, str(folder))
-    tokenizer = models.load_tokenizer(folder)
-    with models.foreign(f"{folder}: transformers cannot load this model"):
+    tokenizer = loading.load_tokenizer(folder)
+    with loading.foreign(f"{folder}: transformers cannot load this model"):
         settings = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(settings)
     _refuse_other_sizes(str(folder), empty, tensors, parameters)
-    with models.foreign(f"{folder}: transformers cannot load this model"):
+    with loading.foreign(f"{folder}: transformers cannot load this model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
@@ -180,7 +181,7 @@ def _open_folder(found: model_sources.Found, allowed: tuple[str, ...]) -> _Opene
 
 def _refuse_other_sizes(where: str, empty: Any, tensors: safe_weights.Tensors, parameters: int) -> None:
     """Refuse weights of other sizes than the configuration's, before anything is allocated."""
-    announced = models.count(empty)
+    announced = loading.count(empty)
     if announced > _ROOM * parameters:
         raise ArtifactError(
             f"{where}: config.json announces a model of {announced} parameters, the weights have {parameters}: take both "
@@ -188,7 +189,7 @@ def _refuse_other_sizes(where: str, empty: Any, tensors: safe_weights.Tensors, p
         )
     own = {name: tuple(each.shape) for name, each in empty.state_dict().items()}
     wrong = [name for name, (_, shape) in tensors.items() if own.get(name, shape) != shape]
-    if wrong and empty.config.model_type in models.DENSE:  # of others transformers may arrange weights anew
+    if wrong and empty.config.model_type in loading.DENSE:  # of others transformers may arrange weights anew
         raise ArtifactError(
             f"{where}: {wrong[0]} has the shape {list(tensors[wrong[0]][1])} where config.json asks for {list(own[wrong[0]])}: "
             "take config.json and weights from one commit"
@@ -218,10 +219,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _refuse_too_large(parameters: int, where: str) -> None:
-    if models.size_class(parameters) == "teacher-only":
+    if loading.size_class(parameters) == "teacher-only":
         raise ArtifactError(
             f"{where} has {parameters / 1e9:.1f}B parameters: the student is cut from this model, and above "
-            f"{models.MEDIUM / 1e9:.0f}B a model can only be a teacher: choose a smaller one"
+            f"{loading.MEDIUM / 1e9:.0f}B a model can only be a teacher: choose a smaller one"
         )
 
 
@@ -239,9 +240,9 @@ def _save(opened: _Opened, stops: Sequence[int], out: Path) -> None:
     from transformers import GenerationConfig
 
     model, tokenizer = opened.model, opened.tokenizer
-    if model.config.model_type.startswith("gemma") and not models.sentence_pieces(tokenizer).is_file():
+    if model.config.model_type.startswith("gemma") and not loading.sentence_pieces(tokenizer).is_file():
         raise ArtifactError(
-            f"{models.sentence_pieces(tokenizer)} is missing: llama.cpp's converter reads a Gemma model's vocabulary from this "
+            f"{loading.sentence_pieces(tokenizer)} is missing: llama.cpp's converter reads a Gemma model's vocabulary from this "
             "file: take the model, with it, from its own repository (acquire.model.source: local or hub)"
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -249,8 +250,8 @@ def _save(opened: _Opened, stops: Sequence[int], out: Path) -> None:
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=list(stops), pad_token_id=pad, do_sample=False
     )
-    need_space(out, 2 * models.count(model))
-    models.save(model, tokenizer, out)
+    need_space(out, 2 * loading.count(model))
+    loading.save(model, tokenizer, out)
 
 
 def _copy_metric(metric: OwnMetric, test: Sequence[rows.Row], root: Path, target: Path) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks import jsonl
 from tasks.acquire import pointers
+from tasks.frame import jsonl
 
 Found = Iterator[tuple[str, dict[str, Any] | str]]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import events
 from tasks.acquire import containers, hub, rows
 from tasks.acquire.model_sources import card_licence
 from tasks.errors import ConfigError
+from tasks.frame import events
 from tasks.params import HubData, LocalData
 
 ALL = "all"  # the role of a single file that is split here

@@ -13,11 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tasks import events
 from tasks.acquire.config_check import MAX_SIZE
 from tasks.acquire.gguf_check import GgufInfo
 from tasks.errors import ArtifactError, brief
-from tasks.models import choose_template, foreign
+from tasks.frame import events
+from tasks.models.loading import choose_template, foreign
 
 CURE = "use the model's safetensors instead (acquire.model.source: local or hub)"
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from tasks import bounded, chat, models
 from tasks.errors import ArtifactError, brief
+from tasks.frame import bounded
+from tasks.models import chat, loading
 
 # At these llama.cpp stops by their names (llama-vocab.cpp); besides them only at the one eos token of the GGUF, which its
 # converter takes from the tokenizer.
@@ -28,7 +29,7 @@ def stops(model: Any, tokenizer: Any) -> list[int]:
     listed = told if isinstance(told, list) else [told]
     template = "the model's chat template"
     with (
-        models.foreign(f"{template} cannot be rendered", "choose a model with a working one"),
+        loading.foreign(f"{template} cannot be rendered", "choose a model with a working one"),
         bounded.seconds(TEMPLATE_S, template),
     ):
         end = chat.end_of_turn(tokenizer)
@@ -41,7 +42,7 @@ def stops(model: Any, tokenizer: Any) -> list[int]:
             "generation_config.json, or take the model from its source again"
         )
     # Of other architectures the converter may write further ends into the GGUF.
-    others = sorted(found - {eos}) if model.config.model_type in models.DENSE else []
+    others = sorted(found - {eos}) if model.config.model_type in loading.DENSE else []
     passed = [tokenizer.convert_ids_to_tokens(i) for i in others]
     if unknown := [text for text in passed if text not in NAMES]:
         turn = tokenizer.convert_ids_to_tokens(end)

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks import chat, events
 from tasks.acquire import rows
+from tasks.frame import events
+from tasks.models import chat
 from tasks.params import Task
 
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tasks.acquire.containers import missing
-from tasks.chat import Messages
+from tasks.models.chat import Messages
 
 DIALOGUES = ("messages", "conversations", "conversation")
 # What is asked and what is answered, in the order in which they are looked for.

@@ -13,10 +13,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from tasks import events
 from tasks.acquire import containers
 from tasks.errors import ArtifactError, ConfigError, StageError, brief
-from tasks.stage import need_space
+from tasks.frame import events
+from tasks.frame.stage import need_space
 
 TIMEOUT = 10.0  # seconds to the first answer; an unreachable hub must not hold a person up
 MODEL_FILES = (

@@ -6,9 +6,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from tasks import events, manifest, models
 from tasks.acquire import cards, hub, safe_weights
 from tasks.errors import ArtifactError, ConfigError
+from tasks.frame import events, manifest
+from tasks.models import loading
 from tasks.params import GgufModel, HubModel, LocalModel, PackageModel
 
 MAX_LICENCE = 2**20  # bytes
@@ -97,7 +98,7 @@ def from_hub(source: HubModel, root: Path, scratch: Path) -> Found:
     folder = scratch / "model"
     hub.download(repository, [name for name in repository.files if not name.endswith(".safetensors")], folder)
     # Code is never fetched; what transformers has itself does without it (Phi's repositories hold some).
-    if safe_weights.check_architecture(folder).get("model_type") not in models.DENSE:
+    if safe_weights.check_architecture(folder).get("model_type") not in loading.DENSE:
         safe_weights.check_names(str(repository), list(repository.names))
     return Found(
         folder,

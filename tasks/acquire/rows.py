@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tasks import events, jsonl, manifest, scoring
 from tasks.acquire import containers, forms, near_duplicates
-from tasks.chat import Messages
 from tasks.errors import ConfigError
+from tasks.frame import events, jsonl, manifest
+from tasks.models import scoring
+from tasks.models.chat import Messages
 
 SPLITS = ("train", "validation", "test")
 UNLABELLED = "unlabelled"

@@ -10,12 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tasks import crashes
 from tasks.convert import windows
 from tasks.errors import StageError
-from tasks.events import progress
+from tasks.frame import crashes
+from tasks.frame.events import progress
+from tasks.frame.stage import disk_full, need_space, require_file
 from tasks.params import Params
-from tasks.stage import disk_full, need_space, require_file
 
 CONVERTER = Path("share") / "llama.cpp" / "convert_hf_to_gguf.py"  # below sys.prefix
 

@@ -6,15 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tasks import events, jsonl, models
-from tasks.chat import Encoded, Messages, encode_all, end_of_turn, prompt_ids, read_rows
 from tasks.distill.pruning import prune
 from tasks.distill.targets import cache_targets, distillation
-from tasks.generation import answers, continued
+from tasks.frame import events, jsonl
+from tasks.learning.generation import answers, continued
+from tasks.learning.training import cross_entropy, train
+from tasks.models import loading
+from tasks.models.chat import Encoded, Messages, encode_all, end_of_turn, prompt_ids, read_rows
+from tasks.models.scoring import Metric, accuracy, judged, per_group
+from tasks.models.scoring import load as load_metric
 from tasks.params import Params
-from tasks.scoring import Metric, accuracy, judged, per_group
-from tasks.scoring import load as load_metric
-from tasks.training import cross_entropy, train
 
 SAMPLE = 400  # test rows that tell what the model was as acquired, and pruned: no verdict rests on them
 # The student reads rows in another order than a teacher of the same seed, so that where an epoch is not read to its end
@@ -34,22 +35,22 @@ def distill(params: Params, *, source: Path, teacher: Path, seed: int, out: Path
     settings, task = params.distill, params.task
     order = seed ^ ORDER
     events.doing("load libraries and rows")
-    tokenizer = models.load_tokenizer(teacher / "model")
-    models.check_same_vocabulary(teacher / "model", source / "model")
+    tokenizer = loading.load_tokenizer(teacher / "model")
+    loading.check_same_vocabulary(teacher / "model", source / "model")
     splits = {name: read_rows(source / "data" / f"{name}.jsonl") for name in ("train", "validation", "test")}
     encoded = {name: encode_all(tokenizer, rows, task.max_length) for name, rows in splits.items()}
     judge = _Judge(
         tokenizer,
         splits["test"],
         encoded["test"],
-        models.stop_ids(teacher / "model", tokenizer),
+        loading.stop_ids(teacher / "model", tokenizer),
         params,
         load_metric(task.metric, source),
     )
 
-    dtype = models.arithmetic(settings.precision)
+    dtype = loading.arithmetic(settings.precision)
     events.doing("load the teacher")
-    model = models.load_model(teacher / "model", dtype)
+    model = loading.load_model(teacher / "model", dtype)
     judge.add("teacher", model)
     rows = encoded["train"] + _answered(model, tokenizer, source, judge.stops, params, scratch)
     lookup = cache_targets(model, rows, settings, scratch / "targets.safetensors", order)
@@ -66,12 +67,12 @@ def distill(params: Params, *, source: Path, teacher: Path, seed: int, out: Path
     objective = distillation(model, lookup, settings)
     history = train(model, rows, encoded["validation"], settings, objective, scratch, "distill", seed=order)
     events.doing("save the student")
-    models.save(model, tokenizer, out / "model")
+    loading.save(model, tokenizer, out / "model")
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n")
     events.doing("load the student")
-    judge.add("distilled", models.load_model(out / "model", dtype))
+    judge.add("distilled", loading.load_model(out / "model", dtype))
     events.doing("load the base model")
-    judge.add("base", models.load_model(source / "model", dtype), SAMPLE)
+    judge.add("base", loading.load_model(source / "model", dtype), SAMPLE)
     judge.write(out)
     teacher_facts, student = judge.models["teacher"], judge.models["distilled"]
     base = judge.models["base"]["accuracy"]
@@ -137,11 +138,11 @@ class _Judge:
         self.models[name] = {
             "accuracy": accuracy(correct),
             "rows": len(chosen),
-            "parameters": models.count(model),
+            "parameters": loading.count(model),
             "layers": model.config.num_hidden_layers,
             "per_group": per_group(references, correct),
         }
-        events.note(f"{name}: accuracy {accuracy(correct):.3f}, {models.count(model) / 1e6:.1f} M parameters")
+        events.note(f"{name}: accuracy {accuracy(correct):.3f}, {loading.count(model) / 1e6:.1f} M parameters")
 
     def write(self, out: Path) -> None:
         """`models.json` and `predictions.jsonl`."""

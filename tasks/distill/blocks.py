@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tasks import packing
-from tasks.chat import Encoded
-from tasks.packing import Packed, pack
+from tasks.learning import packing
+from tasks.learning.packing import Packed, pack
+from tasks.models.chat import Encoded
 
 ROWS = 32  # of a packed sequence
 

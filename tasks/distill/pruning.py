@@ -16,17 +16,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks import events, models, packing, supports
-from tasks.chat import Encoded
 from tasks.distill.blocks import Call, calls_of, first_blocks, output_of, packed_rows, remove
 from tasks.distill.plan import planned
 from tasks.distill.width import can_narrow, narrow, resize
 from tasks.errors import ConfigError
-from tasks.logits import head_of
-from tasks.packing import pack, tokens
+from tasks.frame import events
+from tasks.frame.stage import need_space
+from tasks.learning import packing
+from tasks.learning.packing import pack, tokens
+from tasks.learning.training import log_probs
+from tasks.models import loading, supports
+from tasks.models.chat import Encoded
+from tasks.models.logits import head_of
 from tasks.params import Distill
-from tasks.stage import need_space
-from tasks.training import log_probs
 
 RIDGE = 0.05  # of the mean square of the inner layer: 0.01 fits the rows better, and all others worse
 
@@ -51,7 +53,7 @@ def prune(
     alike = hasattr(decoder, "norm") and all(hasattr(layer, "self_attn") for layer in layers)
     if not layers or not alike or kind in supports.UNPRUNABLE:
         raise ConfigError(supports.cannot_prune(kind))
-    total = models.count(model)
+    total = loading.count(model)
     block = sum(p.numel() for p in layers[0].parameters())
     inner = model.config.intermediate_size if can_narrow(model) else 0
     gone, channels = planned(settings, total, len(layers), block, inner, 3 * model.config.hidden_size)

@@ -10,10 +10,11 @@ the last, each on what the narrowed ones before it hand on. No training, no labe
 from collections.abc import Sequence
 from typing import Any
 
-from tasks import events, packing
-from tasks.chat import Encoded
 from tasks.distill.blocks import calls_of, output_of, packed_rows
-from tasks.packing import Packed, tokens
+from tasks.frame import events
+from tasks.learning import packing
+from tasks.learning.packing import Packed, tokens
+from tasks.models.chat import Encoded
 
 RIDGE = 0.01  # of the mean square of the inner channels
 STEP = 64  # channels that go before the rest is weighed again

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-from tasks import events, models
-from tasks.chat import encode_all, read_rows
+from tasks.frame import events
+from tasks.frame.stage import place
+from tasks.learning.training import cross_entropy, train, validation_loss
+from tasks.models import loading
+from tasks.models.chat import encode_all, read_rows
 from tasks.params import Params
-from tasks.stage import place
-from tasks.training import cross_entropy, train, validation_loss
 
 
 def finetune(params: Params, *, source: Path, out: Path, scratch: Path) -> dict[str, float]:
@@ -23,16 +24,16 @@ def finetune(params: Params, *, source: Path, out: Path, scratch: Path) -> dict[
         (out / "history.json").write_text("[]\n")
         return {"steps": 0.0}
     events.doing("load libraries and rows")
-    tokenizer = models.load_tokenizer(source / "model")
+    tokenizer = loading.load_tokenizer(source / "model")
     rows = encode_all(tokenizer, read_rows(source / "data" / "train.jsonl"), task.max_length)
     validation = encode_all(tokenizer, read_rows(source / "data" / "validation.jsonl"), task.max_length)
     events.doing("load the model")
-    model = models.load_model(source / "model", models.arithmetic(settings.precision))  # its weights are bf16
+    model = loading.load_model(source / "model", loading.arithmetic(settings.precision))  # its weights are bf16
     events.doing("loss before training")
     before = validation_loss(model, validation)
     history = train(model, rows, validation, settings, cross_entropy(model), scratch, "finetune", seed=settings.seed)
     events.doing("save the model")
-    models.save(model, tokenizer, out / "model")
+    loading.save(model, tokenizer, out / "model")
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n")
     return {
         "steps": history[-1]["step"],

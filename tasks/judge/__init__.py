@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import ArtifactError
-from tasks.events import doing
+from tasks.frame.events import doing
+from tasks.frame.stage import read_json, require_file, write_json
 from tasks.judge import gates
 from tasks.params import Params, Variant
-from tasks.stage import read_json, require_file, write_json
 
 
 def judge(params: Params, *, validated: Path, variant: Variant, out: Path) -> dict[str, float]:

@@ -11,9 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tasks import chat, dated, manifest, models
 from tasks.errors import ArtifactError
-from tasks.events import progress
+from tasks.frame import manifest
+from tasks.frame.events import progress
+from tasks.frame.stage import read_json
+from tasks.models import chat, dated, loading
 from tasks.package import bundle, card, memory, parity
 from tasks.package.choose import Candidate, Kind, candidates, choose
 from tasks.package.release import Release, write
@@ -22,7 +24,6 @@ from tasks.package.target_ollama import ollama
 from tasks.package.target_onnx_genai import onnx_genai
 from tasks.package.turns import probe
 from tasks.params import Package, Params
-from tasks.stage import read_json
 
 COMPOSE = (
     "This model learned letters joined with their accents (Unicode NFC), and this runtime does not join them: "
@@ -115,7 +116,7 @@ def _release(settings: Package, best: Candidate, model: Path, source: Path, lice
     # Some prompts of the data itself, besides the conversations that look for trouble.
     prompts = [row[:-1] for row in chat.read_rows(source / "data" / "test.jsonl")[:20]]
     systems = {row[0]["content"] if row[0]["role"] == "system" else None for row in rows}
-    tokenizer, config = models.load_tokenizer(model), models.load_config(model)
+    tokenizer, config = loading.load_tokenizer(model), loading.load_config(model)
     runtime = parity.RUNTIMES[best.kind](best.weights)
     context = _context(settings.context_length, config)
     return Release(
@@ -129,7 +130,7 @@ def _release(settings: Package, best: Candidate, model: Path, source: Path, lice
         turns=probe(tokenizer, parity.CONVERSATIONS.values()),
         dated=dated.writes_day(tokenizer.chat_template),
         bos=tokenizer.bos_token or "",
-        stops=tuple(tokenizer.convert_ids_to_tokens(models.stop_ids(model, tokenizer))),
+        stops=tuple(tokenizer.convert_ids_to_tokens(loading.stop_ids(model, tokenizer))),
         system=systems.pop() if len(systems) == 1 else None,
         example=chat.plain(rows[0][:-1]),
         answer=rows[0][-1]["content"],

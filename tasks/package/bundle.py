@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from tasks import manifest
 from tasks.errors import ArtifactError
+from tasks.frame import manifest
 
 NAME = "bundle.json"
 UNLISTED = (NAME, "report.json", manifest.NAME)

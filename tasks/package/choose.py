@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks.errors import ArtifactError
-from tasks.stage import read_json
+from tasks.frame.stage import read_json
 
 Kind = Literal["gguf", "onnx"]
 WEIGHTS: Mapping[Kind, str] = {"gguf": "model.gguf", "onnx": "model"}  # in the variant's folder

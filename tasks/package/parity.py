@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import chat, models
-from tasks.chat import Messages
 from tasks.errors import ArtifactError, StageError
+from tasks.frame.stage import read_json
+from tasks.models import chat, loading
+from tasks.models.chat import Messages
 from tasks.package.choose import Kind
-from tasks.stage import read_json
 
 
 def _talk(*contents: str, system: str | None = None) -> Messages:
@@ -172,7 +172,7 @@ def check(model: Path, tokenizer: Any, runtime: Runtime, weights: Path, extra: I
             f"{weights} does not see the prompt its model was trained on: {found}. Convert it again; if it stays, "
             "this runtime does not support the template or tokenizer: remove the variant from quantize.variants"
         )
-    missing = sorted(set(models.stop_ids(model, tokenizer)) - runtime.stop_ids)
+    missing = sorted(set(loading.stop_ids(model, tokenizer)) - runtime.stop_ids)
     if missing:
         raise StageError(
             f"{weights} would not stop at {tokenizer.convert_ids_to_tokens(missing)}, which end a turn in {model}: "

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.chat import Messages
+from tasks.frame.stage import place
+from tasks.models.chat import Messages
 from tasks.package.turns import Turns
-from tasks.stage import place
 
 
 @dataclass(frozen=True)

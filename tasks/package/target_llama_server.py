@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from tasks.frame.stage import place
 from tasks.package import escaping
 from tasks.package.release import Release, write
-from tasks.stage import place
 
 PORT = 8080
 

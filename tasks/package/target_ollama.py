@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from tasks import dated
+from tasks.frame.stage import place
+from tasks.models import dated
 from tasks.package.release import Release, write
 from tasks.package.turns import Turns
-from tasks.stage import place
 
 README = """# {name} ({variant}) for Ollama
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tasks import dated
-from tasks.chat import Messages
+from tasks.models import dated
+from tasks.models.chat import Messages
 
 _MARKS = ("mark-one", "mark-two", "mark-three", "mark-four", "mark-five")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from tasks.cores import busy
+from tasks.frame.cores import busy
 from tasks.params import Onnx, Params, Variant
 from tasks.quantize import ggml_types, model_builder
 

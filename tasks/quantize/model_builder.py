@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tasks import crashes
-from tasks.cores import threads
 from tasks.errors import StageError
-from tasks.events import doing
+from tasks.frame import crashes
+from tasks.frame.cores import threads
+from tasks.frame.events import doing
+from tasks.frame.stage import disk_full, need_space, require_file
 from tasks.params import Onnx
-from tasks.stage import disk_full, need_space, require_file
 
 # Olive's own records of the run: times, paths and random names, of no use to a runtime.
 LITTER = {"footprint.json", "output_footprint.json", "run_history.txt", "model_config.json"}

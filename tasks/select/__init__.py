@@ -9,9 +9,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from tasks import events, manifest
+from tasks.frame import events, manifest
+from tasks.frame.stage import place
 from tasks.params import Params
-from tasks.stage import place
 
 
 def select(params: Params, *, students: Path, out: Path) -> dict[str, float]:

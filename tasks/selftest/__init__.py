@@ -22,8 +22,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from tasks import crashes, events
 from tasks.errors import BrokenRuntimeError, ConfigError, StageError
+from tasks.frame import crashes, events
 
 LIMIT_S = 900.0
 _ROOT = Path(__file__).resolve().parents[2]  # where `tasks` is importable from

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tasks.cores import threads
+from tasks.frame.cores import threads
 from tasks.selftest import tiny
 
 Run = Callable[[Sequence[int], int], tiny.Array]  # of ids, so many tokens in a micro-batch: logits of each position

@@ -10,13 +10,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from tasks import chat, jsonl, models, scoring
-from tasks.cores import busy, quiet, threads
 from tasks.errors import ArtifactError
-from tasks.events import doing, progress
+from tasks.frame import jsonl
+from tasks.frame.cores import busy, quiet, threads
+from tasks.frame.events import doing, progress
+from tasks.frame.stage import require_file, write_json
+from tasks.models import chat, loading, scoring
 from tasks.params import Params, Variant
-from tasks.stage import require_file, write_json
-from tasks.validate import likelihood, llama_runtime, onnx_runtime
+from tasks.runtimes import llama, onnx_genai
+from tasks.validate import likelihood
 from tasks.validate.measure import measure
 
 
@@ -28,8 +30,8 @@ class Evaluator(NamedTuple):
     window_logits: Callable[[Path, int, int], AbstractContextManager[likelihood.WindowLogits]]
 
 
-_GGUF = Evaluator("model.gguf", llama_runtime.answers, llama_runtime.window_logits)
-_ONNX = Evaluator("model", onnx_runtime.answers, onnx_runtime.window_logits)
+_GGUF = Evaluator("model.gguf", llama.answers, llama.window_logits)
+_ONNX = Evaluator("model", onnx_genai.answers, onnx_genai.window_logits)
 EVALUATORS: Mapping[Variant, Evaluator] = {
     variant: _ONNX if variant.startswith("onnx") else _GGUF for variant in get_args(Variant)
 }
@@ -55,8 +57,8 @@ def validate(
     metric = scoring.load(params.task.metric, source)
     taught = _teacher(distilled / "predictions.jsonl", rows)
     doing("load libraries and tokenizer")
-    tokenizer = models.load_tokenizer(distilled / "model")
-    stops = models.stop_ids(distilled / "model", tokenizer)
+    tokenizer = loading.load_tokenizer(distilled / "model")
+    stops = loading.stop_ids(distilled / "model", tokenizer)
 
     doing("wait while another variant is measured")
     with busy(artifact.parent):
@@ -150,7 +152,7 @@ def _likelihood(
 
     torch.set_num_threads(threads())
     context = params.validate_.context
-    with llama_runtime.window_logits(reference, context, threads()) as base:
+    with llama.window_logits(reference, context, threads()) as base:
         if text.is_file():
             tokens, start = base.session.tokenize(text.read_text(encoding="utf-8")), base.session.window_start()
         else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.errors import ConfigError
-from tasks.events import note, progress
+from tasks.frame.events import note, progress
 
 Logits = Any  # a float32 NumPy array (positions, vocabulary)
 # logits(window, first): of every position from `first` on but the last, (n, vocabulary)

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from tasks import crashes
-from tasks.cores import available
+from tasks.frame import crashes
+from tasks.frame.cores import available
 from tasks.validate.timed import CONTEXT, DECODED
 
 ROUNDS = {"prefill": 3, "decode": 5}  # medians; a gate may rest on the second

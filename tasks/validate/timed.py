@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _gguf(file: Path, threads: int) -> Step:
-    from tasks.validate.llama_runtime import Session
+    from tasks.runtimes.llama import Session
 
     session = Session(file, threads=threads, cells=CONTEXT)
 
@@ -62,7 +62,7 @@ def _gguf(file: Path, threads: int) -> Step:
 
 
 def _onnx(folder: Path, threads: int) -> Step:
-    from tasks.validate.onnx_runtime import Decoded, load
+    from tasks.runtimes.onnx_genai import Decoded, load
 
     sequence = Decoded(load(folder, threads), CONTEXT)
 

@@ -1,0 +1,116 @@
+"""Is one run's say about release at least as strict as a commit's? A form may tighten what a commit says, never loosen it.
+
+What decides on a release is the params section `release`, the gates, and how sure a gate must be
+(`validate.max_half_width`): all of it, and nothing else, is compared here.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from flows.workspace import worktrees
+from tasks import params
+from tasks.errors import ConfigError
+from tasks.params import Gate, Params
+
+RUNS = ("Run ", "Validate ")  # how the subjects begin of the commits that runs make
+
+
+def check(main: Path, commit: str, wanted: Params) -> None:
+    """Refuse the parameters of a deployed run that loosen what was committed about release.
+
+    Raises:
+        ConfigError: names every one of them, with its key.
+    """
+    if found := loosened_from(references(main, commit), wanted):
+        raise ConfigError(
+            "what a commit says about release no single run may loosen:\n  " + "\n  ".join(found) + "\n"
+            "leave that out of the form or settings, or commit other parameters and run that commit"
+        )
+
+
+def references(main: Path, commit: str) -> list[tuple[str, Params]]:
+    """The parameters that bind a deployed run of `commit`, with the names of their commits: its own; those of the commit
+    that a person made, where it is one that a run has made (of looser parameters, it may be); and those of HEAD, where
+    that is newer, so that an old commit does not bring an old policy back.
+
+    Raises:
+        ConfigError: there is no such commit, or its parameters are wrong.
+    """
+    own = worktrees.git(main, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
+    head = worktrees.git(main, "rev-parse", "HEAD")
+    made = own
+    while not _holds(main, head, made) and _by_a_run(main, made):
+        made = worktrees.git(main, "rev-parse", f"{made}^")
+    chosen = {own: commit, made: made[:12]} | ({head: "HEAD"} if _holds(main, head, made) else {})
+    return [(name, _params(main, sha, name)) for sha, name in chosen.items()]
+
+
+def _holds(main: Path, head: str, commit: str) -> bool:
+    """Is it `head`, or one before it?"""
+    return worktrees.git(main, "rev-list", "--count", f"{head}..{commit}") == "0"
+
+
+def _by_a_run(main: Path, commit: str) -> bool:
+    tips = worktrees.git(main, "for-each-ref", "--format=%(objectname)", "refs/heads/runs/").split()
+    return commit in tips and worktrees.git(main, "show", "-s", "--format=%s", commit).startswith(RUNS)
+
+
+def _params(main: Path, commit: str, name: str) -> Params:
+    raw = yaml.safe_load(worktrees.git(main, "show", f"{commit}:params.yaml"))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"params.yaml of {name} holds no sections: run another commit")
+    return params.check(raw, f"params.yaml of {name}")
+
+
+def loosened(said: Params, wanted: Params) -> list[str]:
+    """What `wanted` has looser than `said`, each as a line with its key; empty: it is at least as strict. NaN is looser."""
+    before, after = said.release, wanted.release
+    found = [
+        f"validate.gates: {_gate(gate)} is missing or weaker"
+        for gate in said.validate_.gates
+        if not any(_as_strict(gate, other) for other in wanted.validate_.gates)
+    ]
+    if not wanted.validate_.max_half_width <= said.validate_.max_half_width:
+        found.append(_more("validate.max_half_width", said.validate_.max_half_width, wanted.validate_.max_half_width))
+    if before.approval == "manual" and after.approval != "manual":
+        found.append("release.approval: manual, so a person releases")
+    if before.separate_duties and not after.separate_duties:
+        found.append("release.separate_duties: true, so who starts a run may not approve it")
+    if not after.margin >= before.margin:
+        found.append(f"release.margin: {after.margin:g} is below {before.margin:g}")
+    if not after.expires_hours <= before.expires_hours:
+        found.append(_more("release.expires_hours", before.expires_hours, after.expires_hours))
+    return found
+
+
+def loosened_from(references: Sequence[tuple[str, Params]], wanted: Params) -> list[str]:
+    """`loosened` against each of several commits, named; what more than one of them says is told once."""
+    told: dict[str, str] = {}
+    for commit, said in references:
+        for line in loosened(said, wanted):
+            told.setdefault(line, f"{line} ({commit})")
+    return list(told.values())
+
+
+def _as_strict(gate: Gate, other: Gate) -> bool:
+    """Whatever passes `other` passes `gate`."""
+    if gate.name != other.name:
+        return False
+    if gate.at_least is not None:
+        return other.at_least is not None and other.at_least >= gate.at_least
+    assert gate.at_most is not None  # Gate holds exactly one
+    return other.at_most is not None and other.at_most <= gate.at_most
+
+
+def _gate(gate: Gate) -> str:
+    return (
+        f"{gate.name} at least {gate.at_least:g}"
+        if gate.at_least is not None
+        else f"{gate.name} at most {gate.at_most:g}"
+    )
+
+
+def _more(key: str, said: float, wanted: float) -> str:
+    return f"{key}: {wanted:g} is above {said:g}"

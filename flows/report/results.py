@@ -1,0 +1,130 @@
+"""The result of a run as rows: one a variant, read from what the stages wrote."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.report.charts import number
+from tasks.frame.stage import folder, read_json
+from tasks.package.choose import failing
+from tasks.params import Gate, HubModel, Params
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant; a number that is missing is NaN. `chosen`: it is what the bundle ships."""
+
+    variant: str
+    verdict: str
+    accuracy: float
+    retention: float
+    kld: float
+    size_bytes: float
+    tokens_per_s: float
+    chosen: bool
+    told: str  # what did not hold
+
+    def cells(self) -> list[str]:
+        """The row as text for a table."""
+        return [
+            self.variant,
+            self.verdict,
+            _number(self.accuracy, ".3f"),
+            _number(self.retention, ".3f"),
+            _number(self.kld, ".4f"),
+            _number(self.size_bytes / 1e6, ".1f"),
+            _number(self.tokens_per_s, ".0f"),
+            "yes" if self.chosen else "",
+        ]
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def fetched(root: Path, model: HubModel) -> dict[str, Any] | None:
+    """What acquire recorded of a hub model that lies in the workspace; None where another one lies there, or none."""
+    lineage = folder(root, "acquire") / "lineage.json"
+    found: dict[str, Any] = read_json(lineage)["model"] if lineage.is_file() else {}
+    return found if (found.get("repo"), found.get("revision")) == (model.repo, model.revision) else None
+
+
+def bundle(root: Path) -> dict[str, Any]:
+    """`bundle.json` of the packaged model.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    found: dict[str, Any] = read_json(folder(root, "package") / "bundle.json")
+    return found
+
+
+def rows(root: Path, params: Params, *, packaged: bool = True) -> list[Row]:
+    """The variants of a finished run, in the order of params; `packaged`: one of them may have been chosen.
+
+    Raises:
+        ArtifactError: validate, judge or package did not run.
+    """
+    chosen = bundle(root)["chosen"] if packaged else None
+    found = []
+    for variant in params.quantize.variants:
+        here = folder(root, "validate", variant)
+        metrics, measured = read_json(here / "metrics.json"), read_json(here / "measurements.json")
+        verdict = read_json(folder(root, "judge", variant) / "verdict.json")
+        found.append(
+            Row(
+                variant=variant,
+                verdict=verdict["verdict"],
+                accuracy=_value(metrics, "accuracy"),
+                retention=_value(metrics, "accuracy_retention"),
+                kld=_value(metrics, "mean_kld"),
+                size_bytes=_value(metrics, "size_bytes"),
+                tokens_per_s=_value(measured, "decode_tokens_per_s"),
+                chosen=variant == chosen,
+                told=told(verdict),
+            )
+        )
+    return found
+
+
+def _value(numbers: dict[str, Any], name: str) -> float:
+    value = numbers.get(name)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def student(root: Path, gates: Sequence[Gate]) -> str:
+    """What the student that goes on keeps of its teacher, against the gates on accuracy: told before its files are made."""
+    models = read_json(folder(root, "select") / "models.json")
+    ours, theirs = (_value(models[name], "accuracy") for name in ("distilled", "teacher"))
+    kept = ours / theirs if theirs else math.nan
+    told = f"the student keeps {kept:.1%} of the teacher's accuracy on the test rows ({ours:.3f} of {theirs:.3f})"
+    below = [
+        f"{gate.name} at least {gate.at_least}"
+        for gate in gates
+        if gate.at_least is not None
+        and not {"accuracy": ours, "accuracy_retention": kept}.get(gate.name, math.inf) >= gate.at_least
+    ]
+    return f"{told}; the gates want {', '.join(below)}, so its files are not likely to pass" if below else told
+
+
+def told(verdict: Mapping[str, Any]) -> str:
+    """What did not hold of a variant's verdict, or was not decided; "" where all did."""
+    return "; ".join(_told(check) for check in failing(verdict))
+
+
+def _told(check: Mapping[str, Any]) -> str:
+    value = number(check["value"]) if isinstance(check.get("value"), (int, float)) else "missing"
+    direction = str(check.get("direction", "limit")).replace("_", " ")
+    spread = check.get("interval")
+    inside = f", 95 % interval {number(spread[0])} to {number(spread[1])}" if spread else ""
+    return f"{check['name']} is {value}{inside}, wanted {direction} {check.get('limit')}"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, and why those that did not pass did not."""
+    head = "| variant | verdict | accuracy | of the teacher's | mean KLD | MB | tokens/s | shipped |\n|---|---|---:|---:|---:|---:|---:|---|"
+    table = "\n".join([head, *("| " + " | ".join(row.cells()) + " |" for row in rows)])
+    open_ = "\n".join(f"- **{row.variant}** {row.verdict}: {row.told}" for row in rows if row.told)
+    return f"{table}\n\n{open_}" if open_ else table

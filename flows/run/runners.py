@@ -1,0 +1,130 @@
+"""Where the stages' tasks run: threads of this process, or Dask's workers by way of prefect-dask.
+
+On Dask a task gets plain data, and what it posts comes back through the cluster's own event log. The cluster is the one
+that Dask's own setting names (DASK_SCHEDULER_ADDRESS), else processes of this machine that last as long as the run. Its
+workers need this project installed, Prefect's server in reach, and the workspace under the same path.
+"""
+
+import concurrent.futures
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.futures import PrefectFuture
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Crashed
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from flows.workspace import versioning
+from tasks.errors import ConfigError, StageError
+from tasks.params import Machine
+
+Message = tuple[str, versioning.Event | None]  # name of the task; None: it has ended
+Post = Callable[[Message], None]
+
+
+def runner(machine: Machine) -> "TaskRunner[Any]":
+    """The task runner that the parameters ask for.
+
+    Raises:
+        ConfigError: Dask is not installed, or its workers would find no Prefect server.
+    """
+    if machine.runner == "threads":
+        return ThreadPoolTaskRunner(max_workers=machine.parallel)
+    try:
+        import dask
+        from prefect_dask import DaskTaskRunner
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"machine.runner is dask, but {error.name} is not installed: pip install -c constraints.txt -e '.[dask]'"
+        ) from None
+    if not PREFECT_API_URL.value():
+        raise ConfigError(
+            "machine.runner is dask, and its workers need a Prefect server: start `slmops up`, or set PREFECT_API_URL"
+        )
+    address = dask.config.get("scheduler-address", None)
+    if address:
+        return DaskTaskRunner(address=address)
+    dask.config.set({"distributed.scheduler.allowed-failures": machine.retries})
+    local = {"n_workers": machine.parallel, "threads_per_worker": 1, "dashboard_address": None, "security": True}
+    return DaskTaskRunner(cluster_kwargs=local)
+
+
+def machines() -> int:
+    """How many of the run's tasks may have a machine to themselves: the workers of a cluster that is not our own."""
+    context = FlowRunContext.get()
+    assert context is not None
+    if isinstance(context.task_runner, ThreadPoolTaskRunner) or not context.task_runner.address:  # type: ignore[attr-defined]
+        return 1
+    return max(1, len(context.task_runner.client.scheduler_info()["workers"]))  # type: ignore[attr-defined]
+
+
+@contextmanager
+def post(take: Post, root: Path, futures: Mapping[Any, PrefectFuture[Any]]) -> Iterator[Post]:
+    """What tasks are to call, wherever they run, for `take` to be called here. When an error leaves the block, the
+    tasks in `futures` that wait are cancelled, and what works in the workspace `root` is stopped.
+    """
+    context = FlowRunContext.get()
+    assert context is not None
+    if isinstance(context.task_runner, ThreadPoolTaskRunner):
+        try:
+            yield take
+        except BaseException:
+            for future in futures.values():  # else the next in line begins as soon as one is stopped
+                future.wrapped_future.cancel()  # type: ignore[attr-defined]
+            versioning.interrupt(root)
+            raise
+        return
+    try:
+        client: Any = context.task_runner.client  # type: ignore[attr-defined]
+    except (OSError, RuntimeError) as error:
+        raise StageError(
+            f"no Dask cluster could be used ({error}): start the one that DASK_SCHEDULER_ADDRESS names"
+        ) from error
+    topic = f"slmops-{uuid4()}"
+    client.subscribe_topic(topic, lambda stamped: take(tuple(stamped[1])))
+    try:
+        yield DaskPost(topic)
+    except BaseException:
+        client.cancel([future.wrapped_future for future in futures.values()])  # type: ignore[attr-defined]
+        client.run(versioning.interrupt, root)
+        raise
+    finally:
+        client.unsubscribe_topic(topic)
+
+
+@dataclass(frozen=True)
+class DaskPost:
+    """Posts from a Dask worker to the client that listens to the topic."""
+
+    topic: str
+
+    def __call__(self, message: Message) -> None:
+        from distributed import get_worker
+
+        get_worker().log_event(self.topic, message)
+
+
+def end(name: str, future: Any) -> Any:
+    """What a task that has ended came to: its result, or the error that it raised."""
+    broken = future.wrapped_future.exception()
+    if broken is None:
+        future.wait()
+        if not isinstance(future.wrapped_future, concurrent.futures.Future):
+            future.wrapped_future.release()  # else Dask would do it again should the worker die that holds the result
+        return future.state.result(raise_on_failure=False)
+    if type(broken).__name__ != "KilledWorker":
+        return broken
+    text = f"{name}: each Dask worker that worked on it was killed (out of memory?): see its log, then run again"
+    try:
+        get_client(sync_client=True).set_task_run_state(future.task_run_id, Crashed(message=text), force=True)
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != 404:  # a server that never heard of it has nothing to put right
+            raise
+    return StageError(text)
