@@ -15,7 +15,7 @@ def _late(name: str) -> Callable[..., Mapping[str, float]]:
     """`tasks.NAME.NAME`, imported when it is called, so that listing the pipeline stays cheap."""
 
     def call(*args: object, **kwargs: object) -> Mapping[str, float]:
-        result: Mapping[str, float] = getattr(import_module(f"tasks.{name}"), name)(*args, **kwargs)
+        result: Mapping[str, float] = getattr(import_module(f"tasks.{name}.stage"), name)(*args, **kwargs)
         return result
 
     return call

@@ -7,8 +7,8 @@ from pathlib import Path
 from checkout import DEFAULTS
 
 from tasks import params
-from tasks.convert import convert
-from tasks.quantize import quantize
+from tasks.convert.stage import convert
+from tasks.quantize.stage import quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 

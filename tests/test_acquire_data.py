@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from tasks import acquire, params
 from tasks.acquire import data_sources, near_duplicates, rows
+from tasks.acquire.params import LocalData
 from tasks.errors import ConfigError
 from tasks.models import scoring
-from tasks.params import LocalData
 
 USER = {"role": "user", "content": "turn it on"}
 ANSWER = {"role": "assistant", "content": '{"action": "on"}'}

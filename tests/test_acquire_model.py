@@ -18,10 +18,10 @@ from conftest import ROOMS, tiny_rows, write_jsonl
 
 from tasks import params
 from tasks.acquire import data_sources, dequantise, gguf_check, model_sources, safe_weights
+from tasks.acquire.params import Acquire, GgufModel, LocalModel, PackageModel
 from tasks.errors import ArtifactError, ConfigError
 from tasks.frame import manifest, stage
 from tasks.models import chat, loading
-from tasks.params import Acquire, GgufModel, LocalModel, PackageModel
 from tasks.stages import STAGES
 
 

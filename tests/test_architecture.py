@@ -11,6 +11,9 @@ import pytest
 import yaml
 
 from tasks import params
+from tasks.acquire.params import Acquire
+from tasks.models.params import Metric
+from tasks.package.params import Package
 from tasks.stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +34,7 @@ HEAVY = (
 # The rooms, lowest first: a room imports those on floors below its own. On one floor no room imports another.
 FLOORS = {
     "tasks": (
-        ("errors",), ("params",), ("frame",), ("models",), ("learning", "runtimes"),
+        ("errors",), ("schema",), ("param_errors",), ("params",), ("frame",), ("models",), ("learning", "runtimes"),
         ("acquire", "finetune", "distill", "select", "convert", "quantize", "validate", "judge", "package", "selftest"),
         ("stages",), ("__main__",),
     ),
@@ -164,7 +167,7 @@ def test_plug_in_tables_hold_what_the_params_name() -> None:
     from tasks.acquire import data_sources, model_sources
 
     def tags(field: str) -> set[str]:
-        union = params.Acquire.model_fields[field].annotation
+        union = Acquire.model_fields[field].annotation
         return {get_args(each.model_fields["source"].annotation)[0] for each in get_args(union)}
 
     assert set(model_sources.SOURCES) == tags("model")
@@ -177,8 +180,8 @@ def test_scoring_and_targets_hold_what_the_params_name() -> None:
     from tasks import package
     from tasks.models import scoring
 
-    targets = get_args(params.Package.model_fields["targets"].annotation)[0]
-    assert set(scoring.METRICS) == set(get_args(params.Metric))
+    targets = get_args(Package.model_fields["targets"].annotation)[0]
+    assert set(scoring.METRICS) == set(get_args(Metric))
     assert set(package.TARGETS) == set(get_args(targets))
 
 

@@ -17,7 +17,7 @@ from tasks import params
 from tasks.distill.plan import MULTIPLE
 from tasks.errors import ArtifactError, BrokenRuntimeError, ConfigError
 from tasks.frame import jsonl
-from tasks.params import Onnx
+from tasks.quantize.params import Onnx
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from gguf_inputs import converted, stage_input
 
-from tasks.convert import CONVERTER, convert
+from tasks.convert.stage import CONVERTER, convert
 from tasks.errors import ArtifactError, BrokenRuntimeError, StageError
 from tasks.frame import manifest
 

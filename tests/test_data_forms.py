@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from tasks import acquire
 from tasks.acquire import containers, data_sources, forms, rows, watched
+from tasks.acquire.params import Acquire, LocalData
 from tasks.errors import ConfigError
 from tasks.frame import events
-from tasks.params import Acquire, LocalData
 
 ASKED, SAID = "turn it on", '{"action": "on"}'
 USER, ANSWER = {"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}

@@ -13,20 +13,22 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tasks import params
-from tasks.distill import distill, pruning
+from tasks.distill import pruning
 from tasks.distill.blocks import remove
+from tasks.distill.params import Distill
 from tasks.distill.plan import planned
 from tasks.distill.pruning import prune
+from tasks.distill.stage import distill
 from tasks.distill.targets import cache_targets, distillation, forward_kl
 from tasks.distill.width import narrow
 from tasks.errors import ArtifactError, ConfigError
-from tasks.finetune import finetune
+from tasks.finetune.stage import finetune
 from tasks.frame import manifest
 from tasks.learning import generation, packing, training
+from tasks.learning.params import Training
 from tasks.models import chat, loading
 from tasks.models.scoring import METRICS
-from tasks.params import Distill, Training
-from tasks.select import select
+from tasks.select.stage import select
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from tasks.acquire import fit, rows
 from tasks.errors import ConfigError
 from tasks.models import chat, loading
-from tasks.params import Task
+from tasks.models.params import Task
 
 
 @pytest.fixture(scope="module")

@@ -240,7 +240,7 @@ import json, sys
 from pathlib import Path
 from tasks.acquire import data_sources
 from tasks.errors import PipelineError
-from tasks.params import HubData
+from tasks.acquire.params import HubData
 try:
     found = data_sources.from_hub(HubData(source="hub", repo="someone/rows", revision=sys.argv[1]), Path(), Path(sys.argv[2]))
     print(json.dumps({role: path.read_text() for role, path in found.files.items()} | {"licence": found.licence}))

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from flows.report import results
 from tasks import params
 from tasks.errors import ArtifactError
-from tasks.judge import gates, judge
-from tasks.params import Gate, Validate
+from tasks.judge import gates
+from tasks.judge.stage import judge
 from tasks.stages import STAGES
+from tasks.validate.params import Gate, Validate
 
 
 def judged(values: dict, *rules: Gate, spread: dict | None = None, half: float = 0.03) -> dict:

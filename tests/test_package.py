@@ -13,10 +13,11 @@ from package_inputs import add_variant, inputs, settings, to_gguf, trained
 from tasks.errors import ArtifactError, StageError
 from tasks.frame import stage
 from tasks.models import loading
-from tasks.package import TARGETS, bundle, package
+from tasks.package import bundle
 from tasks.package.choose import candidates, choose
 from tasks.package.memory import minimum_ram
-from tasks.params import Package
+from tasks.package.params import Package
+from tasks.package.stage import TARGETS, package
 from tasks.stages import STAGES
 
 

@@ -7,6 +7,7 @@ import yaml
 from checkout import DEFAULTS, ROOT
 
 from tasks import params
+from tasks.acquire.params import HubModel
 from tasks.errors import ConfigError
 
 
@@ -128,7 +129,7 @@ def test_a_file_of_overrides_replaces_whole_values_and_later_ones_win(tmp_path: 
     )
     given = params.expanded([f"@{recipe}", "finetune.epochs=2.0"])
     values = params.load(DEFAULTS, given)
-    assert values.acquire.model == params.HubModel(source="hub", repo="some/model", revision="a" * 40)
+    assert values.acquire.model == HubModel(source="hub", repo="some/model", revision="a" * 40)
     assert (values.finetune.learning_rate, values.finetune.epochs) == (7e-5, 2.0)
     assert values.distill == params.load(DEFAULTS).distill
     assert params.load(DEFAULTS, [*given, "finetune.learning_rate=1.0e-3"]).finetune.learning_rate == 1e-3

@@ -11,9 +11,9 @@ import torch
 from flows.preflight import checks
 from tasks import params
 from tasks.distill import pruning
+from tasks.distill.params import Distill
 from tasks.errors import ConfigError
 from tasks.models import supports
-from tasks.params import Distill
 
 
 def named(raw: dict, root: Path, kind: str, **changes: Any) -> params.Params:

@@ -14,7 +14,8 @@ from gguf_inputs import converted, quantized
 from tasks import params
 from tasks.errors import StageError
 from tasks.frame import manifest
-from tasks.quantize import BACKENDS, quantize
+from tasks.quantize.params import Variant
+from tasks.quantize.stage import BACKENDS, quantize
 
 PARAMS = params.load(DEFAULTS)
 
@@ -26,7 +27,7 @@ def make(tiny: Path, variant: str, out: Path) -> Path:
 
 
 def test_there_is_a_backend_for_every_variant() -> None:
-    assert set(BACKENDS) == set(get_args(params.Variant))
+    assert set(BACKENDS) == set(get_args(Variant))
 
 
 @pytest.mark.parametrize("variant", ["f16", "q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0"])

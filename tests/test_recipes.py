@@ -14,14 +14,16 @@ from conftest import ROOMS, tiny_rows, write_jsonl
 from recipe_models import GEMMA_PLACE, MAKERS, TURNS
 
 from tasks import params
-from tasks.convert import convert, windows
-from tasks.distill import distill
+from tasks.convert import windows
+from tasks.convert.stage import convert
+from tasks.distill.stage import distill
 from tasks.errors import ArtifactError, ConfigError
-from tasks.finetune import finetune
+from tasks.finetune.stage import finetune
 from tasks.frame import stage
 from tasks.models import chat, loading
-from tasks.package import _context, parity, turns
-from tasks.quantize import quantize
+from tasks.package import parity, turns
+from tasks.package.stage import _context
+from tasks.quantize.stage import quantize
 from tasks.runtimes import llama
 from tasks.stages import STAGES
 

@@ -12,6 +12,7 @@ from tasks import params
 from tasks.errors import ConfigError
 from tasks.frame import manifest, stage
 from tasks.models import scoring
+from tasks.models.params import OwnMetric
 from tasks.stages import STAGES
 
 NEAR = """import math
@@ -23,7 +24,7 @@ def match(answer: str, reference: str) -> bool:
 
 def own(folder: Path, text: str, function: str = "match") -> scoring.Metric:
     (folder / scoring.OWN).write_text(text)
-    metric = params.OwnMetric(file=Path("data/near.py"), function=function)
+    metric = OwnMetric(file=Path("data/near.py"), function=function)
     return scoring.load(metric, folder)
 
 

@@ -8,8 +8,9 @@ from typing import get_args
 
 import pytest
 
-from tasks import params, selftest
+from tasks import selftest
 from tasks.errors import BrokenRuntimeError, ConfigError
+from tasks.quantize.params import Variant
 from tasks.selftest import llama, tiny
 
 SHAPE = tiny.SHAPES[1]
@@ -42,7 +43,7 @@ def test_every_width_of_row_occurs() -> None:
 
 
 def test_llama_cpp_computes_what_torch_does_in_every_type_of_the_params(tmp_path: Path) -> None:
-    types = [each for each in get_args(params.Variant) if each != "onnx-int4"]
+    types = [each for each in get_args(Variant) if each != "onnx-int4"]
     done = [(step.what, step.compute(), step.limit) for step in llama.steps(types, tmp_path)]
     assert len(done) == len(types) * len(tiny.SHAPES) * 3  # prompt at once, by micro-batches, token by token
     for what, found, limit in done:

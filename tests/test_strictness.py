@@ -14,13 +14,14 @@ from flows.deployed import policy
 from tasks import params
 from tasks.errors import ConfigError
 from tasks.judge import gates as judging
+from tasks.validate.params import Gate
 
 RAW = params.read(DEFAULTS)
 BASE = params.check(RAW, "test")
 NAMES = ("accuracy", "perplexity", "size_ratio")
 limits = st.one_of(st.floats(0, 1, width=16), st.sampled_from([math.inf, -math.inf]))
 gates = st.builds(
-    lambda name, side, limit: params.Gate.model_validate({"name": name, side: limit}),
+    lambda name, side, limit: Gate.model_validate({"name": name, side: limit}),
     st.sampled_from(NAMES), st.sampled_from(["at_least", "at_most"]), limits,
 )  # fmt: skip
 releases = st.builds(
@@ -30,7 +31,7 @@ releases = st.builds(
 )  # fmt: skip
 
 
-def _with(release: params.Release, wanted: list[params.Gate], width: float) -> params.Params:
+def _with(release: params.Release, wanted: list[Gate], width: float) -> params.Params:
     base = BASE
     validated = base.validate_.model_copy(update={"gates": tuple(wanted), "max_half_width": width})
     return base.model_copy(update={"release": release, "validate_": validated})

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from tasks.errors import ConfigError, StageError
 from tasks.learning import training
+from tasks.learning.params import Training
 from tasks.models import chat, loading
 from tasks.models.chat import Encoded
 from tasks.models.logits import Head
-from tasks.params import Training
 
 SETTINGS = Training(
     epochs=4.0, learning_rate=1e-2, batch_tokens=256, evaluations=4, patience=4, freeze_embeddings=False

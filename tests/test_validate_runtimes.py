@@ -14,7 +14,7 @@ from gguf_inputs import converted, quantized
 from tasks import params
 from tasks.errors import ArtifactError, ConfigError
 from tasks.models import chat, loading
-from tasks.quantize import quantize
+from tasks.quantize.stage import quantize
 from tasks.runtimes import llama, onnx_genai
 from tasks.selftest import llama as selftest_llama
 from tasks.selftest import tiny

@@ -15,8 +15,11 @@ from gguf_inputs import ROOT, converted, quantized, stage_input
 from tasks import params
 from tasks.errors import ArtifactError, StageError
 from tasks.frame import cores
-from tasks.validate import EVALUATORS, validate
+from tasks.models.params import Task
+from tasks.quantize.params import Variant
 from tasks.validate.measure import measure
+from tasks.validate.params import Validate
+from tasks.validate.stage import EVALUATORS, validate
 
 METRICS = {
     "accuracy", "accuracy_retention", "perplexity", "perplexity_ratio", "mean_kld", "same_top_token", "size_bytes", "size_ratio",
@@ -38,8 +41,8 @@ def inputs(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def settings(**changes: object) -> params.Params:
     return params.load(DEFAULTS).only(("task", "validate")).model_copy(
         update={
-            "validate_": params.Validate(context=64, windows=3, repeats=3, gates=(), **changes),
-            "task": params.Task(max_new_tokens=8),
+            "validate_": Validate(context=64, windows=3, repeats=3, gates=(), **changes),
+            "task": Task(max_new_tokens=8),
         }
     )  # fmt: skip
 
@@ -52,7 +55,7 @@ def run(inputs: dict[str, Path], artifact: Path, variant: str, out: Path) -> dic
 def test_there_is_an_evaluator_for_every_variant() -> None:
     from typing import get_args
 
-    assert set(EVALUATORS) == set(get_args(params.Variant))
+    assert set(EVALUATORS) == set(get_args(Variant))
 
 
 @pytest.fixture(scope="module", params=["q8_0", "onnx-int4"])

@@ -26,7 +26,11 @@ from flows.report import results
 from flows.run import artifacts, pipeline
 from flows.workspace import files, locks, versioning, worktrees
 from tasks import params
+from tasks.acquire.params import GgufModel, HubData, HubModel, LocalData, LocalModel, PackageModel
 from tasks.errors import ConfigError
+from tasks.quantize.params import Variant
+from tasks.schema import Seed, Share
+from tasks.validate.params import Gate
 
 LOOK_S = 60  # from one look of a waiting run to the next
 OWNER = Path(".runs") / "owner"  # in a worktree: the flow run that it is of
@@ -34,8 +38,8 @@ OWNER = Path(".runs") / "owner"  # in a worktree: the flow run that it is of
 Settings = Annotated[dict[str, Any] | None, Field(examples=[{"finetune.epochs": 0.5}])]
 Commit = Annotated[str, Field(pattern=r"^\w[\w./-]*$")]
 Overlap = Literal["wait", "refuse"]
-Variants = Annotated[list[params.Variant] | None, Field(examples=[["q8_0", "q4_0"]])]
-Gates = list[params.Gate] | None
+Variants = Annotated[list[Variant] | None, Field(examples=[["q8_0", "q4_0"]])]
+Gates = list[Gate] | None
 
 
 class Budget(BaseModel):
@@ -43,8 +47,8 @@ class Budget(BaseModel):
 
     finetune_epochs: float | None = Field(None, gt=0, description="passes of the teacher over the training rows")
     distill_epochs: float | None = Field(None, gt=0, description="passes of the student over what the teacher answered")
-    seeds: list[params.Seed] | None = Field(None, min_length=1, description="one student each; the best one goes on")
-    max_parameters: params.Share | None = Field(None, description="the student's, as a share of the teacher's")
+    seeds: list[Seed] | None = Field(None, min_length=1, description="one student each; the best one goes on")
+    max_parameters: Share | None = Field(None, description="the student's, as a share of the teacher's")
 
 
 BUDGET = {
@@ -57,8 +61,8 @@ BUDGET = {
 
 @flow(name="train-and-release", persist_result=True, validate_parameters=False)
 def train_and_release(
-    model: params.PackageModel | params.GgufModel | params.LocalModel | params.HubModel | None = None,
-    data: params.LocalData | params.HubData | None = None,
+    model: PackageModel | GgufModel | LocalModel | HubModel | None = None,
+    data: LocalData | HubData | None = None,
     variants: Variants = None,
     gates: Gates = None,
     budget: Budget | None = None,

@@ -12,7 +12,8 @@ import yaml
 from flows.workspace import worktrees
 from tasks import params
 from tasks.errors import ConfigError
-from tasks.params import Gate, Params
+from tasks.params import Params
+from tasks.validate.params import Gate
 
 RUNS = ("Run ", "Validate ")  # how the subjects begin of the commits that runs make
 

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 from flows.report import results
+from tasks.acquire.params import Acquire
 from tasks.errors import ConfigError, PipelineError
 from tasks.models import supports
-from tasks.params import Acquire, Params
+from tasks.params import Params
 
 
 def check(root: Path, checked: Params) -> None:

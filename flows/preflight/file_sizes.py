@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flows.report import results
+from tasks.acquire.params import Acquire
+from tasks.distill.params import Distill
 from tasks.distill.plan import planned
 from tasks.errors import ArtifactError, ConfigError
 from tasks.frame.stage import folder
 from tasks.models.loading import load_config, tied
-from tasks.params import Acquire, Distill, Onnx
+from tasks.quantize.params import Onnx
 
 BITS: Mapping[str, float] = {"f32": 32, "f16": 16, "q8_0": 8.5, "q6_k": 6.5625, "q5_1": 6, "q5_0": 5.5, "q4_k": 4.5, "q4_0": 4.5}  # fmt: skip
 FALLBACK: Mapping[str, str] = {"q4_k": "q5_0", "q6_k": "q8_0"}  # where 256 does not divide the row

@@ -18,10 +18,13 @@ from flows.preflight import checks, file_sizes
 from tasks import params
 from tasks.acquire import data_sources, rows, watched
 from tasks.distill import width as width_pruning
+from tasks.distill.params import Distill
 from tasks.errors import PipelineError
 from tasks.judge import gates
+from tasks.learning.params import Training
 from tasks.models import loading
 from tasks.package.memory import minimum_ram
+from tasks.validate.params import Validate
 
 # Speed of real work relative to the matrix product of the probe, by what rows do not share with all others: that is computed
 # once. Above 1 where most of the model need not be computed.
@@ -214,7 +217,7 @@ def _work(
     taught = train + min(checked.distill.unlabelled_rows, counted.count["unlabelled"])
     test = counted.count["test"] * counted.own
 
-    def trained(rows_used: int, settings: params.Training, model: file_sizes.Shape) -> tuple[int, int, float]:
+    def trained(rows_used: int, settings: Training, model: file_sizes.Shape) -> tuple[int, int, float]:
         used = rows_used * settings.passes(rows_used)
         tokens = int(used * counted.tokens)
         return max(1, tokens // settings.batch_tokens), tokens, 6 * model.parameters * used * counted.own / training
@@ -247,7 +250,7 @@ def _work(
 
 
 def _pruning(
-    settings: params.Distill,
+    settings: Distill,
     base: file_sizes.Shape,
     student: file_sizes.Shape,
     tokens: int,
@@ -330,7 +333,7 @@ def _doubts(checked: params.Params, found: _Rows) -> list[str]:
     return doubts
 
 
-def _half_width(name: str, test: int, settings: params.Validate) -> float:
+def _half_width(name: str, test: int, settings: Validate) -> float:
     """Half of the gate's own interval, where the teacher is right in nine of ten rows and the student differs in one."""
     count = min(max(test, 200), 5000)  # so few or so many are told from these
     differ = round(count * (1 - AGREEMENT) / 2)

@@ -11,7 +11,7 @@ from typing import get_args
 
 from flows.report.charts import number
 from tasks.package.bundle import Bundle
-from tasks.params import Gate
+from tasks.validate.params import Gate
 
 STANDARD: tuple[str, ...] = get_args(Gate.model_fields["name"].annotation)
 EQUAL = 1e-9  # accuracies are shares of rows: 0.95 - 0.93 must count as 0.02, which it is not in binary

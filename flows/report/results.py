@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from flows.report.charts import number
+from tasks.acquire.params import HubModel
 from tasks.frame.stage import folder, read_json
 from tasks.package.choose import failing
-from tasks.params import Gate, HubModel, Params
+from tasks.params import Params
+from tasks.validate.params import Gate
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from tasks.acquire import containers, hub, rows
 from tasks.acquire.model_sources import card_licence
+from tasks.acquire.params import HubData, LocalData
 from tasks.errors import ConfigError
 from tasks.frame import events
-from tasks.params import HubData, LocalData
 
 ALL = "all"  # the role of a single file that is split here
 # As the `datasets` library names what it writes: data/train-00000-of-00001.parquet.

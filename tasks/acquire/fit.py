@@ -6,7 +6,7 @@ from typing import Any
 from tasks.acquire import rows
 from tasks.frame import events
 from tasks.models import chat
-from tasks.params import Task
+from tasks.models.params import Task
 
 
 def check(tokenizer: Any, config: Any, splits: Mapping[str, Sequence[rows.Row]], task: Task) -> None:

@@ -5,10 +5,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from tasks.acquire import model_sources
+from tasks.acquire.params import PackageModel
 from tasks.errors import PipelineError
 from tasks.frame.bounded import Limits
 from tasks.frame.stage import folder
-from tasks.params import PackageModel, Params
+from tasks.params import Params
 
 _CPU_S, _CPU_S_A_MODEL_MB, _CPU_S_A_DATA_MB = 60.0, 4.0, 200.0
 _MEMORY, _MEMORY_A_MODEL_BYTE, _MEMORY_A_DATA_BYTE = 3e9, 10, 400

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tasks.acquire import cards, hub, safe_weights
+from tasks.acquire.params import GgufModel, HubModel, LocalModel, PackageModel
 from tasks.errors import ArtifactError, ConfigError
 from tasks.frame import events, manifest
 from tasks.models import loading
-from tasks.params import GgufModel, HubModel, LocalModel, PackageModel
 
 MAX_LICENCE = 2**20  # bytes
 

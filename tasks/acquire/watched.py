@@ -5,8 +5,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from tasks.acquire.params import Acquire
 from tasks.errors import ConfigError
-from tasks.params import Acquire
 
 SHOWN = 5
 

@@ -2,7 +2,7 @@
 
 import math
 
-from tasks.params import Distill
+from tasks.distill.params import Distill
 
 MULTIPLE = 32  # of the channels that are kept: the blocks of the quantized types are so long
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.distill.blocks import Call, calls_of, first_blocks, output_of, packed_rows, remove
+from tasks.distill.params import Distill
 from tasks.distill.plan import planned
 from tasks.distill.width import can_narrow, narrow, resize
 from tasks.errors import ConfigError
@@ -28,7 +29,6 @@ from tasks.learning.training import log_probs
 from tasks.models import loading, supports
 from tasks.models.chat import Encoded
 from tasks.models.logits import head_of
-from tasks.params import Distill
 
 RIDGE = 0.05  # of the mean square of the inner layer: 0.01 fits the rows better, and all others worse
 

@@ -12,13 +12,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from tasks.distill.params import Distill
 from tasks.frame import events
 from tasks.frame.stage import need_space
 from tasks.learning.packing import pack
 from tasks.learning.training import Objective, batches, log_probs, target_states
 from tasks.models.chat import Encoded
 from tasks.models.logits import head_of
-from tasks.params import Distill
 
 Lookup = Callable[[list[int]], tuple[Any, Any, Any]]
 

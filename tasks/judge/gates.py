@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from tasks.params import Gate, Validate
+from tasks.validate.params import Gate, Validate
 
 Verdict = Literal["pass", "fail", "undecided"]
 Interval = tuple[float, float]

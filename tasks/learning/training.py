@@ -20,10 +20,10 @@ from tasks.errors import StageError
 from tasks.frame import events
 from tasks.frame.stage import need_space
 from tasks.learning.packing import Packed, pack, states
+from tasks.learning.params import Training
 from tasks.models import loading
 from tasks.models.chat import Encoded
 from tasks.models.logits import Head, head_of
-from tasks.params import Training
 
 Objective = Callable[[Any, Any, list[int]], Any]
 """`objective(hidden, labels, rows)`: hidden (n, d) of the n target positions of the rows in order, their labels

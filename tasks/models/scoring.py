@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.errors import ConfigError
-from tasks.params import OwnMetric
+from tasks.models.params import OwnMetric
 
 OWN = "metric.py"  # in what `acquire` makes
 

@@ -16,7 +16,7 @@ from tasks.frame.cores import threads
 from tasks.frame.events import doing
 from tasks.frame.manifest import sha256
 from tasks.frame.stage import disk_full, need_space, place, require_file
-from tasks.params import Onnx, Variant
+from tasks.quantize.params import Onnx, Variant
 
 # llama_ftype's names in small letters, with the share of the F16 file's bytes that each needs at most.
 SHARE: Mapping[Variant, float] = {"q8_0": 0.55, "q5_1": 0.5, "q5_0": 0.5, "q4_k_m": 0.5, "q4_0": 0.45}

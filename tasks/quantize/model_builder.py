@@ -20,7 +20,7 @@ from tasks.frame import crashes
 from tasks.frame.cores import threads
 from tasks.frame.events import doing
 from tasks.frame.stage import disk_full, need_space, require_file
-from tasks.params import Onnx
+from tasks.quantize.params import Onnx
 
 # Olive's own records of the run: times, paths and random names, of no use to a runtime.
 LITTER = {"footprint.json", "output_footprint.json", "run_history.txt", "model_config.json"}

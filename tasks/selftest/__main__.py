@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from tasks.params import Variant
+from tasks.quantize.params import Variant
 
 
 def main(argv: list[str] | None = None) -> int:
