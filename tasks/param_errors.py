@@ -38,6 +38,8 @@ def _explain(problem: Any, known: Collection[str]) -> str:
     if problem["type"] == "extra_forbidden":
         if key == "distill.seed":
             return f"{key}: unknown key: select.seeds has taken its place, a list"
+        if key == "quantize.onnx":
+            return f"{key}: unknown key: quantize.options.model_builder has taken its place"
         near = difflib.get_close_matches(location[-1], sorted(set(known) - {location[-1]}), n=1)
         return f"{key}: unknown key" + (f": did you mean {near[0]!r}?" if near else ": remove it")
     newest = "`git ls-remote https://huggingface.co/OWNER/NAME HEAD` tells the newest"

@@ -34,7 +34,7 @@ _ROWS = (
     Stage("select", _late("select"), ("select",), {"students": "distill"}),
     # HF -> F16 GGUF, once for all variants; the teacher's file is the yardstick of size and speed.
     Stage("convert", _late("convert"), (), {"teacher": "finetune", "student": "select"}),
-    Stage("quantize", _late("quantize"), ("quantize.onnx",), {"student": "select", "converted": "convert"}, per="variant"),
+    Stage("quantize", _late("quantize"), ("quantize.options",), {"student": "select", "converted": "convert"}, per="variant"),
     Stage(
         "validate", _late("validate"), ("validate.context", "validate.windows", "validate.repeats", "task"),
         {"source": "acquire", "distilled": "select", "converted": "convert", "artifact": "quantize"},

@@ -21,7 +21,7 @@ from tasks.acquire import data_sources, dequantise, gguf_check, model_sources, s
 from tasks.acquire.params import Acquire, GgufModel, LocalModel, PackageModel
 from tasks.errors import ArtifactError, ConfigError
 from tasks.frame import manifest, stage
-from tasks.models import chat, loading
+from tasks.models import chat, loading, sizes
 from tasks.stages import STAGES
 
 
@@ -574,14 +574,14 @@ def test_parameters_are_counted_from_the_configuration(kind: str, extra: dict) -
     config = AutoConfig.for_model(kind, num_attention_heads=4, **({"num_key_value_heads": 2} | sizes | ids | extra))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert loading.parameters_from_config(config.to_dict()) == loading.count(model)
+    assert sizes.parameters(config.to_dict()) == loading.count(model)
 
 
 def test_a_configuration_without_sizes_is_refused() -> None:
     with pytest.raises(ArtifactError, match="model_type 'mamba'"):
-        loading.parameters_from_config({"model_type": "mamba"})
+        sizes.parameters({"model_type": "mamba"})
     with pytest.raises(ArtifactError, match="hidden_size"):
-        loading.parameters_from_config({"model_type": "llama"})
+        sizes.parameters({"model_type": "llama"})
 
 
 # --- GGUF --------------------------------------------------------------------------------------------

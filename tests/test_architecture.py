@@ -34,7 +34,7 @@ HEAVY = (
 # The rooms, lowest first: a room imports those on floors below its own. On one floor no room imports another.
 FLOORS = {
     "tasks": (
-        ("errors",), ("schema",), ("param_errors",), ("params",), ("frame",), ("models",), ("learning", "runtimes"),
+        ("errors",), ("schema",), ("variants",), ("param_errors",), ("params",), ("frame",), ("models",), ("learning", "runtimes"),
         ("acquire", "finetune", "distill", "select", "convert", "quantize", "validate", "judge", "package", "selftest"),
         ("stages",), ("__main__",),
     ),

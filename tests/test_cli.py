@@ -11,13 +11,14 @@ import pytest
 from checkout import DEFAULTS, SLMOPS, commit, environment, git, make_toy, slmops
 
 from flows.cli import main
-from flows.preflight import doctor, file_sizes, plan
+from flows.preflight import doctor, plan, planned_model
 from flows.run.terminal import Display
 from tasks import params
-from tasks.distill.plan import MULTIPLE
+from tasks.distill.plan import MULTIPLE, pruned
 from tasks.errors import ArtifactError, BrokenRuntimeError, ConfigError
 from tasks.frame import jsonl
-from tasks.quantize.params import Onnx
+from tasks.models.sizes import Shape
+from tasks.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,7 +106,7 @@ def test_version_and_completion_are_told(capsys: pytest.CaptureFixture[str]) -> 
 def test_what_is_shown_can_be_had_as_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(plan.models, "product_rates", lambda: {"float32": 1e11, "bfloat16": 1e11})
+    monkeypatch.setattr(plan.loading, "product_rates", lambda: {"float32": 1e11, "bfloat16": 1e11})
     monkeypatch.setattr(
         doctor, "examine", lambda root: iter([doctor.Check("torch", False, "missing", "pip install torch")])
     )
@@ -131,28 +132,28 @@ MADE = {"f16": 2709, "q8_0": 1448, "q5_1": 1116, "q5_0": 1050, "q4_k_m": 1055, "
 
 
 @pytest.fixture(scope="module")
-def smollm() -> file_sizes.Shape:
-    return file_sizes.read(params.load(DEFAULTS).acquire, ROOT)
+def smollm() -> Shape:
+    return planned_model.shape(params.load(DEFAULTS).acquire, ROOT)
 
 
 @pytest.mark.parametrize("variant", MADE)
-def test_the_predicted_size_is_that_of_the_file_that_llama_cpp_makes(smollm: file_sizes.Shape, variant: str) -> None:
-    assert round(file_sizes.size(smollm, variant, Onnx()) / 1e5) == MADE[variant]
+def test_the_predicted_size_is_that_of_the_file_that_llama_cpp_makes(smollm: Shape, variant: str) -> None:
+    assert round(VARIANTS[variant].quantizer.module.predicted_size(variant, None, smollm) / 1e5) == MADE[variant]
 
 
-def test_a_config_and_a_gguf_header_tell_the_same_shape(smollm: file_sizes.Shape, tmp_path: Path) -> None:
+def test_a_config_and_a_gguf_header_tell_the_same_shape(smollm: Shape, tmp_path: Path) -> None:
     config = {**smollm.config, "model_type": "llama", "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    told = file_sizes.from_config(tmp_path)
+    told = planned_model.of_folder(tmp_path)
     assert told.parameters == smollm.parameters == 134_515_008
     assert {(t.name, t.row, t.elements) for t in told.tensors} == {(t.name, t.row, t.elements) for t in smollm.tensors}
 
 
-def test_the_student_is_the_largest_that_is_small_enough(smollm: file_sizes.Shape) -> None:
+def test_the_student_is_the_largest_that_is_small_enough(smollm: Shape) -> None:
     settings = params.load(DEFAULTS).distill
-    blocks = smollm.pruned(settings.model_copy(update={"block_share": 1.0}))
+    blocks = pruned(smollm, settings.model_copy(update={"block_share": 1.0}))
     assert blocks.parameters <= 0.85 * smollm.parameters < smollm.first(blocks.layers + 1).parameters
-    both = smollm.pruned(settings)
+    both = pruned(smollm, settings)
     assert blocks.layers < both.layers < smollm.layers
     wider = smollm.first(both.layers).narrowed(both.config["intermediate_size"] + MULTIPLE)
     assert both.parameters <= 0.85 * smollm.parameters < wider.parameters
@@ -174,7 +175,7 @@ SHARES = [("distill", "17"), ("validate", "q8_0"), ("judge", "q8_0")]
 
 
 def test_a_run_is_told_the_minutes_of_what_it_is_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.models, "product_rates", lambda: {"float32": 1e11, "bfloat16": 1e11})
+    monkeypatch.setattr(plan.loading, "product_rates", lambda: {"float32": 1e11, "bfloat16": 1e11})
     checked = params.load(DEFAULTS, ["select.seeds=[17, 18]"])
     whole = {work.stage: work.seconds / 60 for work in plan.predict(ROOT, checked, 1e11, 1e11).work}
     told = plan.expected(ROOT, checked, SHARES)
@@ -184,7 +185,7 @@ def test_a_run_is_told_the_minutes_of_what_it_is_to_do(monkeypatch: pytest.Monke
 
 
 def test_a_run_whose_work_cannot_be_foreseen_is_told_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.models, "product_rates", lambda: pytest.fail("measured for nothing"))
+    monkeypatch.setattr(plan.loading, "product_rates", lambda: pytest.fail("measured for nothing"))
     checked = params.load(DEFAULTS)
     assert plan.expected(ROOT, checked, SHARES[2:]) == {}  # no model runs
     hub = {"source": "hub", "repo": "a/b", "revision": "0" * 40}
@@ -195,10 +196,10 @@ def test_a_run_whose_work_cannot_be_foreseen_is_told_nothing(tmp_path: Path, mon
     assert plan.expected(tmp_path, local_data(tmp_path, 0), SHARES) == {}
 
 
-def test_narrowing_counts_second_moments_of_every_row(smollm: file_sizes.Shape) -> None:
+def test_narrowing_counts_second_moments_of_every_row(smollm: Shape) -> None:
     def seconds(rows: int) -> float:
         settings = params.load(DEFAULTS, ["distill.block_share=0.0", f"distill.fitted_rows={rows}"]).distill
-        return plan._pruning(settings, smollm, smollm.pruned(settings), 50, float("inf"), 1.0)
+        return plan._pruning(settings, smollm, pruned(smollm, settings), 50, float("inf"), 1.0)
 
     assert seconds(1001) - seconds(1000) == pytest.approx(2 * 50 * 1536**2 * 30)
 
@@ -283,14 +284,14 @@ def test_a_plan_for_a_model_that_is_not_there_says_so(tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match=r"a/b is on the Hub .* run `slmops stage acquire` with the same --set first"
         ):
-            file_sizes.read(acquire, tmp_path)
+            planned_model.shape(acquire, tmp_path)
         (fetched / "lineage.json").write_text(json.dumps({"model": {"repo": "another/model", "revision": "0" * 40}}))
     (fetched / "lineage.json").write_text(json.dumps({"model": hub}))
     with pytest.raises(ArtifactError, match=r"config\.json"):
-        file_sizes.read(acquire, tmp_path)
+        planned_model.shape(acquire, tmp_path)
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
     with pytest.raises(ArtifactError, match="has no hidden_size, intermediate_size"):
-        file_sizes.from_config(tmp_path)
+        planned_model.of_folder(tmp_path)
 
 
 # --- doctor ------------------------------------------------------------------------------------------

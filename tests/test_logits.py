@@ -14,8 +14,8 @@ from tasks.distill.targets import cache_targets, distillation, forward_kl
 from tasks.errors import ArtifactError
 from tasks.learning import packing, training
 from tasks.models import logits
-from tasks.models.loading import DENSE
 from tasks.models.logits import Head, head_of
+from tasks.models.sizes import DENSE
 
 # What an architecture does to its logits, so strongly that leaving it out could not pass for rounding.
 STRONG: dict[str, dict[str, Any]] = {

@@ -15,9 +15,9 @@ from tasks.frame import stage
 from tasks.models import loading
 from tasks.package import bundle
 from tasks.package.choose import candidates, choose
-from tasks.package.memory import minimum_ram
 from tasks.package.params import Package
 from tasks.package.stage import TARGETS, package
+from tasks.runtimes import llama, onnx_genai
 from tasks.stages import STAGES
 
 
@@ -67,31 +67,31 @@ ROWS = (
 
 
 @pytest.mark.parametrize(
-    ("rule", "kinds", "chosen"),
+    ("rule", "runtimes", "chosen"),
     [
-        ("smallest", {"gguf", "onnx"}, "q4_k_m"),
-        ("fastest", {"gguf", "onnx"}, "onnx-int4"),
-        ("fastest", {"gguf"}, "q4_k_m"),
-        ("most_accurate", {"gguf", "onnx"}, "onnx-int4"),  # as accurate as q8_0, and smaller
-        ("most_accurate", {"gguf"}, "q8_0"),
+        ("smallest", {"llama", "onnx_genai"}, "q4_k_m"),
+        ("fastest", {"llama", "onnx_genai"}, "onnx-int4"),
+        ("fastest", {"llama"}, "q4_k_m"),
+        ("most_accurate", {"llama", "onnx_genai"}, "onnx-int4"),  # as accurate as q8_0, and smaller
+        ("most_accurate", {"llama"}, "q8_0"),
     ],
 )
-def test_the_best_passing_variant_by_the_rule(tmp_path: Path, rule: str, kinds: set, chosen: str):
-    choice = choose(variants(tmp_path, *ROWS), rule, kinds)
+def test_the_best_passing_variant_by_the_rule(tmp_path: Path, rule: str, runtimes: set, chosen: str):
+    choice = choose(variants(tmp_path, *ROWS), rule, runtimes)
     assert choice.chosen.name == chosen
-    assert set(choice.best) == kinds
+    assert set(choice.best) == runtimes
 
 
 def test_ties_go_by_name(tmp_path: Path):
-    found = variants(tmp_path, ("q5_1", "pass", 0.9, 80.0, 1.0), ("q4_1", "pass", 0.9, 80.0, 1.0))
-    assert {choose(found, rule, {"gguf"}).chosen.name for rule in ("smallest", "fastest", "most_accurate")} == {"q4_1"}
+    found = variants(tmp_path, ("q5_1", "pass", 0.9, 80.0, 1.0), ("q5_0", "pass", 0.9, 80.0, 1.0))
+    assert {choose(found, rule, {"llama"}).chosen.name for rule in ("smallest", "fastest", "most_accurate")} == {"q5_0"}
 
 
 def test_the_reason_tells_every_candidates_numbers_and_fate(tmp_path: Path):
-    choice = choose(variants(tmp_path, *ROWS), "smallest", {"gguf"})
+    choice = choose(variants(tmp_path, *ROWS), "smallest", {"llama"})
     assert choice.reason == (
         "q4_k_m (80.0 MB) is the smallest of the 2 variants that passed; behind it q8_0 (120.0 MB). "
-        "onnx-int4 passed, but no wanted target carries ONNX files. q4_0 failed accuracy_retention (0.5, limit 0.95). "
+        "onnx-int4 passed, but no wanted target carries files of ONNX Runtime GenAI. q4_0 failed accuracy_retention (0.5, limit 0.95). "
         "q5_1 is undecided on accuracy_retention (0.5, limit 0.95)."
     )
 
@@ -102,7 +102,7 @@ def test_measured_numbers_stay_out_of_the_reproducible_reason(tmp_path: Path):
     check = {"name": "peak_rss_ratio", "value": 1.3141, "limit": 1.0, "direction": "at_most", "ok": False}
     path.write_text(json.dumps({"verdict": "fail", "checks": [check]}))
     found = candidates(tmp_path / "quantize", tmp_path / "validate", tmp_path / "judge", [row[0] for row in ROWS])
-    choice = choose(found, "fastest", {"gguf", "onnx"})
+    choice = choose(found, "fastest", {"llama", "onnx_genai"})
     assert "300.0 tokens/s" in choice.measured_reason
     assert "1.314" in choice.measured_reason
     assert "tokens/s" not in choice.reason
@@ -112,7 +112,7 @@ def test_measured_numbers_stay_out_of_the_reproducible_reason(tmp_path: Path):
 def test_a_passing_variant_without_its_number_is_refused(tmp_path: Path):
     found = variants(tmp_path, ("q8_0", "pass", 0.9, 80.0, float("nan")))
     with pytest.raises(ArtifactError, match="q8_0 passed, but its decode_tokens_per_s is nan"):
-        choose(found, "fastest", {"gguf"})
+        choose(found, "fastest", {"llama"})
 
 
 def test_what_an_earlier_run_with_other_variants_left_is_not_looked_at(tmp_path: Path):
@@ -221,7 +221,7 @@ def test_nothing_passed_is_data_not_an_error(tmp_path: Path, model: Path, tiny_p
 
 def test_a_target_without_a_passing_variant_is_named(folders: dict[str, Path], tiny_params: dict, tmp_path: Path):
     made = packed(folders, tiny_params, tmp_path / "out", targets=["llama-server", "onnx-genai"])
-    assert made.reason.endswith("Left out, for want of a passing variant of their kind: onnx-genai.")
+    assert made.reason.endswith("Left out, for want of a passing variant of their runtime: onnx-genai.")
     assert not (tmp_path / "out" / "onnx-genai").exists()
 
 
@@ -285,12 +285,12 @@ def test_memory_is_reckoned_from_the_config(model: Path):
         "intermediate_size": 1536, "vocab_size": 49152,
     }  # fmt: skip
     for context, measured in ((512, 219e6), (2048, 298e6), (4096, 402e6)):
-        assert measured < minimum_ram("gguf", 98_362_432, config, context) < 1.35 * measured
+        assert measured < llama.minimum_memory(98_362_432, config, context) < 1.35 * measured
     for context, measured in ((512, 364e6), (1024, 541e6)):
-        assert measured < minimum_ram("onnx", 118_339_048, config, context) < 1.35 * measured
+        assert measured < onnx_genai.minimum_memory(118_339_048, config, context) < 1.35 * measured
     with pytest.raises(ArtifactError, match="hidden_size"):
-        minimum_ram("gguf", 1, {"num_hidden_layers": 1, "num_attention_heads": 1}, 512)
-    assert minimum_ram("gguf", 0, loading.load_config(model), 512) > 160e6
+        llama.minimum_memory(1, {"num_hidden_layers": 1, "num_attention_heads": 1}, 512)
+    assert llama.minimum_memory(0, loading.load_config(model), 512) > 160e6
 
 
 def test_the_stage_as_the_pipeline_runs_it(folders: dict[str, Path], tiny_params: dict, tmp_path: Path):

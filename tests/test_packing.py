@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tasks.learning import packing
 from tasks.learning.packing import common_prefix, pack, states
 from tasks.models.chat import Encoded
-from tasks.models.loading import DENSE
+from tasks.models.sizes import DENSE
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -69,7 +69,7 @@ def test_a_local_input_outside_the_watched_folder_is_refused(tmp_path: Path) -> 
         ("task.metric=xml", "task.metric: 'xml' is none of json, text"),
         ("package.targets=[olama]", "package.targets.0: 'olama' is none of ollama, llama-server, onnx-genai: did you mean 'ollama'?"),
         ("package.targets=ollama", "package.targets: 'ollama' is no list: write [ollama]"),
-        ("quantize.onnx.block_size=33", "quantize.onnx.block_size: 33 is none of 16, 32, 64, 128"),
+        ("quantize.options.model_builder.block_size=33", "quantize.options.model_builder.block_size: 33 is none of 16, 32, 64, 128"),
     ],
 )  # fmt: skip
 def test_a_wrong_name_lists_the_right_ones_and_the_nearest(tmp_path: Path, override: str, want: str) -> None:
@@ -115,7 +115,7 @@ def test_a_stage_sees_only_its_sections() -> None:
     part = params.load(DEFAULTS).only(["validate.context", "quantize.variants"])
     assert part.validate_.context
     assert "q8_0" in part.quantize.variants
-    for section, absent in ((part.validate_, "gates"), (part.validate_, "seed"), (part.quantize, "onnx")):
+    for section, absent in ((part.validate_, "gates"), (part.validate_, "seed"), (part.quantize, "options")):
         with pytest.raises(AttributeError):
             getattr(section, absent)
 

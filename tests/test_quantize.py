@@ -1,11 +1,12 @@
 """Every variant from one F16 file: equal bytes, provenance inside, checked by loading, clear errors."""
 
+import inspect
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from checkout import DEFAULTS
@@ -14,8 +15,9 @@ from gguf_inputs import converted, quantized
 from tasks import params
 from tasks.errors import StageError
 from tasks.frame import manifest
-from tasks.quantize.params import Variant
-from tasks.quantize.stage import BACKENDS, quantize
+from tasks.quantize.stage import quantize
+from tasks.runtimes.protocol import RuntimeModule
+from tasks.variants import QUANTIZERS, RUNTIMES, VARIANTS, Quantizer, Runtime
 
 PARAMS = params.load(DEFAULTS)
 
@@ -26,8 +28,22 @@ def make(tiny: Path, variant: str, out: Path) -> Path:
     return out
 
 
-def test_there_is_a_backend_for_every_variant() -> None:
-    assert set(BACKENDS) == set(get_args(Variant))
+@pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
+def test_a_quantizer_has_what_its_row_promises(quantizer: Quantizer) -> None:
+    for name in ("quantize", "predicted_size", "obstacle"):
+        assert callable(getattr(quantizer.module, name))
+    assert all(VARIANTS[variant].quantizer is quantizer for variant in quantizer.variants)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES.values(), ids=RUNTIMES)
+def test_a_runtime_has_what_its_row_promises(runtime: Runtime) -> None:
+    def kinds(function: Callable[..., object]) -> list[object]:
+        return [each.kind for each in inspect.signature(function).parameters.values()]
+
+    promised = {name: each for name, each in vars(RuntimeModule).items() if callable(each) and name[0] != "_"}
+    assert len(promised) >= 5
+    for name, function in promised.items():
+        assert kinds(getattr(runtime.module, name)) == kinds(function)[1:], name  # without self
 
 
 @pytest.mark.parametrize("variant", ["f16", "q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0"])

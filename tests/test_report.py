@@ -33,7 +33,7 @@ def variant(name: str) -> dict:
     classes = {"light_on": 0.97 - at / 50, "set_temperature": 0.91 - at / 30, "decline": 0.82 - at / 40}
     speed = {"decode_tokens_per_s": 178 + 14 * at, "ttft_s": {"p50": 0.041 - at / 400, "p95": 0.048, "p99": 0.061}}
     return {
-        "kind": "onnx" if "onnx" in name else "gguf",
+        "runtime": "onnx_genai" if "onnx" in name else "llama",
         "targets": [],
         "verdict": {"verdict": verdict, "checks": [check]},
         "metrics": {

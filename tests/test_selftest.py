@@ -4,14 +4,13 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from tasks import selftest
 from tasks.errors import BrokenRuntimeError, ConfigError
-from tasks.quantize.params import Variant
 from tasks.selftest import llama, tiny
+from tasks.variants import LLAMA, ONNX_GENAI, VARIANTS
 
 SHAPE = tiny.SHAPES[1]
 
@@ -43,7 +42,7 @@ def test_every_width_of_row_occurs() -> None:
 
 
 def test_llama_cpp_computes_what_torch_does_in_every_type_of_the_params(tmp_path: Path) -> None:
-    types = [each for each in get_args(Variant) if each != "onnx-int4"]
+    types = [name for name, each in VARIANTS.items() if each.runtime is LLAMA]
     done = [(step.what, step.compute(), step.limit) for step in llama.steps(types, tmp_path)]
     assert len(done) == len(types) * len(tiny.SHAPES) * 3  # prompt at once, by micro-batches, token by token
     for what, found, limit in done:
@@ -90,7 +89,7 @@ def test_broken_logits_are_seen(broken: str) -> None:
 
 
 def test_onnx_runtime_computes_what_torch_does_in_a_process_of_its_own(tmp_path: Path) -> None:
-    lines, code, said = selftest._child("onnx", tmp_path)
+    lines, code, said = selftest._child(ONNX_GENAI, tmp_path)
     assert code == 0, said
     done = [line for line in map(json.loads, lines) if "distance" in line]
     assert len(done) == len(tiny.SHAPES) * 2  # prompt at once, token by token
@@ -148,10 +147,10 @@ def test_a_crash_is_told_with_its_signal(place: Path, monkeypatch: pytest.Monkey
 def test_a_library_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="onnxruntime-genai"):
-        selftest.ensure(("onnx",))
+        selftest.ensure((ONNX_GENAI,))
 
 
 def test_stages_without_a_runtime_test_nothing() -> None:
     assert selftest.used("finetune", None) == selftest.used("convert", None) == ()
-    assert selftest.used("quantize", "onnx-int4") == ("onnx",)
-    assert selftest.used("validate", "onnx-int4") == ("llama", "onnx")
+    assert selftest.used("quantize", "onnx-int4") == (ONNX_GENAI,)
+    assert selftest.used("validate", "onnx-int4") == (LLAMA, ONNX_GENAI)

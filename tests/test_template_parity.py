@@ -17,6 +17,8 @@ from tasks.models import chat, loading
 from tasks.package import parity, target_ollama
 from tasks.package.release import Release
 from tasks.package.turns import Turns, probe, render
+from tasks.runtimes import llama, onnx_genai
+from tasks.runtimes.protocol import PromptReader
 
 ROLES = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 BOS = "{{ bos_token }}" + ROLES
@@ -46,13 +48,13 @@ def tokenizer(model: Path):
 
 
 @pytest.fixture(scope="session")
-def gguf(model: Path) -> parity.Runtime:
-    return parity.gguf(to_gguf(model))
+def gguf(model: Path) -> PromptReader:
+    return llama.prompt_reader(to_gguf(model))
 
 
 @pytest.fixture(scope="session")
-def onnx(model: Path) -> parity.Runtime:
-    return parity.onnx(to_onnx(model))
+def onnx(model: Path) -> PromptReader:
+    return onnx_genai.prompt_reader(to_onnx(model))
 
 
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])
@@ -63,7 +65,7 @@ def test_the_runtime_reads_every_conversation_as_the_tokenizer_does(model: Path,
 
 
 def test_joined_letters_are_asked_for_where_only_the_tokenizer_joins_them(
-    model: Path, tokenizer, gguf: parity.Runtime, onnx: parity.Runtime
+    model: Path, tokenizer, gguf: PromptReader, onnx: PromptReader
 ):
     """Qwen's tokenizer does (Unicode's NFC); neither runtime knows."""
     from tokenizers.normalizers import NFC
@@ -76,7 +78,7 @@ def test_joined_letters_are_asked_for_where_only_the_tokenizer_joins_them(
         assert parity.check(model, tokenizer, runtime, model) == len(parity.CONVERSATIONS)
 
 
-def test_a_template_that_the_runtime_has_otherwise_is_refused(model: Path, tokenizer, gguf: parity.Runtime):
+def test_a_template_that_the_runtime_has_otherwise_is_refused(model: Path, tokenizer, gguf: PromptReader):
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant:\n")
     with pytest.raises(
         StageError,
@@ -85,13 +87,13 @@ def test_a_template_that_the_runtime_has_otherwise_is_refused(model: Path, token
         parity.check(model, tokenizer, gguf, Path("x.gguf"))
 
 
-def test_a_lost_default_system_prompt_is_seen(tokenizer, gguf: parity.Runtime):
+def test_a_lost_default_system_prompt_is_seen(tokenizer, gguf: PromptReader):
     tokenizer.chat_template = CHATML
     assert "the tokenizer goes on with 'user\\nTurn on" in (parity.difference(tokenizer, gguf) or "")
     assert "the runtime with 'system\\nYou are a" in (parity.difference(tokenizer, gguf) or "")
 
 
-def test_a_tokenizer_that_splits_otherwise_is_seen(tokenizer, gguf: parity.Runtime):
+def test_a_tokenizer_that_splits_otherwise_is_seen(tokenizer, gguf: PromptReader):
     """What transformers makes of SmolLM2's tokenizer when it reads it from a GGUF: digits no longer stand alone."""
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -107,7 +109,7 @@ def test_a_pre_tokenizer_that_the_runtime_passes_over_is_seen(model: Path, token
     tokenizer.backend_tokenizer.pre_tokenizer = digits_apart(spelled_out=False)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     assert chat.prompt_ids(tokenizer, parity.CONVERSATIONS["digits after white space"]) == before
-    assert "'digits after white space'" in (parity.difference(tokenizer, parity.onnx(folder)) or "")
+    assert "'digits after white space'" in (parity.difference(tokenizer, onnx_genai.prompt_reader(folder)) or "")
 
 
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])
@@ -126,7 +128,7 @@ def test_a_damaged_file_is_an_artifact_error(tmp_path: Path, kind: str):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(40))
     (tmp_path / "genai_config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="run `quantize` again"):
-        parity.RUNTIMES[kind](tmp_path / "model.gguf" if kind == "gguf" else tmp_path)
+        {"gguf": llama, "onnx": onnx_genai}[kind].prompt_reader(tmp_path / "model.gguf" if kind == "gguf" else tmp_path)
 
 
 def test_the_servers_setting_keeps_it_from_replacing_a_known_template(model: Path, tokenizer, tmp_path: Path):
@@ -146,10 +148,10 @@ def test_the_servers_setting_keeps_it_from_replacing_a_known_template(model: Pat
     want = len(chat.prompt_ids(tokenizer, messages))
     assert prompt_tokens(chat_format="chat_template.default") == want
     assert prompt_tokens() != want
-    assert parity.difference(tokenizer, parity.gguf(path)) is None
+    assert parity.difference(tokenizer, llama.prompt_reader(path)) is None
 
 
-def test_special_tokens_in_a_text_are_read_as_such_by_all(tokenizer, gguf: parity.Runtime, onnx: parity.Runtime):
+def test_special_tokens_in_a_text_are_read_as_such_by_all(tokenizer, gguf: PromptReader, onnx: PromptReader):
     """The injection that parity does not prevent, held so that nobody takes it for prevented."""
     messages = parity.CONVERSATIONS["special tokens in the text"]
     ends = chat.prompt_ids(tokenizer, messages).count(tokenizer.eos_token_id)

@@ -63,7 +63,7 @@ def test_a_run_is_a_parent_with_a_nested_child_a_stage(main: Path) -> None:
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert parent.data.tags["slmops.git_commit"] == "abc"
     assert parent.data.params["validate.gates"].startswith('[{"name": "accuracy_retention"')
-    assert child.data.params["quantize.onnx.block_size"] == "32"
+    assert child.data.params["quantize.options.model_builder.block_size"] == "32"
     assert child.data.metrics["accuracy"] == 0.5
     assert child.data.metrics["ttft_s.p95"] == 0.25
     assert "quiet" not in child.data.metrics

@@ -16,10 +16,10 @@ from tasks import params
 from tasks.errors import ArtifactError, StageError
 from tasks.frame import cores
 from tasks.models.params import Task
-from tasks.quantize.params import Variant
 from tasks.validate.measure import measure
 from tasks.validate.params import Validate
-from tasks.validate.stage import EVALUATORS, validate
+from tasks.validate.stage import validate
+from tasks.variants import LLAMA, VARIANTS
 
 METRICS = {
     "accuracy", "accuracy_retention", "perplexity", "perplexity_ratio", "mean_kld", "same_top_token", "size_bytes", "size_ratio",
@@ -52,12 +52,6 @@ def run(inputs: dict[str, Path], artifact: Path, variant: str, out: Path) -> dic
     return validate(settings(), **inputs, artifact=artifact, variant=variant, out=out)
 
 
-def test_there_is_an_evaluator_for_every_variant() -> None:
-    from typing import get_args
-
-    assert set(EVALUATORS) == set(get_args(Variant))
-
-
 @pytest.fixture(scope="module", params=["q8_0", "onnx-int4"])
 def done(request: pytest.FixtureRequest, inputs: dict, tiny_model_folder: Path, tmp_path_factory) -> tuple:
     artifact = quantized(tiny_model_folder, request.param)
@@ -71,7 +65,7 @@ def test_the_reports_hold_what_their_readers_expect(done: tuple, inputs: dict) -
     assert set(metrics) > METRICS
     assert set(returned) <= METRICS
     assert all(returned[name] == metrics[name] for name in returned)
-    shipped = artifact / EVALUATORS[variant].file
+    shipped = VARIANTS[variant].weights(artifact)
     files = [shipped] if shipped.is_file() else list(shipped.iterdir())
     assert metrics["size_bytes"] == sum(file.stat().st_size for file in files)
     yardstick = (inputs["converted"] / "teacher.gguf").stat().st_size
@@ -125,7 +119,7 @@ def test_a_process_that_dies_while_it_is_measured_is_told(inputs: dict, tmp_path
     torn = tmp_path / "torn.gguf"
     torn.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with pytest.raises(StageError, match=r"torn\.gguf: .*cannot load it"):
-        measure(whole, torn, [1, 2, 3], repeats=1)
+        measure(LLAMA, whole, torn, [1, 2, 3], repeats=1)
 
 
 def test_a_missing_file_is_named(inputs: dict, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from flows.workspace import files, locks, versioning, worktrees
 from tasks import params
 from tasks.acquire.params import GgufModel, HubData, HubModel, LocalData, LocalModel, PackageModel
 from tasks.errors import ConfigError
-from tasks.quantize.params import Variant
+from tasks.quantize.params import VariantName
 from tasks.schema import Seed, Share
 from tasks.validate.params import Gate
 
@@ -38,7 +38,7 @@ OWNER = Path(".runs") / "owner"  # in a worktree: the flow run that it is of
 Settings = Annotated[dict[str, Any] | None, Field(examples=[{"finetune.epochs": 0.5}])]
 Commit = Annotated[str, Field(pattern=r"^\w[\w./-]*$")]
 Overlap = Literal["wait", "refuse"]
-Variants = Annotated[list[Variant] | None, Field(examples=[["q8_0", "q4_0"]])]
+Variants = Annotated[list[VariantName] | None, Field(examples=[["q8_0", "q4_0"]])]
 Gates = list[Gate] | None
 
 

@@ -1,13 +1,12 @@
 """What can be known of a run before its work: steps that the model's architecture does not allow."""
 
-import json
 from pathlib import Path
 
-from flows.report import results
-from tasks.acquire.params import Acquire
-from tasks.errors import ConfigError, PipelineError
+from flows.preflight import planned_model
+from tasks.errors import ConfigError
 from tasks.models import supports
 from tasks.params import Params
+from tasks.variants import VARIANTS
 
 
 def check(root: Path, checked: Params) -> None:
@@ -16,25 +15,21 @@ def check(root: Path, checked: Params) -> None:
     Raises:
         ConfigError: names every step that cannot be done, with what to change.
     """
-    kind = architecture(checked.acquire, root)
-    found = supports.problems(kind, checked.distill.max_parameters, checked.quantize.variants) if kind else []
+    kind = planned_model.architecture(checked.acquire, root)
+    found = problems(kind, checked.distill.max_parameters, checked.quantize.variants) if kind else []
     if found:
         raise ConfigError("this run would fail after its training: " + "; ".join(found))
 
 
-def architecture(acquire: Acquire, root: Path) -> str | None:
-    """The model_type of the model that params.yaml names; None where only `acquire` can tell."""
-    from tasks.acquire import gguf_check, model_sources
-
-    if acquire.model.source == "hub":
-        model = results.fetched(root, acquire.model)
-        return str(model["architecture"]) if model else None
-    try:
-        path = model_sources.SOURCES[acquire.model.source](acquire.model, root, root).path
-        if path.is_file():
-            found = gguf_check.check(path).metadata.get("general.architecture")
-        else:
-            found = json.loads((path / "config.json").read_bytes()).get("model_type")
-    except (PipelineError, OSError, ValueError, AttributeError):
-        return None  # acquire says what is wrong with it
-    return found if isinstance(found, str) else None
+def problems(kind: str, max_parameters: float, variants: tuple[str, ...]) -> list[str]:
+    """What will fail later with a model of this `model_type`, each with its remedy."""
+    found = []
+    if max_parameters < 1 and kind in supports.UNPRUNABLE:
+        found.append(supports.cannot_prune(kind))
+    refused: dict[str, list[str]] = {}
+    for variant in variants:
+        if why := VARIANTS[variant].quantizer.module.obstacle(kind):
+            refused.setdefault(why, []).append(variant)
+    for why, names in refused.items():
+        found.append(f"{why}: take {', '.join(names)} out of quantize.variants, and its targets out of package.targets")
+    return found

@@ -16,6 +16,7 @@ from typing import Any
 
 from tasks import selftest
 from tasks.errors import PipelineError
+from tasks.variants import RUNTIMES
 
 FREE_DISK = 10e9  # bytes: environment 2.7 GB, a run of the default model and its cache
 MEMORY = 6e9
@@ -160,15 +161,15 @@ def _build(path: Path) -> Check:
 
 def _self_tests() -> Iterator[Check]:
     """Whether each runtime computes here what torch does."""
-    for name, library in selftest.LIBRARIES.items():
+    for runtime in (each for each in RUNTIMES.values() if each.package):
         try:
-            made = selftest.check(name)
+            made = selftest.check(runtime)
         except PipelineError as error:
-            yield Check(f"{library.name} test", False, str(error), library.remedy)
+            yield Check(f"{runtime.label} test", False, str(error), runtime.remedy)
             continue
         kernels = f"; compiled for {made['kernels']}" if made["kernels"] else ""
         found = f"{made['checks']} results, off by {made['distance']:.1%} at most, by rounding{kernels}"
-        yield Check(f"{library.name} test", True, found)
+        yield Check(f"{runtime.label} test", True, found)
 
 
 def _writable() -> Iterator[Check]:

@@ -1,6 +1,6 @@
 """`slmops plan`: what a run will make and what it will take, told before any work from the config alone.
 
-Sizes are exact for GGUF (see file_sizes.py). Times are estimates: work in floating-point operations divided by a speed
+Sizes are exact for GGUF (see tasks/models/sizes.py). Times are estimates: work in floating-point operations divided by a speed
 that matrix products measure here in the arithmetic that the work uses, times the share of it that each kind of work
 was seen to reach with a 135M model on two cores.
 """
@@ -14,17 +14,19 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from flows.preflight import checks, file_sizes
+from flows.preflight import checks, planned_model
 from tasks import params
 from tasks.acquire import data_sources, rows, watched
 from tasks.distill import width as width_pruning
 from tasks.distill.params import Distill
+from tasks.distill.plan import pruned
 from tasks.errors import PipelineError
 from tasks.judge import gates
 from tasks.learning.params import Training
-from tasks.models import loading
-from tasks.package.memory import minimum_ram
+from tasks.models import loading, sizes
+from tasks.models.sizes import Shape
 from tasks.validate.params import Validate
+from tasks.variants import VARIANTS
 
 # Speed of real work relative to the matrix product of the probe, by what rows do not share with all others: that is computed
 # once. Above 1 where most of the model need not be computed.
@@ -63,8 +65,8 @@ class Work:
 class Plan:
     """All that `facts` tells. Sizes and memory in bytes."""
 
-    base: file_sizes.Shape
-    student: file_sizes.Shape
+    base: Shape
+    student: Shape
     sizes: dict[str, int]
     ram: dict[str, int]
     work: list[Work]
@@ -89,10 +91,10 @@ def facts(root: Path, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     checked = params.load(path, overrides)
     rates = loading.product_rates()
     plan = predict(root, checked, rates[loading.arithmetic(checked.finetune.precision)], rates["float32"])
-    whole = file_sizes.size(plan.base, "f16", checked.quantize.onnx)
+    whole = VARIANTS["f16"].quantizer.module.predicted_size("f16", None, plan.base)
 
-    def told(model: file_sizes.Shape) -> dict[str, Any]:
-        size_class = loading.size_class(model.parameters)
+    def told(model: Shape) -> dict[str, Any]:
+        size_class = sizes.size_class(model.parameters)
         return {
             "architecture": model.architecture,
             "parameters": model.parameters,
@@ -158,19 +160,17 @@ def predict(root: Path, checked: params.Params, training: float, plain: float) -
     watched.check(checked.acquire, root)
     checks.check(root, checked)
     counted = _rows(root, checked)
-    base = file_sizes.read(checked.acquire, root)
-    student, sizes = _student(checked, base)
+    base = planned_model.shape(checked.acquire, root)
+    student, predicted = _student(checked, base)
     ram: dict[str, int] = {
-        variant: minimum_ram(
-            "onnx" if variant.startswith("onnx") else "gguf", size, student.config, checked.package.context_length
-        )
-        for variant, size in sizes.items()
+        variant: VARIANTS[variant].runtime.module.minimum_memory(size, student.config, checked.package.context_length)
+        for variant, size in predicted.items()
     }
-    work = _work(checked, base, student, sizes, counted, training, plain)
+    work = _work(checked, base, student, predicted, counted, training, plain)
     # bf16 folders of base, teacher and students, the checkpoint (fp32 weights and two moments), two F16 files.
     folders = 2 * 2 * base.parameters + 2 * len(checked.select.seeds) * student.parameters + 12 * base.parameters
-    files = 2 * base.parameters + 2 * student.parameters + sum(sizes.values())
-    return Plan(base, student, sizes, ram, work, int(1.1 * (folders + files)), _doubts(checked, counted))
+    files = 2 * base.parameters + 2 * student.parameters + sum(predicted.values())
+    return Plan(base, student, predicted, ram, work, int(1.1 * (folders + files)), _doubts(checked, counted))
 
 
 def expected(root: Path, checked: params.Params, keys: Iterable[tuple[str, str | None]]) -> dict[str, float]:
@@ -181,7 +181,7 @@ def expected(root: Path, checked: params.Params, keys: Iterable[tuple[str, str |
     if not wanted.keys() & MODELS_RUN:
         return {}
     try:
-        base, counted = file_sizes.read(checked.acquire, root), _rows(root, checked)
+        base, counted = planned_model.shape(checked.acquire, root), _rows(root, checked)
         rates = loading.product_rates()
         training = rates[loading.arithmetic(checked.finetune.precision)]
         work = _work(checked, base, *_student(checked, base), counted, training, rates["float32"])
@@ -195,19 +195,23 @@ def expected(root: Path, checked: params.Params, keys: Iterable[tuple[str, str |
     return {each.stage: each.seconds * share[each.stage] / 60 for each in work if each.stage in wanted}
 
 
-def _student(checked: params.Params, base: file_sizes.Shape) -> tuple[file_sizes.Shape, dict[str, int]]:
+def _student(checked: params.Params, base: Shape) -> tuple[Shape, dict[str, int]]:
     """What distillation leaves of the model, and the bytes of each of its files."""
-    student = base.pruned(checked.distill)
-    return student, {
-        variant: file_sizes.size(student, variant, checked.quantize.onnx) for variant in checked.quantize.variants
-    }
+    student = pruned(base, checked.distill)
+    return student, {variant: _size(variant, checked, student) for variant in checked.quantize.variants}
+
+
+def _size(variant: str, checked: params.Params, student: Shape) -> int:
+    quantizer = VARIANTS[variant].quantizer
+    size: int = quantizer.module.predicted_size(variant, checked.quantize.of(quantizer.name), student)
+    return size
 
 
 def _work(
     checked: params.Params,
-    base: file_sizes.Shape,
-    student: file_sizes.Shape,
-    sizes: dict[str, int],
+    base: Shape,
+    student: Shape,
+    predicted: dict[str, int],
     counted: _Rows,
     training: float,
     plain: float,
@@ -217,7 +221,7 @@ def _work(
     taught = train + min(checked.distill.unlabelled_rows, counted.count["unlabelled"])
     test = counted.count["test"] * counted.own
 
-    def trained(rows_used: int, settings: Training, model: file_sizes.Shape) -> tuple[int, int, float]:
+    def trained(rows_used: int, settings: Training, model: Shape) -> tuple[int, int, float]:
         used = rows_used * settings.passes(rows_used)
         tokens = int(used * counted.tokens)
         return max(1, tokens // settings.batch_tokens), tokens, 6 * model.parameters * used * counted.own / training
@@ -236,13 +240,13 @@ def _work(
     found.append(Work("distill", students * steps, students * tokens, students * each))
     found.append(Work("select", None, None, OVERHEAD_S["select"]))
     found.append(Work("convert", None, None, OVERHEAD_S["convert"] + 8 * base.parameters / 1e9))
-    count = len(sizes)
+    count = len(predicted)
     found.append(Work("quantize", None, None, count * (OVERHEAD_S["quantize"] + 4 * student.parameters / 1e9)))
     prompts = test + checked.validate_.windows * checked.validate_.context * 3
     each = 2 * student.parameters * prompts / (plain * PREFILL)
     # Answers are checked against drafts, side by side: only those that differ are generated token by token.
     generated = (1 - AGREEMENT) * counted.count["test"] * 16
-    answers = sum(generated * size / DECODE_BYTES_PER_S for size in sizes.values())
+    answers = sum(generated * size / DECODE_BYTES_PER_S for size in predicted.values())
     found.append(Work("validate", None, prompts * count, count * (OVERHEAD_S["validate"] + each) + answers))
     found.append(Work("judge", None, None, count * OVERHEAD_S["judge"]))
     found.append(Work("package", None, None, OVERHEAD_S["package"]))
@@ -251,8 +255,8 @@ def _work(
 
 def _pruning(
     settings: Distill,
-    base: file_sizes.Shape,
-    student: file_sizes.Shape,
+    base: Shape,
+    student: Shape,
     tokens: int,
     forward: float,
     plain: float,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from flows.report.charts import number
-from tasks.acquire.params import HubModel
 from tasks.frame.stage import folder, read_json
 from tasks.package.choose import failing
 from tasks.params import Params
@@ -44,13 +43,6 @@ class Row:
 
 def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
-
-
-def fetched(root: Path, model: HubModel) -> dict[str, Any] | None:
-    """What acquire recorded of a hub model that lies in the workspace; None where another one lies there, or none."""
-    lineage = folder(root, "acquire") / "lineage.json"
-    found: dict[str, Any] = read_json(lineage)["model"] if lineage.is_file() else {}
-    return found if (found.get("repo"), found.get("revision")) == (model.repo, model.revision) else None
 
 
 def bundle(root: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from tasks.errors import ArtifactError, brief
-from tasks.models import loading
+from tasks.models import sizes
 
 MAX_LAYERS = 1024
 MAX_SIZE = 2**24  # of one dimension; vocabularies reach some 2**18
@@ -32,12 +32,12 @@ def check(config: Mapping[str, Any], where: str) -> None:
         )
     for name in _COUNTS:
         value = config.get(name)
-        if value is None or (isinstance(value, list) and kind not in loading.DENSE):  # some differ from layer to layer
+        if value is None or (isinstance(value, list) and kind not in sizes.DENSE):  # some differ from layer to layer
             continue
         most = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
         if type(value) is not int or not 1 <= value <= most:
             _refuse(where, f"its {name} is {brief(repr(value))}, not a whole number from 1 to {most}")
-    if kind in loading.DENSE:
+    if kind in sizes.DENSE:
         _check_heads(config, where)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from tasks.errors import ArtifactError, brief
 from tasks.frame import bounded
-from tasks.models import chat, loading
+from tasks.models import chat, loading, sizes
 
 # At these llama.cpp stops by their names (llama-vocab.cpp); besides them only at the one eos token of the GGUF, which its
 # converter takes from the tokenizer.
@@ -42,7 +42,7 @@ def stops(model: Any, tokenizer: Any) -> list[int]:
             "generation_config.json, or take the model from its source again"
         )
     # Of other architectures the converter may write further ends into the GGUF.
-    others = sorted(found - {eos}) if model.config.model_type in loading.DENSE else []
+    others = sorted(found - {eos}) if model.config.model_type in sizes.DENSE else []
     passed = [tokenizer.convert_ids_to_tokens(i) for i in others]
     if unknown := [text for text in passed if text not in NAMES]:
         turn = tokenizer.convert_ids_to_tokens(end)

@@ -10,7 +10,7 @@ from tasks.acquire import cards, hub, safe_weights
 from tasks.acquire.params import GgufModel, HubModel, LocalModel, PackageModel
 from tasks.errors import ArtifactError, ConfigError
 from tasks.frame import events, manifest
-from tasks.models import loading
+from tasks.models import sizes
 
 MAX_LICENCE = 2**20  # bytes
 
@@ -98,7 +98,7 @@ def from_hub(source: HubModel, root: Path, scratch: Path) -> Found:
     folder = scratch / "model"
     hub.download(repository, [name for name in repository.files if not name.endswith(".safetensors")], folder)
     # Code is never fetched; what transformers has itself does without it (Phi's repositories hold some).
-    if safe_weights.check_architecture(folder).get("model_type") not in loading.DENSE:
+    if safe_weights.check_architecture(folder).get("model_type") not in sizes.DENSE:
         safe_weights.check_names(str(repository), list(repository.names))
     return Found(
         folder,

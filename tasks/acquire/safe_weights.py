@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from tasks.acquire import config_check, pointers
 from tasks.errors import ArtifactError, brief
 from tasks.frame import events
-from tasks.models import loading
+from tasks.models import loading, sizes
 
 MAX_HEADER = 16 * 2**20  # bytes; some 120,000 tensors. The library's own limit is 100 MB
 MAX_DIMENSIONS = 8
@@ -120,7 +120,7 @@ def check_architecture(folder: Path) -> dict[str, Any]:
 def _wants_code(path: Path) -> bool:
     """An `auto_map`; one in config.json is passed over where transformers has the architecture itself (Phi's has one)."""
     told = _json_object(path)
-    return "auto_map" in told and not (path.name == "config.json" and told.get("model_type") in loading.DENSE)
+    return "auto_map" in told and not (path.name == "config.json" and told.get("model_type") in sizes.DENSE)
 
 
 def _refuse_pickle(path: Path) -> None:

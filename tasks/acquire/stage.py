@@ -26,7 +26,7 @@ from tasks.acquire import (
 from tasks.errors import ArtifactError, ConfigError, brief
 from tasks.frame import events, manifest
 from tasks.frame.stage import need_space
-from tasks.models import dated, loading, logits, scoring, supports
+from tasks.models import dated, loading, logits, scoring, sizes, supports
 from tasks.models.params import OwnMetric
 from tasks.params import Params
 
@@ -102,7 +102,7 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
             "licence": opened.licence,
             "architecture": opened.model.config.model_type,
             "parameters": parameters,
-            "size_class": loading.size_class(parameters),
+            "size_class": sizes.size_class(parameters),
         },
         "data": {
             "source": settings.data.source,
@@ -157,8 +157,8 @@ def _open_folder(found: model_sources.Found, allowed: tuple[str, ...]) -> _Opene
     folder = found.path
     model_sources.check_licence(found.licence, allowed, str(folder), required=True)
     config = safe_weights.check_folder(folder)
-    if config.get("model_type") in loading.DENSE:  # before the weights are fetched; else by their headers
-        _refuse_too_large(loading.parameters_from_config(config), str(folder))
+    if config.get("model_type") in sizes.DENSE:  # before the weights are fetched; else by their headers
+        _refuse_too_large(sizes.parameters(config), str(folder))
     found.finish()
     tensors, files = safe_weights.check_weights(folder)
     safe_weights.refuse_quantised(tensors, str(folder))
@@ -190,7 +190,7 @@ def _refuse_other_sizes(where: str, empty: Any, tensors: safe_weights.Tensors, p
         )
     own = {name: tuple(each.shape) for name, each in empty.state_dict().items()}
     wrong = [name for name, (_, shape) in tensors.items() if own.get(name, shape) != shape]
-    if wrong and empty.config.model_type in loading.DENSE:  # of others transformers may arrange weights anew
+    if wrong and empty.config.model_type in sizes.DENSE:  # of others transformers may arrange weights anew
         raise ArtifactError(
             f"{where}: {wrong[0]} has the shape {list(tensors[wrong[0]][1])} where config.json asks for {list(own[wrong[0]])}: "
             "take config.json and weights from one commit"
@@ -220,10 +220,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _refuse_too_large(parameters: int, where: str) -> None:
-    if loading.size_class(parameters) == "teacher-only":
+    if sizes.size_class(parameters) == "teacher-only":
         raise ArtifactError(
             f"{where} has {parameters / 1e9:.1f}B parameters: the student is cut from this model, and above "
-            f"{loading.MEDIUM / 1e9:.0f}B a model can only be a teacher: choose a smaller one"
+            f"{sizes.MEDIUM / 1e9:.0f}B a model can only be a teacher: choose a smaller one"
         )
 
 

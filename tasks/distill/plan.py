@@ -3,6 +3,7 @@
 import math
 
 from tasks.distill.params import Distill
+from tasks.models.sizes import FUSED, Shape
 
 MULTIPLE = 32  # of the channels that are kept: the blocks of the quantized types are so long
 
@@ -26,3 +27,14 @@ def planned(settings: Distill, total: int, layers: int, block: int, inner: int, 
         return gone, inner
     kept = math.floor((inner - rest / ((layers - gone) * channel)) / MULTIPLE) * MULTIPLE
     return (gone, kept) if kept >= MULTIPLE else (math.ceil(excess / block), inner)
+
+
+def pruned(shape: Shape, settings: Distill) -> Shape:
+    """What pruning leaves of a model."""
+    block = sum(tensor.elements for tensor in shape.tensors if tensor.block == 0)
+    gated = shape.architecture not in FUSED and any(tensor.name == "blk.0.ffn_gate.weight" for tensor in shape.tensors)
+    inner = shape.config["intermediate_size"] if gated else 0
+    channel = 3 * shape.config["hidden_size"]
+    gone, kept = planned(settings, shape.parameters, shape.layers, block, inner, channel)
+    shorter = shape.first(max(1, shape.layers - gone))
+    return shorter.narrowed(kept) if kept < inner else shorter

@@ -13,10 +13,9 @@ from tasks.frame.events import doing
 from tasks.frame.stage import read_json, require_file, write_json
 from tasks.judge import gates
 from tasks.params import Params
-from tasks.quantize.params import Variant
 
 
-def judge(params: Params, *, validated: Path, variant: Variant, out: Path) -> dict[str, float]:
+def judge(params: Params, *, validated: Path, variant: str, out: Path) -> dict[str, float]:
     """Write verdict.json and intervals.json into `out`; return the bounds of the intervals.
 
     Raises:

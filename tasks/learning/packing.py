@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from tasks.models.chat import Encoded
-from tasks.models.loading import DENSE
+from tasks.models.sizes import DENSE
 
 ATTENTION = "slmops_packed"  # our attention's name in transformers' register
 WORTHWHILE_PREFIX = 8

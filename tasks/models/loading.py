@@ -15,66 +15,6 @@ from tasks.errors import ArtifactError, PipelineError, StageError, brief
 from tasks.frame.stage import disk_full
 from tasks.models import bf16
 
-MICRO, SMALL, MEDIUM = 1.5e9, 14e9, 30e9
-
-
-def size_class(parameters: int) -> str:
-    """The closed rule: micro < 1.5B, small to < 14B, medium 14B to 30B, above that a teacher only."""
-    if parameters < MICRO:
-        return "micro"
-    if parameters < SMALL:
-        return "small"
-    return "medium" if parameters <= MEDIUM else "teacher-only"
-
-
-# Dense decoders of Llama's shape; those whose embeddings are tied when the configuration does not say; those
-# whose `mlp_bias` counts.
-DENSE = frozenset({
-    "llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "gemma", "gemma2", "gemma3_text",
-})  # fmt: skip
-_TIED_UNSAID = frozenset({"gemma", "gemma2", "gemma3_text", "smollm3"})
-_MLP_BIAS = frozenset({"llama", "granite", "smollm3"})
-
-
-def parameters_from_config(config: Mapping[str, Any]) -> int:
-    """Parameters of a dense decoder from its configuration alone, tied ones once.
-
-    Raises:
-        ArtifactError: the architecture is not in `DENSE`, or a size is missing or not a number.
-    """
-    kind = config.get("model_type")
-    if kind not in DENSE:
-        raise ArtifactError(
-            f"config.json has the model_type {kind!r}, whose size is not known from its configuration: "
-            f"choose one of {', '.join(sorted(DENSE))}"
-        )
-    try:
-        hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-        heads, vocabulary = config["num_attention_heads"], config["vocab_size"]
-        groups = config.get("num_key_value_heads") or heads
-        width = config.get("head_dim") or hidden // heads
-        queries, keys = heads * width, groups * width
-        attention = 2 * hidden * queries + 2 * hidden * keys
-        if kind == "qwen2":
-            attention += queries + 2 * keys
-        elif config.get("attention_bias") and kind not in ("phi3", "mistral", "ministral"):
-            attention += queries + 2 * keys + hidden
-        if kind in ("qwen3", "gemma3_text"):
-            attention += 2 * width  # norms of queries and keys
-        mlp = 3 * hidden * inner + (2 * inner + hidden if config.get("mlp_bias") and kind in _MLP_BIAS else 0)
-        norms = (4 if kind in ("gemma2", "gemma3_text") else 2) * hidden
-        total = layers * (attention + mlp + norms) + hidden + vocabulary * hidden * (1 if tied(config) else 2)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ArtifactError(
-            f"config.json does not give the sizes of a {kind} model ({type(error).__name__}: {error})"
-        ) from None
-    return int(total)
-
-
-def tied(config: Mapping[str, Any]) -> bool:
-    """Whether the output projection is the embedding: said, or as the architecture has it."""
-    return bool(config.get("tie_word_embeddings", config.get("model_type") in _TIED_UNSAID))
-
 
 def load_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a model folder.

@@ -8,14 +8,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tasks.errors import ArtifactError
 from tasks.frame.stage import read_json
+from tasks.variants import VARIANTS, Runtime
 
-Kind = Literal["gguf", "onnx"]
-WEIGHTS: Mapping[Kind, str] = {"gguf": "model.gguf", "onnx": "model"}  # in the variant's folder
-MARKS: Mapping[Kind, str] = {"gguf": "model.gguf", "onnx": "model/genai_config.json"}
 VERDICTS = ("pass", "fail", "undecided")
 
 
@@ -24,8 +22,8 @@ class Candidate:
     """One variant: its files, what was measured on them and how the gates judged."""
 
     name: str
-    kind: Kind
-    weights: Path  # a GGUF file, or an ONNX Runtime GenAI folder
+    runtime: Runtime
+    weights: Path
     metrics: Mapping[str, Any]  # the same on every machine
     measurements: Mapping[str, Any]  # of this machine
     verdict: Mapping[str, Any]
@@ -42,10 +40,10 @@ def failing(verdict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 @dataclass(frozen=True)
 class Choice:
-    """The winner of all, the winner of each kind, and the sentences that explain it."""
+    """The winner of all, the winner of each runtime, and the sentences that explain it."""
 
     chosen: Candidate | None
-    best: Mapping[Kind, Candidate]
+    best: Mapping[str, Candidate]  # by runtime
     reason: str
     measured_reason: str
 
@@ -69,9 +67,9 @@ def candidates(artifacts: Path, validated: Path, verdicts: Path, variants: Seque
 
 
 def _candidate(artifact: Path, validated: Path, judged: Path) -> Candidate:
-    kinds = [kind for kind, mark in MARKS.items() if (artifact / mark).is_file()]
-    if len(kinds) != 1:
-        raise ArtifactError(f"{artifact} holds neither model.gguf nor model/genai_config.json: run `quantize` again")
+    variant = VARIANTS[artifact.name]
+    if not (artifact / variant.runtime.mark).is_file():
+        raise ArtifactError(f"{artifact / variant.runtime.mark} is missing: run `quantize {variant.name}` again")
     verdict = read_json(judged / "verdict.json")
     checks = verdict.get("checks")
     if verdict.get("verdict") not in VERDICTS or not isinstance(checks, list):
@@ -80,7 +78,7 @@ def _candidate(artifact: Path, validated: Path, judged: Path) -> Candidate:
         )
     metrics = read_json(validated / "metrics.json") | read_json(judged / "intervals.json")
     measurements = read_json(validated / "measurements.json")
-    return Candidate(artifact.name, kinds[0], artifact / WEIGHTS[kinds[0]], metrics, measurements, verdict)
+    return Candidate(variant.name, variant.runtime, variant.weights(artifact), metrics, measurements, verdict)
 
 
 def _number(candidate: Candidate, source: Mapping[str, Any], name: str) -> float:
@@ -113,13 +111,13 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-def choose(found: Sequence[Candidate], rule_name: str, kinds: set[Kind]) -> Choice:
-    """Order the passing variants by the rule, ties by name; `kinds` are those that a wanted target can carry."""
+def choose(found: Sequence[Candidate], rule_name: str, runtimes: set[str]) -> Choice:
+    """Order the passing variants by the rule, ties by name; `runtimes`: those that a wanted target carries."""
     rule = RULES[rule_name]
-    ranked = sorted((c for c in found if c.passed and c.kind in kinds), key=lambda c: (*rule.key(c), c.name))
-    best: dict[Kind, Candidate] = {}
+    ranked = sorted((c for c in found if c.passed and c.runtime.name in runtimes), key=lambda c: (*rule.key(c), c.name))
+    best: dict[str, Candidate] = {}
     for candidate in ranked:
-        best.setdefault(candidate.kind, candidate)
+        best.setdefault(candidate.runtime.name, candidate)
     losers = [c for c in found if c not in ranked]
     label = rule_name.replace("_", " ")
     return Choice(
@@ -143,7 +141,7 @@ def _reason(ranked: list[Candidate], losers: list[Candidate], label: str, rule: 
         ]
     for loser in losers:
         if loser.passed:
-            sentences.append(f"{loser.name} passed, but no wanted target carries {loser.kind.upper()} files.")
+            sentences.append(f"{loser.name} passed, but no wanted target carries files of {loser.runtime.label}.")
             continue
         word = "failed" if loser.verdict["verdict"] == "fail" else "is undecided on"
         checks = ", ".join(_check(check, loser, measured=measured) for check in failing(loser.verdict))

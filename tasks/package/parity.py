@@ -9,18 +9,15 @@ turn in all of them alike. That is how these runtimes work, not a protection: wh
 refuse or strip such texts before they reach the model.
 """
 
-import json
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import ArtifactError, StageError
-from tasks.frame.stage import read_json
+from tasks.errors import StageError
 from tasks.models import chat, loading
 from tasks.models.chat import Messages
-from tasks.package.choose import Kind
+from tasks.runtimes.protocol import PromptReader
 
 
 def _talk(*contents: str, system: str | None = None) -> Messages:
@@ -48,76 +45,9 @@ CONVERSATIONS: Mapping[str, Messages] = {
 }
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """How a packaged model's own runtime reads a conversation."""
-
-    ids: Callable[[Messages], list[int]]
-    stop_ids: frozenset[int]  # generation ends at these
-    adds_bos: bool = False  # llama.cpp's own server and Ollama put the bos token before a rendered prompt
-
-
-def gguf(path: Path) -> Runtime:
-    """llama-cpp-python's server when told `chat_format=chat_template.default`: the GGUF's Jinja template.
-
-    Without that setting the server recognises some templates by their text and replaces them by built-in
-    formatters, which differ (its `chatml` always writes a system turn and loses empty contents).
-
-    Raises:
-        ArtifactError: the GGUF has no chat template or cannot be read.
-    """
-    import llama_cpp
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    try:
-        llama = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-    except ValueError as error:
-        raise ArtifactError(f"{path}: llama.cpp cannot read it ({error}): run `quantize` again") from error
-    vocab = llama_cpp.llama_model_get_vocab(llama.model)
-    template = llama.metadata.get("tokenizer.chat_template")
-    if not template:
-        raise ArtifactError(f"{path} has no chat template in its metadata: run `convert` and `quantize` again")
-
-    def text(token: int) -> str:
-        return llama_cpp.llama_vocab_get_text(vocab, token).decode() if token != -1 else ""
-
-    formatter = Jinja2ChatFormatter(template, eos_token=text(llama.token_eos()), bos_token=text(llama.token_bos()))
-
-    def ids(messages: Messages) -> list[int]:
-        prompt: str = formatter(messages=messages).prompt
-        found: list[int] = llama.tokenize(prompt.encode(), add_bos=False, special=True)
-        return found
-
-    ends = frozenset(i for i in range(llama.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, i))
-    return Runtime(ids, ends, bool(llama_cpp.llama_vocab_get_add_bos(vocab)))
-
-
-def onnx(folder: Path) -> Runtime:
-    """ONNX Runtime GenAI's tokenizer with its own template engine.
-
-    Raises:
-        ArtifactError: the folder cannot be loaded.
-    """
-    import onnxruntime_genai as og
-
-    try:
-        tokenizer = og.Tokenizer(og.Model(str(folder)))
-    except RuntimeError as error:
-        raise ArtifactError(f"{folder}: ONNX Runtime GenAI cannot load it ({error}): run `quantize` again") from error
-
-    def ids(messages: Messages) -> list[int]:
-        # No template is handed in: the folder's own is what a person who runs it gets.
-        prompt = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
-        return [int(i) for i in tokenizer.encode(prompt)]
-
-    listed = read_json(folder / "genai_config.json")["model"].get("eos_token_id")
-    return Runtime(ids, frozenset(listed if isinstance(listed, list) else [listed]))
-
-
-RUNTIMES: Mapping[Kind, Callable[[Path], Runtime]] = {"gguf": gguf, "onnx": onnx}
-
-
-def difference(tokenizer: Any, runtime: Runtime, conversations: Mapping[str, Messages] = CONVERSATIONS) -> str | None:
+def difference(
+    tokenizer: Any, runtime: PromptReader, conversations: Mapping[str, Messages] = CONVERSATIONS
+) -> str | None:
     """The first place where the runtime's prompt ids differ from the tokenizer's, in words; None: nowhere."""
     for name, messages in supported(tokenizer, conversations).items():
         want, got = chat.prompt_ids(tokenizer, messages, today=True), runtime.ids(messages)
@@ -146,7 +76,7 @@ def supported(tokenizer: Any, conversations: Mapping[str, Messages]) -> dict[str
     return taken
 
 
-def needs_composed(tokenizer: Any, runtime: Runtime) -> bool:
+def needs_composed(tokenizer: Any, runtime: PromptReader) -> bool:
     """Whether the tokenizer joins letters and accents (Unicode's NFC, as Qwen's does) and the runtime leaves them."""
     apart, joined = ([{"role": "user", "content": text}] for text in ("e\u0301", "\u00e9"))
     alike = chat.prompt_ids(tokenizer, apart) == chat.prompt_ids(tokenizer, joined)
@@ -157,7 +87,7 @@ def _composed(messages: Messages) -> Messages:
     return [message | {"content": unicodedata.normalize("NFC", message["content"])} for message in messages]
 
 
-def check(model: Path, tokenizer: Any, runtime: Runtime, weights: Path, extra: Iterable[Messages] = ()) -> int:
+def check(model: Path, tokenizer: Any, runtime: PromptReader, weights: Path, extra: Iterable[Messages] = ()) -> int:
     """Hold a packaged model against the tokenizer in `model`; returns how many conversations agreed.
 
     Raises:

@@ -16,8 +16,8 @@ from tasks.frame import manifest
 from tasks.frame.events import progress
 from tasks.frame.stage import read_json
 from tasks.models import chat, dated, loading
-from tasks.package import bundle, card, memory, parity
-from tasks.package.choose import Candidate, Kind, candidates, choose
+from tasks.package import bundle, card, parity
+from tasks.package.choose import Candidate, candidates, choose
 from tasks.package.params import Package
 from tasks.package.release import Release, write
 from tasks.package.target_llama_server import llama_server
@@ -25,26 +25,27 @@ from tasks.package.target_ollama import ollama
 from tasks.package.target_onnx_genai import onnx_genai
 from tasks.package.turns import probe
 from tasks.params import Params
+from tasks.runtimes.protocol import PromptReader
+from tasks.variants import LLAMA, ONNX_GENAI, Runtime
 
 COMPOSE = (
     "This model learned letters joined with their accents (Unicode NFC), and this runtime does not join them: "
     "normalise texts that may hold them apart, such as file names from macOS."
 )
-RUNTIME: Mapping[Kind, str] = {"gguf": "llama-cpp-python", "onnx": "onnxruntime-genai"}  # where parity is checked
 
 
 @dataclass(frozen=True)
 class Target:
     """A kind of bundle: which files it carries, and the function that writes its folder and returns notes."""
 
-    kind: Kind
+    runtime: Runtime  # in which parity is checked
     write: Callable[[Release, Path], list[str]]
 
 
 TARGETS: Mapping[str, Target] = {
-    "ollama": Target("gguf", ollama),
-    "llama-server": Target("gguf", llama_server),
-    "onnx-genai": Target("onnx", onnx_genai),
+    "ollama": Target(LLAMA, ollama),
+    "llama-server": Target(LLAMA, llama_server),
+    "onnx-genai": Target(ONNX_GENAI, onnx_genai),
 }
 
 
@@ -59,21 +60,21 @@ def package(
     """
     settings, model = params.package, student / "model"
     found = candidates(artifacts, validated, verdicts, params.quantize.variants)
-    choice = choose(found, settings.choose, {TARGETS[name].kind for name in settings.targets})
+    choice = choose(found, settings.choose, {TARGETS[name].runtime.name for name in settings.targets})
     lineage = read_json(source / "lineage.json")
     names = bundle.Licence(model=_named(lineage, "model"), data=_named(lineage, "data"))
     licence = _licence(source, names.model)
 
     targets: dict[str, bundle.Target] = {}
     with progress("package", len(settings.targets), "targets") as advance:
-        releases = {kind: _release(settings, best, model, source, licence) for kind, best in choice.best.items()}
+        releases = {name: _release(settings, best, model, source, licence) for name, best in choice.best.items()}
         for name in settings.targets:
-            if release := releases.get(TARGETS[name].kind):
+            if release := releases.get(TARGETS[name].runtime.name):
                 notes = TARGETS[name].write(release, out / name) + ([COMPOSE] if release.needs_composed else [])
                 notes += [dated.NOTE] if release.dated else []
                 targets[name] = bundle.Target(
                     variant=release.variant,
-                    runtime="ollama" if name == "ollama" else RUNTIME[TARGETS[name].kind],
+                    runtime="ollama" if name == "ollama" else TARGETS[name].runtime.distribution,
                     minimum_ram_bytes=release.minimum_ram_bytes,
                     context_length=release.context_length,
                     conversations_checked=release.conversations_checked,
@@ -83,7 +84,9 @@ def package(
 
     chosen = choice.chosen
     left = [name for name in settings.targets if name not in targets]
-    left_out = f" Left out, for want of a passing variant of their kind: {', '.join(left)}." if chosen and left else ""
+    left_out = (
+        f" Left out, for want of a passing variant of their runtime: {', '.join(left)}." if chosen and left else ""
+    )
     write(out / "LICENSE", licence)
     made = bundle.Bundle(
         name=settings.name,
@@ -92,15 +95,15 @@ def package(
         variants={c.name: [name for name, t in targets.items() if t.variant == c.name] for c in found},
         targets=targets,
         files={},
-        minimum_ram_bytes=releases[chosen.kind].minimum_ram_bytes if chosen else None,
-        system=releases[chosen.kind].system if chosen else None,
-        runtimes={RUNTIME[kind]: version(RUNTIME[kind]) for kind in sorted(choice.best)},
+        minimum_ram_bytes=releases[chosen.runtime.name].minimum_ram_bytes if chosen else None,
+        system=releases[chosen.runtime.name].system if chosen else None,
+        runtimes={each: version(each) for each in sorted(best.runtime.distribution for best in choice.best.values())},
         licence=names,
         lineage={key: bundle.finite(value) for key, value in lineage.items()},
         evaluation={c.name: _evaluation(c) for c in found},
         created_from=_digests(found, source, student, artifacts, verdicts),
     )
-    write(out / "MODEL_CARD.md", card.card(made, releases[chosen.kind] if chosen else None))
+    write(out / "MODEL_CARD.md", card.card(made, releases[chosen.runtime.name] if chosen else None))
     bundle.write(out, made.model_copy(update={"files": bundle.listing(out)}))
     _report(out, settings.choose, choice.measured_reason + left_out, made, found)
     return {
@@ -112,22 +115,22 @@ def package(
 
 
 def _release(settings: Package, best: Candidate, model: Path, source: Path, licence: str) -> Release:
-    """The best of one kind, once its runtime was held against the tokenizer."""
+    """The best of one runtime, once its runtime was held against the tokenizer."""
     rows = chat.read_rows(source / "data" / "train.jsonl")
     # Some prompts of the data itself, besides the conversations that look for trouble.
     prompts = [row[:-1] for row in chat.read_rows(source / "data" / "test.jsonl")[:20]]
     systems = {row[0]["content"] if row[0]["role"] == "system" else None for row in rows}
     tokenizer, config = loading.load_tokenizer(model), loading.load_config(model)
-    runtime = parity.RUNTIMES[best.kind](best.weights)
+    reader: PromptReader = best.runtime.module.prompt_reader(best.weights)
     context = _context(settings.context_length, config)
     return Release(
         name=settings.name,
         variant=best.name,
         weights=best.weights,
-        runtime_version=version(RUNTIME[best.kind]),
-        conversations_checked=parity.check(model, tokenizer, runtime, best.weights, prompts),
-        adds_bos=runtime.adds_bos,
-        needs_composed=parity.needs_composed(tokenizer, runtime),
+        runtime_version=version(best.runtime.distribution),
+        conversations_checked=parity.check(model, tokenizer, reader, best.weights, prompts),
+        adds_bos=reader.adds_bos,
+        needs_composed=parity.needs_composed(tokenizer, reader),
         turns=probe(tokenizer, parity.CONVERSATIONS.values()),
         dated=dated.writes_day(tokenizer.chat_template),
         bos=tokenizer.bos_token or "",
@@ -136,7 +139,7 @@ def _release(settings: Package, best: Candidate, model: Path, source: Path, lice
         example=chat.plain(rows[0][:-1]),
         answer=rows[0][-1]["content"],
         context_length=context,
-        minimum_ram_bytes=memory.minimum_ram(best.kind, _bytes(best.weights), config, context),
+        minimum_ram_bytes=best.runtime.module.minimum_memory(_bytes(best.weights), config, context),
         licence=licence,
     )
 
@@ -180,7 +183,7 @@ def _report(out: Path, rule: str, reason: str, made: bundle.Bundle, found: list[
     """What the HTML report and the approval form read, measured numbers included."""
     variants = {
         c.name: {
-            "kind": c.kind, "targets": made.variants[c.name], "verdict": c.verdict,
+            "runtime": c.runtime.name, "targets": made.variants[c.name], "verdict": c.verdict,
             "metrics": c.metrics, "measurements": c.measurements,
         }
         for c in found

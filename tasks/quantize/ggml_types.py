@@ -1,4 +1,8 @@
-"""GGUF variants by llama.cpp's own quantizer, in this process, with provenance in the file's metadata."""
+"""GGUF variants by llama.cpp's own quantizer, in this process, with provenance in the file's metadata.
+
+The rules for sizes are llama.cpp's (src/llama-quant.cpp, `llama_tensor_get_type`): norms stay F32, the output matrix (the
+embedding, where the two are tied) gets more bits, and a row that 256 does not divide cannot hold a K-quant.
+"""
 
 import contextlib
 import ctypes
@@ -16,20 +20,14 @@ from tasks.frame.cores import threads
 from tasks.frame.events import doing
 from tasks.frame.manifest import sha256
 from tasks.frame.stage import disk_full, need_space, place, require_file
-from tasks.quantize.params import Onnx, Variant
+from tasks.models.sizes import Shape, Tensor
 
 # llama_ftype's names in small letters, with the share of the F16 file's bytes that each needs at most.
-SHARE: Mapping[Variant, float] = {"q8_0": 0.55, "q5_1": 0.5, "q5_0": 0.5, "q4_k_m": 0.5, "q4_0": 0.45}
+SHARE: Mapping[str, float] = {"q8_0": 0.55, "q5_1": 0.5, "q5_0": 0.5, "q4_k_m": 0.5, "q4_0": 0.45}
 SOURCE = "run the convert stage again"
 
 
-def keep(_: Onnx, __: Path, f16: Path, out: Path) -> None:
-    """The F16 file itself; a hard link where the file system has them."""
-    require_file(f16, SOURCE)
-    place(f16, out / "model.gguf")
-
-
-def quantize(variant: Variant, _: Onnx, __: Path, f16: Path, out: Path) -> None:
+def quantize(variant: str, _: None, __: Path, f16: Path, out: Path) -> None:
     """Write `out`/model.gguf, equal bytes for equal input, and check it by loading it.
 
     The F16 file's sha256, the quantizer and its version, and the type are written under `slmops.*` and
@@ -38,10 +36,13 @@ def quantize(variant: Variant, _: Onnx, __: Path, f16: Path, out: Path) -> None:
     Raises:
         StageError: the disk is full, llama.cpp refuses, or the file does not load.
     """
+    require_file(f16, SOURCE)
+    if variant == "f16":  # the file itself; a hard link where the file system has them
+        place(f16, out / "model.gguf")
+        return
     import llama_cpp
 
     doing("read the F16 file")
-    require_file(f16, SOURCE)
     need_space(out, int(SHARE[variant] * f16.stat().st_size) + 1_000_000)
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     quantizer = f"llama-cpp-python {version('llama-cpp-python')}"
@@ -74,6 +75,41 @@ def quantize(variant: Variant, _: Onnx, __: Path, f16: Path, out: Path) -> None:
         raise StageError(
             f"{target}: {problem}: run the stage again; if it stays so, leave {variant} out of quantize.variants"
         )
+
+
+BITS: Mapping[str, float] = {"f32": 32, "f16": 16, "q8_0": 8.5, "q6_k": 6.5625, "q5_1": 6, "q5_0": 5.5, "q4_k": 4.5, "q4_0": 4.5}  # fmt: skip
+FALLBACK: Mapping[str, str] = {"q4_k": "q5_0", "q6_k": "q8_0"}  # where 256 does not divide the row
+
+
+def predicted_size(variant: str, _: None, shape: Shape) -> int:
+    """Bytes of the file that `quantize` would write."""
+    bits = sum(BITS[_type(tensor, variant, shape)] * tensor.elements for tensor in shape.tensors)
+    return int(bits / 8) + shape.header
+
+
+def obstacle(architecture: str) -> str | None:
+    """Why no model of this `model_type` can be quantized so; None where nothing is known to be in the way."""
+    return None
+
+
+def _type(tensor: Tensor, variant: str, shape: Shape) -> str:
+    if not tensor.matrix:
+        return "f32"
+    if variant in ("f16", "q8_0"):
+        return variant
+    base = "q4_k" if variant == "q4_k_m" else variant
+    last = tensor.name == "output.weight" or (shape.tied and tensor.name == "token_embd.weight")
+    if last:
+        base = "q6_k"
+    elif variant == "q4_k_m" and tensor.name.endswith(("attn_v.weight", "ffn_down.weight")):
+        assert tensor.block is not None
+        base = "q6_k" if _more_bits(tensor.block, shape.layers) else base
+    return FALLBACK[base] if tensor.row % 256 and base in FALLBACK else base
+
+
+def _more_bits(block: int, layers: int) -> bool:
+    """The first and last eighth, and every third block between (llama.cpp's `use_more_bits`)."""
+    return block < layers // 8 or block >= 7 * layers // 8 or (block - layers // 8) % 3 == 2
 
 
 def _texts(values: dict[str, str]) -> Any:

@@ -20,13 +20,19 @@ from tasks.frame import crashes
 from tasks.frame.cores import threads
 from tasks.frame.events import doing
 from tasks.frame.stage import disk_full, need_space, require_file
-from tasks.quantize.params import Onnx
+from tasks.models.sizes import Shape
+from tasks.quantize.options import ModelBuilder
 
 # Olive's own records of the run: times, paths and random names, of no use to a runtime.
 LITTER = {"footprint.json", "output_footprint.json", "run_history.txt", "model_config.json"}
+# Model types whose folders, as this transformers writes them, ONNX Runtime GenAI's builder reads (builder.py).
+READ = frozenset({
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "phi", "phi3", "granite", "gemma", "gemma2", "olmo", "nemotron",
+    "ernie4_5", "gpt_oss", "internlm2", "lfm2", "hunyuan_v1_dense", "chatglm",
+})  # fmt: skip
 
 
-def build(params: Onnx, student: Path, _: Path, out: Path) -> None:
+def quantize(_: str, options: ModelBuilder, student: Path, __: Path, out: Path) -> None:
     """Write `out`/model: the ONNX graph and weights, genai_config.json, tokenizer and chat template.
 
     Raises:
@@ -39,7 +45,7 @@ def build(params: Onnx, student: Path, _: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".olive.", dir=out.parent) as name:
         scratch = Path(name).resolve()
         made = scratch / "model"
-        _run_olive(_config(params, student.resolve(), made, scratch), scratch, out)
+        _run_olive(_config(options, student.resolve(), made, scratch), scratch, out)
         for file in made.iterdir():
             if file.name in LITTER:
                 file.unlink()
@@ -47,21 +53,36 @@ def build(params: Onnx, student: Path, _: Path, out: Path) -> None:
     _finish(student, out / "model")
 
 
-def _config(params: Onnx, student: Path, made: Path, scratch: Path) -> dict[str, Any]:
+def predicted_size(_: str, options: ModelBuilder, shape: Shape) -> int:
+    """Bytes of the folder: four bits for all matrices, the output's too, and eight for the embedding, each with a float32
+    scale a block.
+    """
+    embedding = next(tensor.elements for tensor in shape.tensors if tensor.name == "token_embd.weight")
+    matrices = sum(tensor.elements for tensor in shape.tensors if tensor.matrix) - (0 if shape.tied else embedding)
+    scale = 32 / options.block_size
+    return int((matrices * (4 + scale) + embedding * (8 + scale)) / 8) + 2 * shape.header
+
+
+def obstacle(architecture: str) -> str | None:
+    """Why no model of this `model_type` can be quantized so; None where nothing is known to be in the way."""
+    return None if architecture in READ else f"ONNX Runtime GenAI's builder cannot read a {architecture} model"
+
+
+def _config(options: ModelBuilder, student: Path, made: Path, scratch: Path) -> dict[str, Any]:
     """The workflow, as documented for `olive run`."""
     cpu = {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
     int4 = {
         "type": "ModelBuilder",
         "precision": "int4",
-        "int4_block_size": params.block_size,
-        "int4_accuracy_level": params.accuracy_level,
+        "int4_block_size": options.block_size,
+        "int4_accuracy_level": options.accuracy_level,
         # Local files only, and no code from them.
         "extra_options": {"hf_remote": False, "hf_token": "false"},
     }
     embedding = {
         "type": "OnnxBlockWiseRtnQuantization",
         "bits": 8,
-        "block_size": params.block_size,
+        "block_size": options.block_size,
         "nodes_to_include": ["/model/embed_tokens/Gather"],
         # The runtime maps weights in a file of their own; inside the graph it would hold them twice.
         "save_as_external_data": True,

@@ -1,22 +1,31 @@
-"""The section `quantize`: the variants, and the options of each quantizer."""
+"""The section `quantize`: which variants are made, and the options of each quantizer."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from tasks.schema import Section
+from tasks.variants import QUANTIZERS, VARIANTS
 
-Variant = Literal["f16", "q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0", "onnx-int4"]
-
-
-class Onnx(Section):
-    block_size: Literal[16, 32, 64, 128] = 32
-    accuracy_level: Literal[1, 2, 3, 4] = 4
+if TYPE_CHECKING:
+    VariantName = str
+    Options = Section
+else:
+    VariantName = Literal[tuple(VARIANTS)]
+    Options = create_model(
+        "Options",
+        __base__=Section,
+        **{each.name: (each.options, each.options()) for each in QUANTIZERS.values() if each.options},
+    )
 
 
 class Quantize(Section):
-    variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
-    onnx: Onnx = Onnx()
+    variants: Annotated[tuple[VariantName, ...], Field(min_length=1)]
+    options: Options = Field(Options(), description="of each quantizer that has some")
+
+    def of(self, quantizer: str) -> Any:
+        """The options of a quantizer; None where it has none."""
+        return getattr(self.options, quantizer, None)
 
     @model_validator(mode="after")
     def _distinct(self) -> "Quantize":

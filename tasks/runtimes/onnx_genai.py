@@ -1,14 +1,16 @@
 """ONNX folders in ONNX Runtime GenAI: greedy answers row by row, logits of windows."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tasks.errors import ArtifactError, ConfigError, StageError
-
-Logits = Any  # a float32 NumPy array (tokens, vocabulary)
+from tasks.frame.stage import read_json
+from tasks.models import sizes
+from tasks.models.chat import Messages
+from tasks.runtimes.protocol import Hopeless, Logits, PromptReader, Step, WindowLogits
 
 
 def load(folder: Path, threads: int) -> Any:
@@ -75,7 +77,7 @@ class Decoded:
 
 
 @contextmanager
-def window_logits(folder: Path, context: int, threads: int) -> Iterator[Callable[[Sequence[int], int], Logits]]:
+def window_logits(folder: Path, context: int, threads: int) -> Iterator[WindowLogits]:
     """Yield `logits(window, first)`: those of every position from `first` on but the last, (n, vocabulary)."""
     model = load(folder, threads)
     sequence = Decoded(model, context)
@@ -97,7 +99,7 @@ def answers(
     limit: int,
     threads: int,
     advance: Callable[[int], None],
-    hopeless: Callable[[int, Sequence[int]], bool] = lambda row, answer: False,
+    hopeless: Hopeless = lambda row, answer: False,
 ) -> list[list[int]]:
     """What greedy decoding generates for each prompt, without its stop token, at most `limit` tokens.
 
@@ -136,3 +138,52 @@ def answers(
         found.append(answer)
         advance(1)
     return found
+
+
+def stepper(folder: Path, threads: int, cells: int) -> Step:
+    """What is timed: one sequence of at most `cells` tokens."""
+    sequence = Decoded(load(folder, threads), cells)
+
+    def step(tokens: Sequence[int], position: int) -> int:
+        sequence.cut(position)
+        sequence.append(tokens)
+        return sequence.next_token()
+
+    return step
+
+
+def prompt_reader(folder: Path) -> PromptReader:
+    """ONNX Runtime GenAI's tokenizer with its own template engine.
+
+    Raises:
+        ArtifactError: the folder cannot be loaded.
+    """
+    import onnxruntime_genai as og
+
+    try:
+        tokenizer = og.Tokenizer(og.Model(str(folder)))
+    except RuntimeError as error:
+        raise ArtifactError(f"{folder}: ONNX Runtime GenAI cannot load it ({error}): run `quantize` again") from error
+
+    def ids(messages: Messages) -> list[int]:
+        # No template is handed in: the folder's own is what a person who runs it gets.
+        prompt = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+        return [int(i) for i in tokenizer.encode(prompt)]
+
+    listed = read_json(folder / "genai_config.json")["model"].get("eos_token_id")
+    return PromptReader(ids, frozenset(listed if isinstance(listed, list) else [listed]))
+
+
+OVERHEAD = 64_000_000  # bytes, as for llama.cpp, measured with onnxruntime-genai 0.14.1 on x86-64
+
+
+def minimum_memory(weights: int, config: Mapping[str, Any], context: int) -> int:
+    """Bytes resident while one conversation fills the context: weights that are held twice while they load, a key-value
+    cache in float32 (on the CPU), and for the whole prompt at once attention scores and logits.
+
+    Raises:
+        ArtifactError: the configuration lacks one of the sizes.
+    """
+    heads, vocabulary = sizes.widths(config, "num_attention_heads", "vocab_size")
+    scratch = 4 * context * (heads * context + vocabulary)
+    return 2 * weights + 4 * sizes.cached_values(config, context) + scratch + OVERHEAD

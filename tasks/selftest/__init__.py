@@ -17,74 +17,46 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 from tasks.errors import BrokenRuntimeError, ConfigError, StageError
 from tasks.frame import crashes, events
+from tasks.variants import LLAMA, VARIANTS, Runtime
 
 LIMIT_S = 900.0
 _ROOT = Path(__file__).resolve().parents[2]  # where `tasks` is importable from
 
 
-@dataclass(frozen=True)
-class Library:
-    """A runtime. `package`: of Python, whose folder holds the native code; `beside`: what else the result depends on."""
-
-    name: str
-    distribution: str
-    package: str
-    beside: tuple[str, ...]
-    remedy: str
+def used(stage: str, item: str | None) -> tuple[Runtime, ...]:
+    """The runtimes whose arithmetic a stage relies on, of those that have native code."""
+    if stage not in ("quantize", "validate") or item is None or item not in VARIANTS:
+        return ()
+    own = VARIANTS[item].runtime
+    wanted = (LLAMA, own) if stage == "validate" and own is not LLAMA else (own,)  # held against the F16 file
+    return tuple(each for each in wanted if each.package)
 
 
-_PORTABLE = (
-    "`CMAKE_ARGS=-DGGML_NATIVE=OFF infra/setup.sh` compiles it without the newest instructions of this processor, slower "
-    "but right elsewhere"
-)
-LIBRARIES: Mapping[str, Library] = {
-    "llama": Library(
-        "llama.cpp", "llama-cpp-python", "llama_cpp", ("gguf", "torch", "transformers"),
-        f"`infra/setup.sh` compiles it again if it was compiled for another processor; {_PORTABLE}",
-    ),
-    "onnx": Library(
-        "ONNX Runtime GenAI", "onnxruntime-genai", "onnxruntime_genai", ("onnxruntime", "onnx", "torch", "transformers"),
-        "install it again (`pip install --force-reinstall -c constraints.txt onnxruntime onnxruntime-genai`), or leave "
-        "onnx-int4 out of quantize.variants",
-    ),
-}  # fmt: skip
-
-
-def used(stage: str, item: str | None) -> tuple[str, ...]:
-    """The libraries whose arithmetic a stage relies on, keys of LIBRARIES."""
-    if stage == "quantize":
-        return ("onnx",) if item == "onnx-int4" else ("llama",)
-    if stage == "validate":  # every variant is held against the F16 file
-        return ("llama", "onnx") if item == "onnx-int4" else ("llama",)
-    return ()
-
-
-def ensure(names: tuple[str, ...]) -> None:
-    """Test each library that has not proved itself in this environment, on this kind of processor.
+def ensure(runtimes: tuple[Runtime, ...]) -> None:
+    """Test each runtime that has not proved itself in this environment, on this kind of processor.
 
     Raises:
         ConfigError: a library is not installed.
         BrokenRuntimeError: a library crashes, or computes wrongly.
         StageError: the test itself could not be done.
     """
-    for name in names:
-        path = record(name)
+    for runtime in runtimes:
+        path = record(runtime)
         if path.exists():
             continue
         with _alone(path):
             if not path.exists():  # else another stage, which started beside this one, has just tested it
-                events.note(f"testing {LIBRARIES[name].name} against torch, once for this environment: about 15 s")
-                check(name)
+                events.note(f"testing {runtime.label} against torch, once for this environment: about 15 s")
+                check(runtime)
 
 
-def check(name: str) -> dict[str, Any]:
+def check(runtime: Runtime) -> dict[str, Any]:
     """Test a library now, and write down that it held. Returns what was written: `versions`, `kernels` (what the library
     says it was compiled for), `checks` and the greatest `distance` of the logits from torch's, a share of their length.
 
@@ -93,18 +65,18 @@ def check(name: str) -> dict[str, Any]:
         BrokenRuntimeError: it crashes, or computes wrongly.
         StageError: the test itself could not be done.
     """
-    path, library, began = record(name), LIBRARIES[name], time.monotonic()
+    path, began = record(runtime), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="slmops-selftest-") as folder:
-        lines, code, said = _child(name, Path(folder))
+        lines, code, said = _child(runtime, Path(folder))
     told = [json.loads(line) for line in lines]
     done = [each for each in told if "distance" in each]
     at = f" at {told[-1]['what']}" if told and "what" in told[-1] else ""
-    full_name = f"{library.name} ({library.distribution} {_version(library.distribution)})"
+    full_name = f"{runtime.label} ({runtime.distribution} {_version(runtime.distribution)})"
     kernels = next((each["kernels"] for each in told if "kernels" in each), "")
     if code != 0:
         error = crashes.told(f"{full_name}: the self-test{at}", code, said, Path(tempfile.gettempdir()))
         if isinstance(error, BrokenRuntimeError):
-            raise BrokenRuntimeError(_broken(library, full_name, f"{_how(code, said)} in the self-test{at}", kernels))
+            raise BrokenRuntimeError(_broken(runtime, full_name, f"{_how(code, said)} in the self-test{at}", kernels))
         raise error
     wrong = [each for each in done if not _holds(each)]
     if wrong:
@@ -113,10 +85,10 @@ def check(name: str) -> dict[str, Any]:
             f"computes wrongly: {len(wrong)} of {len(done)} results, the first at {first['what']}: off by "
             f"{first['distance'][0]:.1%} of the logits' length, {first['limit'][0]:.1%} is what rounding comes to"
         )
-        raise BrokenRuntimeError(_broken(library, full_name, found, kernels))
+        raise BrokenRuntimeError(_broken(runtime, full_name, found, kernels))
     made = {
-        "library": library.name,
-        "versions": {each: _version(each) for each in (library.distribution, *library.beside)},
+        "library": runtime.label,
+        "versions": {each: _version(each) for each in (runtime.distribution, *runtime.beside)},
         "kernels": kernels,
         "checks": len(done),
         "distance": max((each["distance"][0] for each in done), default=0.0),
@@ -132,9 +104,9 @@ def _holds(told: Mapping[str, Any]) -> bool:
     return all(found <= limit for found, limit in zip(told["distance"], told["limit"], strict=True))
 
 
-def _broken(library: Library, full_name: str, found: str, kernels: str) -> str:
+def _broken(runtime: Runtime, full_name: str, found: str, kernels: str) -> str:
     compiled = f" (compiled for {kernels})" if kernels else ""
-    return f"{full_name}{compiled} {found}: nothing that it makes can be relied on here: {library.remedy}"
+    return f"{full_name}{compiled} {found}: nothing that it makes can be relied on here: {runtime.remedy}"
 
 
 def _how(code: int, said: str) -> str:
@@ -142,44 +114,43 @@ def _how(code: int, said: str) -> str:
     return f"died by {by.name if by else 'itself'} (exit code {code}){crashes.where(said)}"
 
 
-def _child(name: str, folder: Path) -> tuple[list[str], int, str]:
+def _child(runtime: Runtime, folder: Path) -> tuple[list[str], int, str]:
     """What the test printed, its exit code, and what it said on standard error."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "ORT_TELEMETRY_DISABLED": "1"}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "tasks.selftest", name, str(folder)], cwd=_ROOT, env=environment, text=True,
+            [sys.executable, "-m", "tasks.selftest", runtime.name, str(folder)], cwd=_ROOT, env=environment, text=True,
             errors="replace", stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT_S, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise StageError(
-            f"{LIBRARIES[name].name}: the self-test did not end in {LIMIT_S:.0f} s: free the machine's cores, then "
+            f"{runtime.label}: the self-test did not end in {LIMIT_S:.0f} s: free the machine's cores, then "
             "`slmops doctor`"
         ) from None
     return done.stdout.splitlines(), done.returncode, done.stderr
 
 
-def record(name: str) -> Path:
+def record(runtime: Runtime) -> Path:
     """Where it is written down that a library holds: a file whose name tells its build, this processor and this test. In
     the environment, or in the person's cache where that is read-only.
 
     Raises:
         ConfigError: the library is not installed.
     """
-    library = LIBRARIES[name]
-    found = util.find_spec(library.package)
+    found = util.find_spec(runtime.package)
     if found is None or not found.submodule_search_locations:
-        raise ConfigError(f"{library.distribution} is not installed: make setup")
+        raise ConfigError(f"{runtime.distribution} is not installed: make setup")
     native = sorted(
         file for place in found.submodule_search_locations for file in Path(place).rglob("*.so*") if file.is_file()
     )
     parts = [
-        *(f"{each} {_version(each)}" for each in (library.distribution, *library.beside)),
+        *(f"{each} {_version(each)}" for each in (runtime.distribution, *runtime.beside)),
         *(f"{file.name} {file.stat().st_size} {int(file.stat().st_mtime)}" for file in native),
         processor(),
         *(hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(__file__).parent.glob("*.py"))),
     ]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    file = Path("slmops", f"selftest-{name}-{key}.json")
+    file = Path("slmops", f"selftest-{runtime.name}-{key}.json")
     data = Path(sysconfig.get_path("data"))
     own = data / "share" / file
     if own.exists() or os.access(data, os.W_OK):

@@ -5,16 +5,15 @@ import faulthandler
 import json
 import sys
 from pathlib import Path
-from typing import get_args
 
-from tasks.quantize.params import Variant
+from tasks.variants import LLAMA, RUNTIMES, VARIANTS
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 says that all was computed, not that it was right."""
     faulthandler.enable()
     parser = argparse.ArgumentParser(prog="python -m tasks.selftest", description=__doc__)
-    parser.add_argument("library", choices=["llama", "onnx"])
+    parser.add_argument("library", choices=[each.name for each in RUNTIMES.values() if each.package])
     parser.add_argument("folder", type=Path, help="an empty one, for the models")
     args = parser.parse_args(argv)
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
@@ -22,11 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     def say(**fields: object) -> None:
         print(json.dumps(fields), file=answers, flush=True)
 
-    if args.library == "llama":
+    if args.library == LLAMA.name:
         from tasks.selftest import llama
 
         say(kernels=llama.kernels())
-        steps = llama.steps([each for each in get_args(Variant) if not each.startswith("onnx")], args.folder)
+        steps = llama.steps([name for name, each in VARIANTS.items() if each.runtime is LLAMA], args.folder)
     else:
         from tasks.selftest import onnx_genai
 

@@ -6,16 +6,14 @@ kept, so nothing of the size of the vocabulary is stored.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tasks.errors import ConfigError
 from tasks.frame.events import note, progress
+from tasks.runtimes.protocol import WindowLogits
 
-Logits = Any  # a float32 NumPy array (positions, vocabulary)
-# logits(window, first): of every position from `first` on but the last, (n, vocabulary)
-WindowLogits = Callable[[Sequence[int], int], Logits]
 ROWS = 16  # positions of one step: small enough for the processor's caches, large enough for its threads
 FEWEST = 16  # tokens of a window below which the numbers would mean nothing
 

@@ -18,18 +18,19 @@ from typing import Any, Self
 from tasks.frame import crashes
 from tasks.frame.cores import available
 from tasks.validate.timed import CONTEXT, DECODED
+from tasks.variants import LLAMA, Runtime
 
 ROUNDS = {"prefill": 3, "decode": 5}  # medians; a gate may rest on the second
 _ROOT = Path(__file__).resolve().parents[2]  # where `tasks` is importable from
 
 
-def measure(file: Path, yardstick: Path, prompt: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Load time, time to first token of `prompt`, prefill and decode speed, peak memory; the yardstick's as `reference`.
+def measure(runtime: Runtime, file: Path, yardstick: Path, prompt: Sequence[int], repeats: int) -> dict[str, Any]:
+    """Load time, time to first token of `prompt`, prefill and decode speed, peak memory; those of the yardstick, a GGUF, as `reference`.
 
     Raises:
         StageError: a process dies; of its own family, where to run it again will not help.
     """
-    with _Timed(file) as ours, _Timed(yardstick) as theirs:
+    with _Timed(runtime, file) as ours, _Timed(LLAMA, yardstick) as theirs:
         for each in (ours, theirs):  # started side by side, timed one after the other
             each.ready()
         for each in (ours, theirs):
@@ -55,11 +56,19 @@ def measure(file: Path, yardstick: Path, prompt: Sequence[int], repeats: int) ->
 class _Timed:
     """A loaded file that does, and times, what it is told."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, runtime: Runtime, file: Path) -> None:
         self.file = file
         self.seconds: dict[str, list[float]] = {"ttft": [], "prefill": [], "decode": []}
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed on exit
-        command = [sys.executable, "-m", "tasks.validate.timed", str(file.resolve()), "--threads", str(available())]
+        command = [
+            sys.executable,
+            "-m",
+            "tasks.validate.timed",
+            runtime.name,
+            str(file.resolve()),
+            "--threads",
+            str(available()),
+        ]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=_ROOT
         )

@@ -5,10 +5,9 @@ are measured in a process of their own and go into measurements.json. Whether th
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 from tasks.errors import ArtifactError
 from tasks.frame import jsonl
@@ -17,29 +16,15 @@ from tasks.frame.events import doing, progress
 from tasks.frame.stage import require_file, write_json
 from tasks.models import chat, loading, scoring
 from tasks.params import Params
-from tasks.quantize.params import Variant
-from tasks.runtimes import llama, onnx_genai
+from tasks.runtimes import llama
+from tasks.runtimes.protocol import RuntimeModule
 from tasks.validate import likelihood
 from tasks.validate.measure import measure
-
-
-class Evaluator(NamedTuple):
-    """How the files of one runtime are evaluated: both functions take the path and a number of threads."""
-
-    file: str
-    answers: Callable[..., list[list[int]]]
-    window_logits: Callable[[Path, int, int], AbstractContextManager[likelihood.WindowLogits]]
-
-
-_GGUF = Evaluator("model.gguf", llama.answers, llama.window_logits)
-_ONNX = Evaluator("model", onnx_genai.answers, onnx_genai.window_logits)
-EVALUATORS: Mapping[Variant, Evaluator] = {
-    variant: _ONNX if variant.startswith("onnx") else _GGUF for variant in get_args(Variant)
-}
+from tasks.variants import VARIANTS
 
 
 def validate(
-    params: Params, *, source: Path, distilled: Path, converted: Path, artifact: Path, variant: Variant, out: Path
+    params: Params, *, source: Path, distilled: Path, converted: Path, artifact: Path, variant: str, out: Path
 ) -> dict[str, float]:
     """Write metrics.json, measurements.json and predictions.jsonl into `out`; return the metrics.
 
@@ -48,8 +33,8 @@ def validate(
         ConfigError: the text for perplexity is too short.
         StageError: a runtime fails.
     """
-    evaluator = EVALUATORS[variant]
-    file = artifact / evaluator.file
+    runtime = VARIANTS[variant].runtime
+    file = VARIANTS[variant].weights(artifact)
     if not file.exists():
         raise ArtifactError(f"{file} is missing: run quantize {variant} again")
     reference = require_file(converted / "student.gguf", "run the convert stage again")
@@ -64,9 +49,9 @@ def validate(
     doing("wait while another variant is measured")
     with busy(artifact.parent):
         doing("load the file")
-        predictions = _predict(params, evaluator, file, rows, taught, tokenizer, stops, metric)
+        predictions = _predict(params, runtime.module, file, rows, taught, tokenizer, stops, metric)
         doing("load the files for perplexity")
-        close = _likelihood(params, evaluator, file, reference, source / "data" / "text.txt", rows, tokenizer)
+        close = _likelihood(params, runtime.module, file, reference, source / "data" / "text.txt", rows, tokenizer)
     correct = [line["correct"] for line in predictions]
     accuracy, size = scoring.accuracy(correct), _size(file)
     metrics = {
@@ -83,7 +68,7 @@ def validate(
     doing("wait for the other variants' work")
     with quiet(artifact.parent):
         doing("measure speed and memory")
-        measured = measure(file, yardstick, prompt, params.validate_.repeats)
+        measured = measure(runtime, file, yardstick, prompt, params.validate_.repeats)
 
     details = {
         "per_group": scoring.per_group([line["reference"] for line in predictions], correct),
@@ -108,7 +93,7 @@ def _teacher(file: Path, rows: Sequence[chat.Messages]) -> list[bool]:
 
 def _predict(
     params: Params,
-    evaluator: Evaluator,
+    runtime: RuntimeModule,
     file: Path,
     rows: Sequence[chat.Messages],
     taught: Sequence[bool],
@@ -126,7 +111,7 @@ def _predict(
         return scoring.hopeless(metric, tokenizer.decode(answer, skip_special_tokens=True), references[row])
 
     with progress("answer test rows", len(rows), "rows") as advance:
-        ids = evaluator.answers(
+        ids = runtime.answers(
             file, [chat.prompt_ids(tokenizer, row[:-1]) for row in rows], drafts,
             stops=stops, limit=params.task.max_new_tokens, threads=threads(), advance=advance,
             hopeless=hopeless,
@@ -141,7 +126,7 @@ def _predict(
 
 def _likelihood(
     params: Params,
-    evaluator: Evaluator,
+    runtime: RuntimeModule,
     file: Path,
     reference: Path,
     text: Path,
@@ -160,7 +145,7 @@ def _likelihood(
             # The template writes its own BOS where it wants one.
             tokens, start = [token for row in rows for token in _whole(tokenizer, row)], None
         windows = likelihood.split(tokens, context, params.validate_.windows, start)
-        with evaluator.window_logits(file, context, threads()) as ours:
+        with runtime.window_logits(file, context, threads()) as ours:
             return likelihood.compare(base, ours, windows)
 
 

@@ -1,4 +1,4 @@
-"""`python -m tasks.validate.timed FILE`: load one file, then time what standard input asks for.
+"""`python -m tasks.validate.timed RUNTIME FILE`: load one file, then time what standard input asks for.
 
 It says 0 when the runtime is imported. The first line of input is a prompt as token ids in JSON, so that no tokenizer is
 loaded; the answer is the seconds until the file was loaded and had decoded one token. Each further line is `ttft`, `prefill` or `decode`, answered by
@@ -11,30 +11,30 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from tasks.runtimes.protocol import Step
+from tasks.variants import RUNTIMES
+
 CONTEXT, DECODED = 512, 64  # tokens of the prefill and of the generation: llama-bench's pp512 and tg64
 WARM_UP = 3
-
-# step(tokens, position) -> the most likely next token; positions before `position` are kept
-Step = Callable[[Sequence[int], int], int]
 
 
 def main(argv: list[str] | None = None) -> int:
     faulthandler.enable()  # whoever started this process reads where native code crashed
     parser = argparse.ArgumentParser(prog="python -m tasks.validate.timed", description=__doc__)
-    parser.add_argument("file", type=Path, help="a .gguf file or an ONNX Runtime GenAI folder")
+    parser.add_argument("runtime", choices=RUNTIMES)
+    parser.add_argument("file", type=Path, help="what the runtime loads")
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args(argv)
-    load = _onnx if args.file.is_dir() else _gguf
-    import_module("onnxruntime_genai" if args.file.is_dir() else "llama_cpp")
+    runtime = RUNTIMES[args.runtime]
+    import_module(runtime.package or runtime.module.__name__)
     print(0, flush=True)
     prompt = json.loads(sys.stdin.readline())
 
     began = time.perf_counter()
-    step = load(args.file, args.threads)
+    step: Step = runtime.module.stepper(args.file, args.threads, CONTEXT)
     step(prompt[:1], 0)
     print(time.perf_counter() - began, flush=True)
 
@@ -44,34 +44,6 @@ def main(argv: list[str] | None = None) -> int:
     for line in sys.stdin:
         print(peak_rss() if line.strip() == "peak_rss" else _seconds(step, prompt, line.strip()), flush=True)
     return 0
-
-
-def _gguf(file: Path, threads: int) -> Step:
-    from tasks.runtimes.llama import Session
-
-    session = Session(file, threads=threads, cells=CONTEXT)
-
-    def step(tokens: Sequence[int], position: int) -> int:
-        if position == 0:
-            session.clear()
-        wanted = [False] * (len(tokens) - 1) + [True]
-        logits = session.decode(tokens, range(position, position + len(tokens)), [0] * len(tokens), wanted)
-        return int(logits[0].argmax())
-
-    return step
-
-
-def _onnx(folder: Path, threads: int) -> Step:
-    from tasks.runtimes.onnx_genai import Decoded, load
-
-    sequence = Decoded(load(folder, threads), CONTEXT)
-
-    def step(tokens: Sequence[int], position: int) -> int:
-        sequence.cut(position)
-        sequence.append(tokens)
-        return sequence.next_token()
-
-    return step
 
 
 def _seconds(step: Step, prompt: list[int], what: str) -> float:
