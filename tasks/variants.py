@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tasks.quantize import options
+from tasks.quantize.options import ModelBuilder
 from tasks.schema import Section
 
 
@@ -86,7 +86,7 @@ QUANTIZERS: Mapping[str, Quantizer] = {
     each.name: each
     for each in (
         Quantizer("ggml_types", LLAMA, ("f16", "q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0")),
-        Quantizer("model_builder", ONNX_GENAI, ("onnx-int4",), options.ModelBuilder),
+        Quantizer("model_builder", ONNX_GENAI, ("onnx-int4",), ModelBuilder),
     )
 }
 

@@ -72,7 +72,7 @@ BUNDLE = {
 }  # fmt: skip
 JUDGED = {
     "metrics": {"accuracy": 0.9, "accuracy_retention": 0.98, "mean_kld": 0.02, "size_bytes": 400, "size_ratio": 0.3},
-    "measurements": {"decode_tokens_per_s": 123.0, "ttft_s": {"p50": 0.1, "p95": 0.2, "p99": 0.3}},
+    "measurements": {"decode_tokens_per_s": 123.0, "ttft_p50_s": 0.1, "ttft_p95_s": 0.2, "ttft_p99_s": 0.3},
     "verdict": {"verdict": "pass", "checks": []},
 }
 BODIES = {

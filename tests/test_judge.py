@@ -94,7 +94,7 @@ def measured(folder: Path, **numbers: float) -> Path:
     """What `validate` leaves: 40 rows, of which the file has 30 right and the teacher 32."""
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps({"mean_kld": 0.2, "perplexity": None, "per_group": {"lamp": 0.7}}))
-    (folder / "measurements.json").write_text(json.dumps({"decode_speedup": 1.5, "ttft_s": {"p95": 0.2}} | numbers))
+    (folder / "measurements.json").write_text(json.dumps({"decode_speedup": 1.5, "ttft_p95_s": 0.2} | numbers))
     rows = [{"reference": "a", "answer": "\u2028", "correct": i < 30, "teacher_correct": i < 32} for i in range(40)]
     write_jsonl(folder / "predictions.jsonl", rows)
     return folder

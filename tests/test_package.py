@@ -204,7 +204,7 @@ def test_the_model_card_can_be_read_by_a_hub(folders: dict[str, Path], tiny_para
     assert results["accuracy"] == 0.9
     for heading in ("Intended use", "Data", "Evaluation", "Limits", "How to run", "Licence"):
         assert f"## {heading}\n" in text
-    assert "| **q8_0** | pass | 0.9 |" in text
+    assert "| **q8_0** | pass | 90.0 % |" in text
     assert "Reply with one JSON action." in text
 
 

@@ -6,12 +6,12 @@ import pytest
 from prefect import Flow
 from prefect.utilities.callables import parameter_schema
 
-from flows.deployed import entrypoints
+from flows.deployed import deployments
 from flows.run import artifacts
 from tasks.errors import ConfigError
 
 
-@pytest.mark.parametrize("flow", [entrypoints.train_and_release, entrypoints.rollback], ids=lambda flow: flow.name)
+@pytest.mark.parametrize("flow", [deployments.train_and_release, deployments.rollback], ids=lambda flow: flow.name)
 def test_every_field_of_a_form_is_explained(flow: Flow) -> None:
     """Prefect shows what the docstring says of a parameter, and drops what its annotation says."""
     fields = parameter_schema(flow.fn).properties

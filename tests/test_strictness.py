@@ -149,11 +149,11 @@ def test_what_a_run_committed_is_not_a_persons_say(root: Path) -> None:
 
 
 def test_a_form_without_gates_makes_no_run(root: Path) -> None:
-    from flows.deployed import entrypoints
+    from flows.deployed import deployments
 
     def planned(**form: Any) -> params.Params:
         chosen = {key.replace("_", ".", 1): value for key, value in form.items()}
-        return entrypoints._planned(root, "a", "HEAD", entrypoints._overrides(chosen))
+        return deployments._planned(root, "a", "HEAD", deployments._overrides(chosen))
 
     for form in ({"validate_gates": []}, {"release_approval": "auto"}, {"release_margin": -0.1}):
         with pytest.raises(ConfigError, match=next(iter(form)).replace("_", r"\.")):

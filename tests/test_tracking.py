@@ -39,7 +39,7 @@ def output(root: Path, **metrics: float) -> Path:
     folder = root / "out"
     folder.mkdir(exist_ok=True)
     (folder / "verdict.json").write_text(json.dumps({"verdict": "pass"}))
-    (folder / "measurements.json").write_text(json.dumps({"ttft_s": {"p95": 0.25}, "load_s": 1, "quiet": True}))
+    (folder / "measurements.json").write_text(json.dumps({"ttft_p95_s": 0.25, "load_s": 1, "quiet": True}))
     manifest.write(folder, stage="x", params="p", inputs={}, measured=["measurements.json"], metrics=metrics)
     return folder
 
@@ -65,7 +65,7 @@ def test_a_run_is_a_parent_with_a_nested_child_a_stage(main: Path) -> None:
     assert parent.data.params["validate.gates"].startswith('[{"name": "accuracy_retention"')
     assert child.data.params["quantize.options.model_builder.block_size"] == "32"
     assert child.data.metrics["accuracy"] == 0.5
-    assert child.data.metrics["ttft_s.p95"] == 0.25
+    assert child.data.metrics["ttft_p95_s"] == 0.25
     assert "quiet" not in child.data.metrics
     store = mlflow_store.client(main)
     assert len(store.get_metric_history(child.info.run_id, "loss")) == 2500

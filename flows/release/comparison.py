@@ -7,13 +7,10 @@ rows of its test part are known by the first alone.
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import get_args
 
-from flows.report.charts import number
+from tasks.metrics import GATED, METRICS, show
 from tasks.package.bundle import Bundle
-from tasks.validate.params import Gate
 
-STANDARD: tuple[str, ...] = get_args(Gate.model_fields["name"].annotation)
 EQUAL = 1e-9  # accuracies are shares of rows: 0.95 - 0.93 must count as 0.02, which it is not in binary
 
 
@@ -87,20 +84,20 @@ class Comparison:
     def _rows(self) -> list[list[str]]:
         """The numbers of both, and how they differ, under a head."""
         rows = [["", f"version {self.version}", f"champion, version {self.champion}", "difference"]]
-        for metric, pair in self.metrics.items():
-            both = ["-", "-"] if pair.champion is None else [number(pair.champion), _signed(pair.difference)]
-            rows.append([metric, number(pair.version), *both])
+        for name, pair in self.metrics.items():
+            both = ["-", "-"] if pair.champion is None else [show(name, pair.champion), _signed(name, pair.difference)]
+            rows.append([METRICS[name].label, show(name, pair.version), *both])
         return rows if self.champion not in ("", self.version) else [row[:2] for row in rows]
 
 
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{'+' if value > 0 else ''}{number(value)}"
+def _signed(name: str, value: float | None) -> str:
+    return "-" if value is None else f"{'+' if value > 0 else ''}{show(name, value)}"
 
 
 def compare(version: str, digest: str, ours: Bundle, champion: str, theirs: Bundle | None) -> Comparison:
     """Hold a version's bundle against the champion's; `theirs` is None where there is none to read."""
     mine, other = _numbers(ours), _numbers(theirs) if theirs else {}
-    metrics = {name: Pair(mine[name], other.get(name)) for name in STANDARD if name in mine}
+    metrics = {name: Pair(mine[name], other.get(name)) for name in GATED if name in mine}
     if theirs is None:
         comparable, reason = False, "its bundle moved or changed" if champion else "nothing was released yet"
     elif "accuracy" not in mine or "accuracy" not in other:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from tasks.metrics import number
+
 WIDTH = 460
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
@@ -19,16 +21,6 @@ class Mark:
     label: str
     css: str
     strong: bool = False
-
-
-def number(value: float) -> str:
-    """Three significant digits, or an integer as it is; thousands grouped."""
-    if not math.isfinite(value):
-        return "-"
-    if isinstance(value, int) or value == 0:
-        return f"{value:,.0f}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{min(digits, 6)}f}"
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:

@@ -3,59 +3,20 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from flows.report import charts, results
-from flows.report.charts import Mark, number
+from flows.report.charts import Mark
 from flows.report.style import CSS
 from tasks.errors import ArtifactError
+from tasks.metrics import METRICS, megabytes, percent, show
 from tasks.package.bundle import Bundle, bundle_digest, load
 from tasks.params import Params
 
-
-def _percent(value: float) -> str:
-    return f"{value * 100:.1f} %"
-
-
-def _megabytes(value: float) -> str:
-    return f"{value / 1e6:,.1f} MB"
-
-
-def _milliseconds(value: float) -> str:
-    return f"{number(value * 1e3)} ms"
-
-
-Form = Callable[[float], str]
-# name -> heading and form; a number that is not listed is shown below these under its own name
-METRICS: Mapping[str, tuple[str, Form]] = {
-    "accuracy": ("Accuracy", _percent),
-    "accuracy_retention": ("Accuracy, of the teacher's", _percent),
-    "perplexity": ("Perplexity", number),
-    "perplexity_ratio": ("Perplexity, ratio to F16", lambda v: f"{v:.4f}"),
-    "mean_kld": ("Mean KLD from F16", lambda v: f"{v:.4f}"),
-    "same_top_token": ("Same top token as F16", _percent),
-    "size_bytes": ("Size", _megabytes),
-    "size_ratio": ("Size, of the teacher's F16", _percent),
-    "reference_perplexity": ("Perplexity of F16", number),
-    "context": ("Tokens of a perplexity window", number),
-    "scored_tokens": ("Tokens scored", number),
-}
-MEASUREMENTS: Mapping[str, tuple[str, Form]] = {
-    "load_s": ("Load time", _milliseconds),
-    "ttft_s.p50": ("Time to first token, p50", _milliseconds),
-    "ttft_s.p95": ("Time to first token, p95", _milliseconds),
-    "ttft_s.p99": ("Time to first token, p99", _milliseconds),
-    "prefill_tokens_per_s": ("Prefill, tokens/s", number),
-    "decode_tokens_per_s": ("Decode, tokens/s", number),
-    "decode_speedup": ("Decode, times the teacher's F16", lambda v: f"{v:.2f}"),
-    "peak_rss_bytes": ("Peak memory", _megabytes),
-    "peak_rss_ratio": ("Peak memory, of the teacher's F16", _percent),
-    "prompt_tokens": ("Tokens of a timed prompt", number),
-    "threads": ("Threads", number),
-}
+TILES = ("accuracy", "accuracy_retention", "size_bytes", "size_ratio", "ttft_p50_s", "decode_tokens_per_s")
 MODELS = ("base", "teacher", "pruned", "control", "distilled")
 BASE = "teacher F16"
 KEY = "<p class=key>Filled: passed. Hollow: failed. Dashed: undecided. Ringed: chosen.</p>"
@@ -129,14 +90,9 @@ def _headline(bundle: Bundle, report: Mapping[str, Any]) -> str:
         return f"<header><p class=kicker>{escape(bundle.name)}</p><h1>Nothing passed its gates</h1>{reason}</header>"
     chosen = report["variants"][bundle.chosen]
     numbers = _flat(chosen["metrics"]) | _flat(chosen["measurements"])
-    tiles = [
-        (heading, form(numbers[name]))
-        for name, (heading, form) in {**METRICS, **MEASUREMENTS}.items()
-        if name in numbers
-        and name in ("accuracy", "accuracy_retention", "size_bytes", "size_ratio", "ttft_s.p50", "decode_tokens_per_s")
-    ]
+    tiles = [(METRICS[name].label, METRICS[name].show(numbers[name])) for name in TILES if name in numbers]
     if bundle.minimum_ram_bytes:
-        tiles.append(("Memory needed", _megabytes(bundle.minimum_ram_bytes)))
+        tiles.append(("Memory needed", megabytes(bundle.minimum_ram_bytes)))
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles)
     return (
         f"<header><p class=kicker>{escape(bundle.name)}</p>"
@@ -164,16 +120,16 @@ def _variant_table(bundle: Bundle, variants: Mapping[str, Any]) -> str:
         for name, v in variants.items()
     ]
     tables = []
-    for caption, key, known in (
-        ("On the packaged file, the same on every machine", "metrics", METRICS),
-        ("Measured on the machine of this run", "measurements", MEASUREMENTS),
+    for caption, key, measured in (
+        ("On the packaged file, the same on every machine", "metrics", False),
+        ("Measured on the machine of this run", "measurements", True),
     ):
         numbers = {name: _flat(v[key]) for name, v in variants.items()}
+        known = {name: metric.label for name, metric in METRICS.items() if metric.measured == measured}
         others = sorted({other for each in numbers.values() for other in each} - set(known))
-        forms = {**known, **{other: (other, number) for other in others}}
         rows = [
-            (heading, [escape(form(each[name])) if name in each else "-" for each in numbers.values()])
-            for name, (heading, form) in forms.items()
+            (label, [escape(show(name, each.get(name))) for each in numbers.values()])
+            for name, label in {**known, **dict(zip(others, others, strict=True))}.items()
             if any(name in each for each in numbers.values())
         ]
         tables.append(_table(caption, head, rows))
@@ -250,7 +206,7 @@ def _latency_plots(bundle: Bundle, variants: Mapping[str, Any]) -> Plots:
     base = next((_flat(each) for each in yardsticks if each), None)
     if base:
         measured.append((Mark(BASE, "base"), base))
-    percentiles = ("ttft_s.p50", "ttft_s.p95", "ttft_s.p99")
+    percentiles = ("ttft_p50_s", "ttft_p95_s", "ttft_p99_s")
     first = [
         (mark, [found[p] * 1e3 for p in percentiles]) for mark, found in measured if set(percentiles) <= set(found)
     ]
@@ -277,7 +233,7 @@ def _model_table(models: Mapping[str, Any]) -> str:
         (
             name,
             [
-                _percent(model["accuracy"]) if model.get("accuracy") is not None else "-",
+                percent(model["accuracy"]) if model.get("accuracy") is not None else "-",
                 f"{model['parameters'] / 1e6:,.1f} M" if model.get("parameters") else "-",
                 str(model.get("layers", "-")),
                 f"{model['rows']:,}" if model.get("rows") else "-",
@@ -297,14 +253,14 @@ def _students(path: Path) -> str:
     rows = [
         (
             f"seed {each['seed']}",
-            [f"{each['validation_loss']:.4f}", _percent(each["accuracy"]), "yes" if each["chosen"] else ""],
+            [f"{each['validation_loss']:.4f}", percent(each["accuracy"]), "yes" if each["chosen"] else ""],
         )
         for each in found
     ]
     accuracies = [each["accuracy"] for each in found]
     mean, spread = statistics.fmean(accuracies), statistics.stdev(accuracies)
     text = (
-        f"<p>They differ in which training rows they saw, and in what order: {_percent(mean)} on average, with a standard deviation of "
+        f"<p>They differ in which training rows they saw, and in what order: {percent(mean)} on average, with a standard deviation of "
         f"{100 * spread:.1f} points. The least validation loss decides which one goes on; the test rows have no part in it.</p>"
     )
     return text + _table("One student a seed", ["validation loss", "accuracy on the test rows", "goes on"], rows)

@@ -6,43 +6,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.report.charts import number
 from tasks.frame.stage import folder, read_json
+from tasks.metrics import COLUMNS, show
 from tasks.package.choose import failing
 from tasks.params import Params
 from tasks.validate.params import Gate
 
+HEADINGS = ("variant", "verdict", *(metric.column for metric in COLUMNS), "shipped")
+
 
 @dataclass(frozen=True)
 class Row:
-    """One variant; a number that is missing is NaN. `chosen`: it is what the bundle ships."""
+    """One variant. `chosen`: it is what the bundle ships."""
 
     variant: str
     verdict: str
-    accuracy: float
-    retention: float
-    kld: float
-    size_bytes: float
-    tokens_per_s: float
+    numbers: Mapping[str, Any]  # by the name of the metric
     chosen: bool
     told: str  # what did not hold
 
     def cells(self) -> list[str]:
-        """The row as text for a table."""
-        return [
-            self.variant,
-            self.verdict,
-            _number(self.accuracy, ".3f"),
-            _number(self.retention, ".3f"),
-            _number(self.kld, ".4f"),
-            _number(self.size_bytes / 1e6, ".1f"),
-            _number(self.tokens_per_s, ".0f"),
-            "yes" if self.chosen else "",
-        ]
-
-
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
+        """The row as text for a table, under HEADINGS."""
+        shown = [metric.show(self.numbers.get(metric.name)) for metric in COLUMNS]
+        return [self.variant, self.verdict, *shown, "yes" if self.chosen else ""]
 
 
 def bundle(root: Path) -> dict[str, Any]:
@@ -71,11 +57,7 @@ def rows(root: Path, params: Params, *, packaged: bool = True) -> list[Row]:
             Row(
                 variant=variant,
                 verdict=verdict["verdict"],
-                accuracy=_value(metrics, "accuracy"),
-                retention=_value(metrics, "accuracy_retention"),
-                kld=_value(metrics, "mean_kld"),
-                size_bytes=_value(metrics, "size_bytes"),
-                tokens_per_s=_value(measured, "decode_tokens_per_s"),
+                numbers={**metrics, **measured},
                 chosen=variant == chosen,
                 told=told(verdict),
             )
@@ -109,16 +91,18 @@ def told(verdict: Mapping[str, Any]) -> str:
 
 
 def _told(check: Mapping[str, Any]) -> str:
-    value = number(check["value"]) if isinstance(check.get("value"), (int, float)) else "missing"
+    name = str(check["name"])
+    value = show(name, check["value"]) if isinstance(check.get("value"), (int, float)) else "missing"
     direction = str(check.get("direction", "limit")).replace("_", " ")
     spread = check.get("interval")
-    inside = f", 95 % interval {number(spread[0])} to {number(spread[1])}" if spread else ""
-    return f"{check['name']} is {value}{inside}, wanted {direction} {check.get('limit')}"
+    inside = f", 95 % interval {show(name, spread[0])} to {show(name, spread[1])}" if spread else ""
+    return f"{name} is {value}{inside}, wanted {direction} {show(name, check.get('limit'))}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, and why those that did not pass did not."""
-    head = "| variant | verdict | accuracy | of the teacher's | mean KLD | MB | tokens/s | shipped |\n|---|---|---:|---:|---:|---:|---:|---|"
+    lines = ("---", "---", *("---:" for _ in COLUMNS), "---")
+    head = f"| {' | '.join(HEADINGS)} |\n|{'|'.join(lines)}|"
     table = "\n".join([head, *("| " + " | ".join(row.cells()) + " |" for row in rows)])
     open_ = "\n".join(f"- **{row.variant}** {row.verdict}: {row.told}" for row in rows if row.told)
     return f"{table}\n\n{open_}" if open_ else table

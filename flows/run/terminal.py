@@ -8,7 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flows.report.results import Row
+from flows.report.results import HEADINGS, Row
 from flows.workspace.versioning import Event, Outcome
 
 HOW = {"ran": "done", "restored": "restored from the cache", "unchanged": "up to date"}
@@ -99,8 +99,8 @@ class Display:
         from rich.table import Table
 
         table = Table(title="Variants", title_justify="left")
-        for heading in ("variant", "verdict", "accuracy", "retention", "KLD", "MB", "tokens/s", "shipped"):
-            table.add_column(heading, justify="left" if heading in ("variant", "verdict") else "right")
+        for at, heading in enumerate(HEADINGS):
+            table.add_column(heading, justify="left" if at < 2 else "right")
         for row in rows:
             table.add_row(*row.cells())
         self._console.print(table)

@@ -32,18 +32,18 @@ def intervals(candidate: Sequence[bool], teacher: Sequence[bool], resamples: int
     return {"accuracy": middle(accuracy), "accuracy_retention": middle(ratio)}
 
 
-def check(gate: Gate, value: float | None, interval: Interval | None, max_half_width: float) -> dict[str, Any]:
+def check(gate: Gate, value: Any, interval: Interval | None, max_half_width: float) -> dict[str, Any]:
     """One line of a verdict. A missing number and NaN do not pass, whatever the direction."""
     direction, limit = ("at_least", gate.at_least) if gate.at_least is not None else ("at_most", gate.at_most)
     assert limit is not None  # Gate holds exactly one
     within: Callable[[float], bool] = (lambda x: x >= limit) if direction == "at_least" else (lambda x: x <= limit)
-    known = value is not None and math.isfinite(value)
+    known = isinstance(value, int | float) and math.isfinite(value)
     line: dict[str, Any] = {
         "name": gate.name,
         "value": value if known else None,
         "limit": limit,
         "direction": direction,
-        "ok": value is not None and known and within(value),
+        "ok": known and within(value),
     }
     if interval is not None and known:
         low, high = interval
@@ -52,7 +52,7 @@ def check(gate: Gate, value: float | None, interval: Interval | None, max_half_w
     return line
 
 
-def judge(params: Validate, values: Mapping[str, float], spread: Mapping[str, Interval]) -> dict[str, Any]:
+def judge(params: Validate, values: Mapping[str, Any], spread: Mapping[str, Interval]) -> dict[str, Any]:
     """The content of verdict.json: a check that fails beyond doubt outweighs one that cannot be decided."""
     checks = [check(gate, values.get(gate.name), spread.get(gate.name), params.max_half_width) for gate in params.gates]
     open_checks = [line for line in checks if line.get("undecided")]

@@ -4,9 +4,7 @@ Nothing is measured here, so a change of a gate runs no model again.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tasks.errors import ArtifactError
 from tasks.frame.events import doing
@@ -26,21 +24,13 @@ def judge(params: Params, *, validated: Path, variant: str, out: Path) -> dict[s
     doing("draw the intervals")
     spread = gates.intervals(ours, theirs, params.validate_.bootstrap, params.validate_.seed)
     write_json(out / "intervals.json", {f"{name}_interval": bounds for name, bounds in spread.items()})
-    write_json(out / "verdict.json", gates.judge(params.validate_, _values(metrics) | _values(measured), spread))
+    write_json(out / "verdict.json", gates.judge(params.validate_, {**metrics, **measured}, spread))
     return {
         f"{name}_{end}": value
         for name, bounds in spread.items()
         for end, value in zip(("low", "high"), bounds, strict=True)
         if value == value  # an interval of nothing is NaN
     }
-
-
-def _values(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """What a gate may name. It knows `ttft_s: {p95}` as `ttft_p95_s`."""
-    found = {name: value for name, value in numbers.items() if isinstance(value, float | int)}
-    if isinstance(times := numbers.get("ttft_s"), Mapping):
-        found |= {f"ttft_{name}_s": value for name, value in times.items()}
-    return found
 
 
 def _correct(predictions: Path) -> tuple[list[bool], list[bool]]:

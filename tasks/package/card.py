@@ -4,15 +4,12 @@ from typing import Any
 
 import yaml
 
+from tasks.metrics import METRICS
 from tasks.package.bundle import Bundle
 from tasks.package.escaping import block, inline
 from tasks.package.release import Release
 
-SHOWN = {  # metric -> heading of its column, in this order
-    "accuracy": "accuracy", "accuracy_retention": "of the teacher's", "perplexity": "perplexity",
-    "perplexity_ratio": "perplexity ratio", "mean_kld": "mean KLD", "same_top_token": "same top token",
-    "size_bytes": "size", "size_ratio": "of the teacher's F16",
-}  # fmt: skip
+SHOWN = tuple(metric for metric in METRICS.values() if metric.better and not metric.measured)
 
 LIMITS = """\
 - It does the task of its data and nothing else; on other requests its answers mean nothing.
@@ -71,9 +68,9 @@ def _front(bundle: Bundle, base: str, data: str) -> str:
                         "task": {"type": "text-generation"},
                         "dataset": {"name": data, "type": data, "split": "test"},
                         "metrics": [
-                            {"type": name, "name": heading, "value": metrics[name]}
-                            for name, heading in SHOWN.items()
-                            if isinstance(metrics.get(name), (int, float))
+                            {"type": each.name, "name": each.label, "value": metrics[each.name]}
+                            for each in SHOWN
+                            if isinstance(metrics.get(each.name), (int, float))
                         ],
                     }
                 ],
@@ -110,18 +107,15 @@ def _data(bundle: Bundle, data: dict[str, Any]) -> str:
 
 
 def _table(bundle: Bundle) -> str:
-    lines = ["| variant | verdict | " + " | ".join(SHOWN.values()) + " |", "|---|---" + "|---:" * len(SHOWN) + "|"]
+    lines = [
+        "| variant | verdict | " + " | ".join(each.label for each in SHOWN) + " |",
+        "|---|---" + "|---:" * len(SHOWN) + "|",
+    ]
     for variant, evaluation in bundle.evaluation.items():
-        cells = [_cell(name, evaluation.metrics.get(name)) for name in SHOWN]
+        cells = [each.show(evaluation.metrics.get(each.name)) for each in SHOWN]
         name = f"**{inline(variant)}**" if variant == bundle.chosen else inline(variant)
         lines.append(f"| {name} | {inline(evaluation.verdict)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _cell(name: str, value: Any) -> str:
-    if not isinstance(value, (int, float)):
-        return "-"
-    return f"{value / 1e6:.1f} MB" if name == "size_bytes" else f"{value:.4g}"
 
 
 def _run(bundle: Bundle) -> str:

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.errors import ConfigError
-from tasks.frame.events import note, progress
+from tasks.frame.cores import threads
+from tasks.frame.events import doing, note, progress
+from tasks.models import chat
+from tasks.runtimes import llama
 from tasks.runtimes.protocol import WindowLogits
+from tasks.validate.shipped import Shipped
 
 ROWS = 16  # positions of one step: small enough for the processor's caches, large enough for its threads
 FEWEST = 16  # tokens of a window below which the numbers would mean nothing
@@ -28,6 +32,45 @@ class Likelihood:
     same_top_token: float
     tokens: int
     context: int
+
+
+def evaluate(shipped: Shipped) -> dict[str, float]:
+    """Perplexity and KLD on the text that came with the data, else on the test conversations.
+
+    Raises:
+        ConfigError: the text is too short.
+        StageError: the runtime fails.
+    """
+    import torch
+
+    doing("load the files for perplexity")
+    torch.set_num_threads(threads())
+    context = shipped.settings.context
+    with llama.window_logits(shipped.reference, context, threads()) as base:
+        if shipped.text.is_file():
+            tokens = base.session.tokenize(shipped.text.read_text(encoding="utf-8"))
+            start = base.session.window_start()
+        else:
+            # The template writes its own BOS where it wants one.
+            tokens, start = [token for row in shipped.rows for token in _whole(shipped.tokenizer, row)], None
+        windows = split(tokens, context, shipped.settings.windows, start)
+        with shipped.runtime.window_logits(shipped.file, context, threads()) as ours:
+            found = compare(base, ours, windows)
+    reference = found.reference_perplexity
+    return {
+        "perplexity": found.perplexity,
+        "perplexity_ratio": found.perplexity / reference if reference else math.nan,
+        "mean_kld": found.mean_kld,
+        "same_top_token": found.same_top_token,
+        "reference_perplexity": reference,
+        "scored_tokens": found.tokens,
+        "context": found.context,
+    }
+
+
+def _whole(tokenizer: Any, row: chat.Messages) -> list[int]:
+    ids: list[int] = tokenizer.apply_chat_template(row, tokenize=True, return_dict=False)
+    return ids
 
 
 def split(tokens: Sequence[int], context: int, windows: int, start: int | None) -> list[list[int]]:

@@ -17,11 +17,23 @@ from typing import Any, Self
 
 from tasks.frame import crashes
 from tasks.frame.cores import available
+from tasks.frame.events import doing
+from tasks.models import chat
+from tasks.validate.shipped import Shipped
 from tasks.validate.timed import CONTEXT, DECODED
 from tasks.variants import LLAMA, Runtime
 
 ROUNDS = {"prefill": 3, "decode": 5}  # medians; a gate may rest on the second
 _ROOT = Path(__file__).resolve().parents[2]  # where `tasks` is importable from
+
+
+def evaluate(shipped: Shipped) -> dict[str, Any]:
+    """Speed and memory of the shipped file with the prompt of middle length, those of the teacher's F16 file beside it."""
+    doing("measure speed and memory")
+    rows = shipped.rows
+    middle = sorted(rows, key=lambda row: len(str(row)))[len(rows) // 2]
+    prompt = chat.prompt_ids(shipped.tokenizer, middle[:-1])
+    return measure(shipped.variant.runtime, shipped.file, shipped.yardstick, prompt, shipped.settings.repeats)
 
 
 def measure(runtime: Runtime, file: Path, yardstick: Path, prompt: Sequence[int], repeats: int) -> dict[str, Any]:
@@ -119,7 +131,7 @@ class _Timed:
         """What all that was timed comes to."""
         return {
             "load_s": self.load_s,
-            "ttft_s": {f"p{percent}": _percentile(self.seconds["ttft"], percent) for percent in (50, 95, 99)},
+            **{f"ttft_p{percent}_s": _percentile(self.seconds["ttft"], percent) for percent in (50, 95, 99)},
             "prefill_tokens_per_s": CONTEXT / statistics.median(self.seconds["prefill"]),
             "decode_tokens_per_s": DECODED / statistics.median(self.seconds["decode"]),
             "peak_rss_bytes": int(self.ask("peak_rss")),
