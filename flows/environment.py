@@ -1,16 +1,9 @@
-"""The environment that every process we start gets: no telemetry, no phoning home, no chatter."""
+"""The environment that every process we start gets: no telemetry (tasks/frame/environment.py), no chatter, short waits."""
 
-import os
+from collections.abc import Mapping
 
-OFF = {
-    "DO_NOT_TRACK": "true",  # MLflow accepts this word only
-    "DVC_NO_ANALYTICS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "OLIVE_DISABLE_TELEMETRY": "1",
-    "ORT_TELEMETRY_DISABLED": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-}
+from tasks.frame import environment
+from tasks.frame.environment import NO_TELEMETRY as NO_TELEMETRY
 
 # A server that does not answer must fail in seconds, where MLflow's own default keeps trying for minutes; and
 # the terminal is for our own bars.
@@ -31,8 +24,6 @@ PREFECT = {
 }
 
 
-def apply(*settings: dict[str, str]) -> None:
-    """Set each variable that the person has not set."""
-    for setting in settings or (OFF, MLFLOW):
-        for name, value in setting.items():
-            os.environ.setdefault(name, value)
+def apply(*settings: Mapping[str, str]) -> None:
+    """Set each variable that the person has not set; without settings, those that every command of ours needs."""
+    environment.apply(*(settings or (NO_TELEMETRY, MLFLOW)))

@@ -38,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from tasks import params, selftest
     from tasks.errors import PipelineError, of_disk
-    from tasks.frame import bounded, events, stage
+    from tasks.frame import bounded, environment, events, stage
 
-    _quiet()
+    environment.of_stage()
     try:
         events.open_sink(os.environ.get("SLMOPS_EVENTS"))
         values = params.load(args.params or args.root / "params.yaml", params.expanded(args.overrides))
@@ -71,22 +71,6 @@ def _failed(error: Exception) -> int:
         print(f"note: no events are written any more ({full.strerror})", file=sys.stderr)
     print(f"error: {error}", file=sys.stderr)
     return 1
-
-
-def _quiet() -> None:
-    """No telemetry, no network behind our back, no progress bars but ours."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    for name, value in {
-        "DO_NOT_TRACK": "true", "OLIVE_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        # Threads that wait for each other spin for a moment (above) and then sleep: spinning on, they take the core from
-        # the one that is waited for as soon as anything else runs here; sleeping at once, they make decoding on two cores
-        # four times as slow. OpenMP reads it when it is loaded, so before any library.
-        "OMP_WAIT_POLICY": "passive",
-    }.items():  # fmt: skip
-        os.environ.setdefault(name, value)
 
 
 if __name__ == "__main__":

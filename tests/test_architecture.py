@@ -182,8 +182,8 @@ def test_plug_in_tables_hold_what_the_params_name() -> None:
 def test_scoring_and_targets_hold_what_the_params_name() -> None:
     from typing import get_args
 
-    from tasks.package import stage as package
     from tasks.models import scoring
+    from tasks.package import stage as package
 
     targets = get_args(Package.model_fields["targets"].annotation)[0]
     assert set(scoring.METRICS) == set(get_args(Metric))

@@ -91,12 +91,20 @@ def test_nothing_private_reaches_the_builder() -> None:
 
 def test_the_images_are_silent_unprivileged_and_hold_no_secret(build: dict) -> None:
     for name in ("server", "worker"):
-        assert environment.OFF.items() <= variables(build[name]).items()
+        assert environment.NO_TELEMETRY.items() <= variables(build[name]).items()
         assert of(build[name], "USER") == ["10001"]
         assert [word for word, _ in build[name]].index("USER") > [word for word, _ in build[name]].index("COPY")
         assert of(build[name], "ENTRYPOINT")[0].startswith('["tini"')
     for stage in build.values():
         assert not any(SECRET_NAME.search(line) for word in ("ARG", "ENV") for line in of(stage, word))
+
+
+def test_make_starts_nothing_that_reports_to_anyone() -> None:
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    exported = dict(
+        line.removeprefix("export ").split(" = ") for line in lines if line.startswith("export ") and " = " in line
+    )
+    assert exported == environment.NO_TELEMETRY
 
 
 def test_the_images_hold_the_pinned_versions_and_run_on_other_processors(build: dict) -> None:

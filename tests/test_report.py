@@ -31,7 +31,12 @@ def variant(name: str) -> dict:
     }
     check |= {"interval": [retention - 0.04, retention + 0.03], "undecided": verdict == "undecided"}
     classes = {"light_on": 0.97 - at / 50, "set_temperature": 0.91 - at / 30, "decline": 0.82 - at / 40}
-    speed = {"decode_tokens_per_s": 178 + 14 * at, "ttft_p50_s": 0.041 - at / 400, "ttft_p95_s": 0.048, "ttft_p99_s": 0.061}
+    speed = {
+        "decode_tokens_per_s": 178 + 14 * at,
+        "ttft_p50_s": 0.041 - at / 400,
+        "ttft_p95_s": 0.048,
+        "ttft_p99_s": 0.061,
+    }
     return {
         "runtime": "onnx_genai" if "onnx" in name else "llama",
         "targets": [],

@@ -64,7 +64,7 @@ class Options:
 def base() -> dict[str, str]:
     """What all of them get."""
     kept = {name: value for name, value in os.environ.items() if name not in WITHHELD}
-    return {**environment.OFF, **kept, **PREFECT}
+    return {**environment.NO_TELEMETRY, **kept, **PREFECT}
 
 
 def worker(prefect: str, mlflow: str, auth: dict[str, str]) -> dict[str, str]:

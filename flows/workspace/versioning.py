@@ -57,7 +57,7 @@ def address(stage: str, item: str | None = None) -> str:
 
 def stage_environment() -> dict[str, str]:
     """What a dvc process gets: no telemetry, and this very interpreter for the stage (see infra/python)."""
-    return {**environment.OFF, **os.environ, "SLMOPS_PYTHON": sys.executable}
+    return {**environment.NO_TELEMETRY, **os.environ, "SLMOPS_PYTHON": sys.executable}
 
 
 def repro(

@@ -18,6 +18,7 @@ from typing import Any
 from tasks.errors import StageError
 from tasks.frame import crashes
 from tasks.frame.cores import threads
+from tasks.frame.environment import NO_TELEMETRY, OFFLINE, QUIET
 from tasks.frame.events import doing
 from tasks.frame.stage import disk_full, need_space, require_file
 from tasks.models.sizes import Shape
@@ -115,11 +116,9 @@ def _run_olive(config: dict[str, Any], scratch: Path, out: Path) -> None:
     env = os.environ | {
         "HOME": str(scratch),
         "HF_HOME": str(scratch / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "DO_NOT_TRACK": "true",
-        "OLIVE_DISABLE_TELEMETRY": "1",
-        "ORT_TELEMETRY_DISABLED": "1",
+        **NO_TELEMETRY,
+        **OFFLINE,
+        **QUIET,
         "OMP_NUM_THREADS": str(threads()),
     }
     # Caches that an outer setting points elsewhere would escape the temporary folder.

@@ -23,6 +23,7 @@ from typing import Any
 
 from tasks.errors import BrokenRuntimeError, ConfigError, StageError
 from tasks.frame import crashes, events
+from tasks.frame.environment import NO_TELEMETRY, OFFLINE
 from tasks.variants import LLAMA, VARIANTS, Runtime
 
 LIMIT_S = 900.0
@@ -116,10 +117,10 @@ def _how(code: int, said: str) -> str:
 
 def _child(runtime: Runtime, folder: Path) -> tuple[list[str], int, str]:
     """What the test printed, its exit code, and what it said on standard error."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "ORT_TELEMETRY_DISABLED": "1"}
+    variables = {**os.environ, **NO_TELEMETRY, **OFFLINE, "OMP_WAIT_POLICY": "passive"}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "tasks.selftest", runtime.name, str(folder)], cwd=_ROOT, env=environment, text=True,
+            [sys.executable, "-m", "tasks.selftest", runtime.name, str(folder)], cwd=_ROOT, env=variables, text=True,
             errors="replace", stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT_S, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
