@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.workspace import paths
+from flows.workspace.paths import MainCheckout, Workspace
 from tasks.errors import PipelineError, of_disk
 from tasks.frame import utf8
 
@@ -182,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
         with worktrees.in_place(here, name, args.params, args.overrides):
             if args.params or args.overrides:
                 print("note: params.yaml now holds the effective values of this run", file=sys.stderr)
-            model = params.load(here / "params.yaml").package.name
+            model = params.load(paths.params_file(here)).package.name
             with locks.one_at_a_time(main, model, name):
                 _go(here, name, started)
         return 0
@@ -197,12 +199,12 @@ def run(args: argparse.Namespace) -> int:
     ):
         registered = _go(root, name, started)
         commit = worktrees.finish(root, name, f"Run {name}\n\n{registered}")
-    worktrees.retire(main, params.load(root / "params.yaml").machine.keep_runs)
+    worktrees.retire(main, params.load(paths.params_file(root)).machine.keep_runs)
     print(f"commit {commit[:12]} on branch runs/{name}; its files are in {root} until `slmops prune`")
     return 0
 
 
-def _use_servers(main: Path) -> None:
+def _use_servers(main: MainCheckout) -> None:
     """Work with the servers of a running `slmops up`, but for those that the person has named."""
     from flows import environment
     from flows.servers import stack
@@ -226,7 +228,7 @@ def _terminated(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _go(root: Path, name: str, started: float) -> str:
+def _go(root: Workspace, name: str, started: float) -> str:
     """Run the flow in a workspace that is locked, print what it came to, and say what was registered."""
     from flows.servers import prefect_api
     from flows.tracking import mlflow_store
@@ -274,7 +276,7 @@ def plan(args: argparse.Namespace) -> int:
     from flows.workspace import worktrees
 
     root = worktrees.find(Path())
-    _print(args, facts(root, args.params or root / "params.yaml", args.overrides), show)
+    _print(args, facts(root, args.params or paths.params_file(root), args.overrides), show)
     return 0
 
 
@@ -285,7 +287,7 @@ def doctor(args: argparse.Namespace) -> int:
     checks: list[dict[str, Any]] = []
 
     def kept() -> Iterator[dict[str, Any]]:
-        for check in facts(Path()):
+        for check in facts(Workspace(Path())):
             checks.append(check)
             yield check  # at once: some take a while
 
@@ -301,8 +303,8 @@ def report(args: argparse.Namespace) -> int:
     from tasks.frame.stage import folder
 
     root = worktrees.find(Path())
-    checked = params.load(args.params or root / "params.yaml", args.overrides)
-    out = root / "report.html"
+    checked = params.load(args.params or paths.params_file(root), args.overrides)
+    out = paths.report(root)
     write_report(folder(root, "package"), folder(root, "select"), out, params=checked)
     print(out)
     return 0
@@ -378,7 +380,7 @@ def reject(args: argparse.Namespace) -> int:
     return 0
 
 
-def _wake(main: Path, name: str, args: argparse.Namespace, decision: str) -> None:
+def _wake(main: MainCheckout, name: str, args: argparse.Namespace, decision: str) -> None:
     """Let the deployed runs that wait for this decision end."""
     from flows.release import pending
 
@@ -418,7 +420,7 @@ def audit(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(args: argparse.Namespace) -> tuple[Path, str]:
+def _model(args: argparse.Namespace) -> "tuple[MainCheckout, str]":
     """The main checkout, where the registry lies, and the name of the registered model."""
     from flows.workspace import worktrees
 

@@ -11,8 +11,9 @@ from conftest import ROOMS, tiny_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import acquire, params
+from tasks import params
 from tasks.acquire import data_sources, near_duplicates, rows
+from tasks.acquire import stage as acquire
 from tasks.acquire.params import LocalData
 from tasks.errors import ConfigError
 from tasks.models import scoring

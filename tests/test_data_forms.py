@@ -14,8 +14,8 @@ from conftest import ROOMS, tiny_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import acquire
 from tasks.acquire import containers, data_sources, forms, rows, watched
+from tasks.acquire import stage as acquire
 from tasks.acquire.params import Acquire, LocalData
 from tasks.errors import ConfigError
 from tasks.frame import events

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import validate
 from tasks.errors import ArtifactError
 from tasks.frame import jsonl
 from tasks.models import chat
+from tasks.validate import stage as validate
 
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"  # where str.splitlines breaks a text
 texts = st.text(st.one_of(st.sampled_from(SEPARATORS + '\n"\\'), st.characters(exclude_categories=["Cs"])), max_size=8)

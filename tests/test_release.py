@@ -18,7 +18,7 @@ from conftest import ROOT
 from flows import cli
 from flows.release import audit_log, decisions, pending
 from flows.tracking import mlflow_store
-from flows.workspace import worktrees
+from flows.workspace import paths
 from tasks import params
 from tasks.errors import ArtifactError, ConfigError, StageError
 from tasks.package import bundle
@@ -105,7 +105,7 @@ def aliases(root: Path) -> dict[str, str]:
 
 def test_a_refused_decision_asks_again_until_the_first_question_would_have_ended(root: Path) -> None:
     write_bundle(root)
-    place = root / ".runs" / "a" / worktrees.QUESTION
+    place = paths.question(root / ".runs" / "a")
     place.parent.mkdir(parents=True)
     told = []
     for refused in ("", "someone else must"):
@@ -128,7 +128,7 @@ def test_a_decision_by_command_is_kept_for_the_run_that_waits_until_it_heard(
     from flows.run import recovery
 
     write_bundle(root)
-    place = root / ".runs" / "a" / worktrees.QUESTION
+    place = paths.question(root / ".runs" / "a")
     place.parent.mkdir(parents=True)
     pending.ask(root, decisions.register(root, root), 1.0, place, flow_run="f")
     assert not pending.untold(root)
@@ -150,7 +150,7 @@ def test_a_run_that_was_decided_on_by_command_waits_no_longer(root: Path, monkey
     monkeypatch.setattr(approval, "told", str)  # there is no run's log here
     shutil.copy(DEFAULTS, root / "params.yaml")
     write_bundle(root)
-    place = root / worktrees.QUESTION
+    place = paths.question(root)
     place.parent.mkdir(parents=True)
     pending.ask(root, decisions.register(root, root), 1.0, place, flow_run="f")
     decisions.approve(root, NAME, "1", "Ada", "good")
@@ -159,7 +159,7 @@ def test_a_run_that_was_decided_on_by_command_waits_no_longer(root: Path, monkey
 
 
 def test_a_question_that_was_damaged_is_told(root: Path) -> None:
-    place = root / ".runs" / "a" / worktrees.QUESTION
+    place = paths.question(root / ".runs" / "a")
     place.parent.mkdir(parents=True)
     for content in ("", "[]", "{}"):
         place.write_text(content)
@@ -169,7 +169,7 @@ def test_a_question_that_was_damaged_is_told(root: Path) -> None:
 
 def test_an_answer_under_way_has_some_minutes_but_a_run_that_has_failed_none(root: Path) -> None:
     write_bundle(root)
-    place = root / ".runs" / "a" / worktrees.QUESTION
+    place = paths.question(root / ".runs" / "a")
     place.parent.mkdir(parents=True)
     pending.ask(root, decisions.register(root, root), 0.0, place, flow_run="f")
     assert pending.expire(root, ["another"]) == []
@@ -182,7 +182,7 @@ def test_a_question_about_what_was_decided_before_expires_without_a_word(root: P
         write_bundle(root, text)
         version = decisions.register(root, root).version
         decisions.approve(root, NAME, version, "Ada", "good")
-    place = root / ".runs" / "a" / worktrees.QUESTION
+    place = paths.question(root / ".runs" / "a")
     place.parent.mkdir(parents=True)
     write_bundle(root, "one")  # the previous champion, made once more
     again = decisions.register(root, root)

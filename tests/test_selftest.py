@@ -118,11 +118,11 @@ def test_a_read_only_environment_has_its_record_in_the_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     asked = answers(monkeypatch, RIGHT)
     for _ in range(2):
-        selftest.ensure(("llama",))
+        selftest.ensure((LLAMA,))
     assert (asked, len(list((tmp_path / "cache").rglob("*.json")))) == (["llama"], 1)
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)  # nowhere to write: tested each time
     for _ in range(2):
-        selftest.ensure(("llama",))
+        selftest.ensure((LLAMA,))
     assert len(asked) == 3
 
 
@@ -130,7 +130,7 @@ def test_a_wrong_result_is_told_with_library_kernels_and_remedy(place: Path, mon
     wrong = {"what": "q4_0, rows of 576", "distance": [0.45, 1.4], "limit": [0.04, 0.1]}
     answers(monkeypatch, [*RIGHT, wrong])
     with pytest.raises(BrokenRuntimeError) as told:
-        selftest.ensure(("llama",))
+        selftest.ensure((LLAMA,))
     for part in ("llama-cpp-python", "AMX_INT8", "1 of 2", "q4_0, rows of 576", "45.0%", "infra/setup.sh"):
         assert part in str(told.value)
     assert not list(place.rglob("*.json"))
@@ -139,7 +139,7 @@ def test_a_wrong_result_is_told_with_library_kernels_and_remedy(place: Path, mon
 def test_a_crash_is_told_with_its_signal(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, [*RIGHT[:2]], code=-signal.SIGSEGV)
     with pytest.raises(BrokenRuntimeError) as told:
-        selftest.ensure(("llama",))
+        selftest.ensure((LLAMA,))
     for part in ("SIGSEGV", "llama-cpp-python", "AMX_INT8", "q8_0", "infra/setup.sh"):
         assert part in str(told.value)
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from checkout import DEFAULTS, commit, dvc_python, git, make_toy
 
-from flows.workspace import files, locks, versioning, worktrees
+from flows.workspace import files, locks, paths, versioning, worktrees
 from tasks.errors import ArtifactError, ConfigError, StageError
 
 
@@ -78,7 +78,7 @@ def test_the_lock_names_its_holder_and_is_free_again(root: Path) -> None:
 
 def test_the_lock_of_a_killed_run_is_free_unless_a_child_still_works(root: Path) -> None:
     code = (
-        "import os, subprocess, sys; from pathlib import Path; from flows import locks\n"
+        "import os, subprocess, sys; from pathlib import Path; from flows.workspace import locks\n"
         "root = Path(sys.argv[1])\n"
         "with locks.locked(root, 'dead'), locks.joined(root, 'distill') as held:\n"
         "    child = subprocess.Popen(['cat'], stdin=0, stdout=subprocess.DEVNULL, pass_fds=held)\n"
@@ -362,7 +362,7 @@ def test_one_run_at_a_time_holds_a_model(root: Path) -> None:
 
 def test_the_model_of_a_killed_run_is_free_at_once(root: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from flows import locks\n"
+        "import sys, time; from pathlib import Path; from flows.workspace import locks\n"
         "with locks.one_at_a_time(Path(sys.argv[1]), 'lamps', 'dead'):\n"
         "    print('ready', flush=True); time.sleep(600)\n"
     )
@@ -380,7 +380,7 @@ def test_the_model_of_a_killed_run_is_free_at_once(root: Path) -> None:
 def test_old_worktrees_go_but_none_that_works_or_waits(root: Path) -> None:
     for name in ("a", "b", "c", "d"):
         ended(root, name)
-    files.write(root / ".runs" / "b" / worktrees.QUESTION, "{}")
+    files.write(paths.question(root / ".runs" / "b"), "{}")
     with locks.locked(root / ".runs" / "a", "a"):
         assert worktrees.retire(root, 1) == ["c"]
     assert [(run.name, run.state) for run in worktrees.runs(root)] == [

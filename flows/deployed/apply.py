@@ -13,12 +13,13 @@ from prefect.exceptions import ObjectAlreadyExists
 
 from flows.deployed import automations
 from flows.servers import prefect_api
+from flows.workspace.paths import Workspace
 from tasks.errors import ConfigError
 
 FILE = Path("infra") / "prefect.yaml"
 
 
-def apply(root: Path, place: Path, runs: int | None = None) -> list[str]:
+def apply(root: Workspace, place: Path, runs: int | None = None) -> list[str]:
     """Bring the server's deployments in step with infra/prefect.yaml, and its automations with theirs; returns the
     deployments' names, none where the file is missing. A work pool that the server lacks is made, one of processes.
     `place`: where the workers find the checkout. `runs`: at work at once in a pool, kept by the server. (A worker's own

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID
 
@@ -27,7 +26,8 @@ from pydantic import Field
 from flows.release import audit_log, decisions, pending
 from flows.report import results
 from flows.run import artifacts
-from flows.workspace import worktrees
+from flows.workspace import paths
+from flows.workspace.paths import MainCheckout, Workspace
 from tasks import params
 from tasks.errors import ArtifactError, ConfigError
 from tasks.package import escaping
@@ -48,11 +48,11 @@ class Decision(RunInput):
     even_if_rejected: bool = Field(False, description="approve it although it was rejected before")
 
 
-def released(main: Path, root: Path) -> str:
+def released(main: MainCheckout, root: Workspace) -> str:
     """Register what a finished run made, and release it as the policy says; one line for a person."""
-    policy = params.load(root / "params.yaml").release
+    policy = params.load(paths.params_file(root)).release
     registered, said = decisions.register_if_passed(root, main)
-    asked = root / worktrees.QUESTION
+    asked = paths.question(root)
     if registered is None or registered.champion:  # nothing passed, or this very bundle is released already
         asked.unlink(missing_ok=True)  # by command, while the run waited
         return told(said)
@@ -132,7 +132,7 @@ def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}{f', status {response.status_code}' if response is not None else ''}"
 
 
-def expire(main: Path) -> list[str]:
+def expire(main: MainCheckout) -> list[str]:
     """Record as rejected what nobody decided on in time; a line each. Prefect has failed the runs that waited. A run that
     crashed while it waited, or was taken for crashed for a beat in the moment of its suspension, asks again.
 
@@ -148,10 +148,10 @@ def expire(main: Path) -> list[str]:
     return pending.expire(main, {str(run.id) for run in found if run.state and run.state.is_failed()})
 
 
-def _answer(root: Path, shown: dict[str, Any]) -> Decision:
+def _answer(root: Workspace, shown: dict[str, Any]) -> Decision:
     """What a person answers to the question `shown`; until then the flow is suspended."""
     refused = f"**Not done: {escaping.inline(shown['refused'])}**\n\n" if shown["refused"] else ""
-    variants = results.markdown(results.rows(root, params.load(root / "params.yaml")))
+    variants = results.markdown(results.rows(root, params.load(paths.params_file(root))))
     parts = (shown["text"], artifacts.links(root), "What this run made:", variants)
     # Prefect shows a few lines before one has to scroll: why this file comes first.
     form = Decision.with_initial_data(description="\n\n".join((refused + results.bundle(root)["reason"], *parts)))
@@ -160,7 +160,7 @@ def _answer(root: Path, shown: dict[str, Any]) -> Decision:
     return answer
 
 
-def _decide(main: Path, asked: decisions.Registered, shown: dict[str, Any], answer: Decision) -> str:
+def _decide(main: MainCheckout, asked: decisions.Registered, shown: dict[str, Any], answer: Decision) -> str:
     """Have the registry do what was decided; one line for a person.
 
     Raises:

@@ -7,10 +7,12 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.events.schemas.automations import AutomationCore
 
+from flows.workspace.paths import Workspace
+
 FILE = Path("infra") / "automations.yaml"
 
 
-def apply(root: Path) -> list[str]:
+def apply(root: Workspace) -> list[str]:
     """Bring the server's automations in step with the file; returns their names. None where it is missing.
 
     What is there already is left alone: an update would forget which runs have been heard of.

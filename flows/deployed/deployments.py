@@ -24,7 +24,8 @@ from flows.deployed import approval, policy
 from flows.release import decisions
 from flows.report import results
 from flows.run import artifacts, pipeline
-from flows.workspace import files, locks, versioning, worktrees
+from flows.workspace import files, locks, paths, versioning, worktrees
+from flows.workspace.paths import MainCheckout, Workspace
 from tasks import params
 from tasks.acquire.params import GgufModel, HubData, HubModel, LocalData, LocalModel, PackageModel
 from tasks.errors import ConfigError
@@ -33,7 +34,6 @@ from tasks.schema import Seed, Share
 from tasks.validate.params import Gate
 
 LOOK_S = 60  # from one look of a waiting run to the next
-OWNER = Path(".runs") / "owner"  # in a worktree: the flow run that it is of
 
 Settings = Annotated[dict[str, Any] | None, Field(examples=[{"finetune.epochs": 0.5}])]
 Commit = Annotated[str, Field(pattern=r"^\w[\w./-]*$")]
@@ -98,7 +98,7 @@ def train_and_release(
     spending: dict[str, Any] = dict(budget or {})  # as it came over HTTP: params.py checks it
     spending = {BUDGET.get(key, f"budget.{key}"): value for key, value in spending.items()}
     main, name = _here()
-    if (main / ".runs" / name / worktrees.FINISHED).exists():
+    if paths.finished(paths.worktree(main, name)).exists():
         return _resume(main, name)
     overrides = _overrides(typed | spending | (settings or {}))
     planned = _planned(main, name, commit, overrides)
@@ -125,7 +125,7 @@ def retrain_scheduled(settings: Settings = None, commit: Commit = "HEAD", overla
         PipelineError: what the pipeline or the registry raised.
     """
     main, name = _here()
-    if (main / ".runs" / name / worktrees.FINISHED).exists():
+    if paths.finished(paths.worktree(main, name)).exists():
         return _resume(main, name)
     overrides = _overrides(settings or {})
     planned = _planned(main, name, commit, overrides)
@@ -169,7 +169,7 @@ def validate_only(
     planned = worktrees.planned(main, name, f"runs/{run}", None, overrides)[1]
     locks.mark()
     with _model(main, planned, name), _worktree(main, name, f"runs/{run}", overrides) as place:
-        checked = params.load(place / "params.yaml")
+        checked = params.load(paths.params_file(place))
         chosen = checked.quantize.variants
         made = ["acquire", "select", "convert", *(versioning.address("quantize", each) for each in chosen)]
         if pulled := versioning.restore(place, *made):
@@ -218,25 +218,25 @@ def expire_approvals() -> str:
     return approval.told("; ".join(approval.expire(_here()[0])) or "no question has expired")
 
 
-def _here() -> tuple[Path, str]:
+def _here() -> tuple[MainCheckout, str]:
     """The main checkout, and a name for this run's worktree: the flow run's own, unless another run has had that name. From
     now on the run's page tells our errors as sentences.
     """
     artifacts.plain_errors()
     main = worktrees.main_root(worktrees.find(Path()))
-    worktrees.check_commit(main)
+    worktrees.check_commit(paths.own_workspace(main))
     name, own = str(runtime.flow_run.name), str(runtime.flow_run.id)
     worktrees.check_name(name)
-    owner = main / ".runs" / name / OWNER
+    owner = paths.owner(paths.worktree(main, name))
     ours = owner.exists() and owner.read_text() == own
     taken = worktrees.git(main, "branch", "--list", f"runs/{name}") and not ours
     return main, f"{name}-{own[:8]}" if taken else name
 
 
 @contextmanager
-def _worktree(main: Path, name: str, commit: str, overrides: list[str]) -> Iterator[Path]:
+def _worktree(main: MainCheckout, name: str, commit: str, overrides: list[str]) -> Iterator[Workspace]:
     with worktrees.worktree(main, name, commit, None, overrides) as place:
-        files.write(place / OWNER, str(runtime.flow_run.id))
+        files.write(paths.owner(place), str(runtime.flow_run.id))
         yield place
 
 
@@ -245,7 +245,7 @@ def _overrides(chosen: dict[str, Any]) -> list[str]:
     return [params.override(key, value) for key, value in chosen.items() if value is not None]
 
 
-def _planned(main: Path, name: str, commit: str, overrides: list[str]) -> params.Params:
+def _planned(main: MainCheckout, name: str, commit: str, overrides: list[str]) -> params.Params:
     """The parameters that a run will have.
 
     Raises:
@@ -263,7 +263,7 @@ def _planned(main: Path, name: str, commit: str, overrides: list[str]) -> params
 
 
 @contextmanager
-def _model(main: Path, planned: params.Params, name: str, overlap: Overlap = "wait") -> Iterator[None]:
+def _model(main: MainCheckout, planned: params.Params, name: str, overlap: Overlap = "wait") -> Iterator[None]:
     """Hold the model that a run will work on. While another run has it, this one is refused, or is to begin anew in a minute:
     meanwhile it holds no process, and no place at the worker that an approval or a rollback may need.
 
@@ -286,9 +286,9 @@ def _model(main: Path, planned: params.Params, name: str, overlap: Overlap = "wa
         yield
 
 
-def _unchanged(main: Path, place: Path) -> str | None:
+def _unchanged(main: MainCheckout, place: Workspace) -> str | None:
     """Why a run in the worktree `place` would make nothing new; None if it might."""
-    model = params.load(place / "params.yaml").package.name
+    model = params.load(paths.params_file(place)).package.name
     for last in worktrees.finished(main):
         if yaml.safe_load(worktrees.git(main, "show", f"runs/{last}:params.yaml"))["package"]["name"] == model:
             changed = versioning.changed_since(place, worktrees.git(main, "show", f"runs/{last}:dvc.lock") + "\n")
@@ -303,7 +303,7 @@ def _unchanged(main: Path, place: Path) -> str | None:
     return None
 
 
-def _run(main: Path, place: Path, name: str, by: str | None = None) -> str:
+def _run(main: MainCheckout, place: Workspace, name: str, by: str | None = None) -> str:
     """The pipeline in a worktree, up to its commit; then what comes of it."""
     if waiting := worktrees.uncommitted(main):
         get_run_logger().warning(
@@ -316,11 +316,11 @@ def _run(main: Path, place: Path, name: str, by: str | None = None) -> str:
     commit = worktrees.finish(place, name, f"Run {name}\n\n{result.registered}")
     told = approval.told(f"commit {commit[:12]} on branch runs/{name}; {pushed}")
     create_markdown_artifact(told, key="saved", description="Where what this run made is kept")
-    worktrees.retire(main, params.load(place / "params.yaml").machine.keep_runs)
+    worktrees.retire(main, params.load(paths.params_file(place)).machine.keep_runs)
     return approval.released(main, place)
 
 
-def _resume(main: Path, name: str) -> str:
-    root = main / ".runs" / name
+def _resume(main: MainCheckout, name: str) -> str:
+    root = paths.worktree(main, name)
     with locks.locked(root, name):
         return approval.released(main, root)

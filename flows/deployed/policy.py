@@ -5,11 +5,11 @@ What decides on a release is the params section `release`, the gates, and how su
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import yaml
 
 from flows.workspace import worktrees
+from flows.workspace.paths import MainCheckout
 from tasks import params
 from tasks.errors import ConfigError
 from tasks.params import Params
@@ -18,7 +18,7 @@ from tasks.validate.params import Gate
 RUNS = ("Run ", "Validate ")  # how the subjects begin of the commits that runs make
 
 
-def check(main: Path, commit: str, wanted: Params) -> None:
+def check(main: MainCheckout, commit: str, wanted: Params) -> None:
     """Refuse the parameters of a deployed run that loosen what was committed about release.
 
     Raises:
@@ -31,7 +31,7 @@ def check(main: Path, commit: str, wanted: Params) -> None:
         )
 
 
-def references(main: Path, commit: str) -> list[tuple[str, Params]]:
+def references(main: MainCheckout, commit: str) -> list[tuple[str, Params]]:
     """The parameters that bind a deployed run of `commit`, with the names of their commits: its own; those of the commit
     that a person made, where it is one that a run has made (of looser parameters, it may be); and those of HEAD, where
     that is newer, so that an old commit does not bring an old policy back.
@@ -48,17 +48,17 @@ def references(main: Path, commit: str) -> list[tuple[str, Params]]:
     return [(name, _params(main, sha, name)) for sha, name in chosen.items()]
 
 
-def _holds(main: Path, head: str, commit: str) -> bool:
+def _holds(main: MainCheckout, head: str, commit: str) -> bool:
     """Is it `head`, or one before it?"""
     return worktrees.git(main, "rev-list", "--count", f"{head}..{commit}") == "0"
 
 
-def _by_a_run(main: Path, commit: str) -> bool:
+def _by_a_run(main: MainCheckout, commit: str) -> bool:
     tips = worktrees.git(main, "for-each-ref", "--format=%(objectname)", "refs/heads/runs/").split()
     return commit in tips and worktrees.git(main, "show", "-s", "--format=%s", commit).startswith(RUNS)
 
 
-def _params(main: Path, commit: str, name: str) -> Params:
+def _params(main: MainCheckout, commit: str, name: str) -> Params:
     raw = yaml.safe_load(worktrees.git(main, "show", f"{commit}:params.yaml"))
     if not isinstance(raw, dict):
         raise ConfigError(f"params.yaml of {name} holds no sections: run another commit")

@@ -1,15 +1,14 @@
 """What can be known of a run before its work: steps that the model's architecture does not allow."""
 
-from pathlib import Path
-
 from flows.preflight import planned_model
+from flows.workspace.paths import Workspace
 from tasks.errors import ConfigError
 from tasks.models import supports
 from tasks.params import Params
 from tasks.variants import VARIANTS
 
 
-def check(root: Path, checked: Params) -> None:
+def check(root: Workspace, checked: Params) -> None:
     """Refuse a run that would fail after its training.
 
     Raises:

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from flows.workspace.paths import Workspace
 from tasks import selftest
 from tasks.errors import PipelineError
 from tasks.variants import RUNTIMES
@@ -37,7 +38,7 @@ class Check:
     needed: bool = True
 
 
-def facts(root: Path) -> Iterator[dict[str, Any]]:
+def facts(root: Workspace) -> Iterator[dict[str, Any]]:
     """Every check as plain data, as soon as it is made."""
     return map(asdict, examine(root))
 
@@ -63,7 +64,7 @@ def show(found: Iterable[Mapping[str, Any]]) -> None:
     console.print(f"{count} of {len(checks)} checks failed" if count else "all that is needed is there")
 
 
-def examine(root: Path) -> Iterator[Check]:
+def examine(root: Workspace) -> Iterator[Check]:
     """All checks, in the order in which they should be mended."""
     version = sys.version_info
     yield Check(
@@ -130,7 +131,7 @@ def _memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _packages(root: Path) -> Iterator[Check]:
+def _packages(root: Workspace) -> Iterator[Check]:
     """Each pinned package against what is installed."""
     path = root / "constraints.txt"
     lines = path.read_text().splitlines() if path.is_file() else []
@@ -187,7 +188,7 @@ def _writable() -> Iterator[Check]:
         yield Check(f"{name} is writable", ok, str(place), fix)
 
 
-def _line_ends(root: Path) -> Check:
+def _line_ends(root: Workspace) -> Check:
     """Scripts that git gave the line ends of another system name an interpreter that is not there."""
     script = root / "infra" / "python"
     bad = script.is_file() and b"\r\n" in script.read_bytes()
@@ -202,7 +203,7 @@ def _line_ends(root: Path) -> Check:
     )
 
 
-def _workspace(root: Path) -> Iterator[Check]:
+def _workspace(root: Workspace) -> Iterator[Check]:
     head = _git(root, "rev-parse", "-q", "--verify", "HEAD")
     yield Check(
         "git checkout",
@@ -228,13 +229,13 @@ def _workspace(root: Path) -> Iterator[Check]:
     )
 
 
-def _git(root: Path, *arguments: str) -> str:
+def _git(root: Workspace, *arguments: str) -> str:
     """What git says, "" where it refuses or is not there."""
     git = shutil.which("git")
     return subprocess.run([git, *arguments], cwd=root, capture_output=True, text=True).stdout.strip() if git else ""
 
 
-def _link_kind(root: Path) -> str:
+def _link_kind(root: Workspace) -> str:
     """What the file system between workspace and DVC cache can do, in DVC's order of preference."""
     place = root / ".dvc" if (root / ".dvc").is_dir() else root
     with tempfile.TemporaryDirectory(dir=place) as there, tempfile.TemporaryDirectory(dir=root) as here:

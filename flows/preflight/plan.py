@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.preflight import checks, planned_model
+from flows.workspace.paths import Workspace
 from tasks import params
 from tasks.acquire import data_sources, rows, watched
 from tasks.distill import width as width_pruning
@@ -82,7 +83,7 @@ class _Rows:
     exact: bool  # counted, not guessed
 
 
-def facts(root: Path, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def facts(root: Workspace, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The plan as plain data: sizes, memory and disk in bytes, times in seconds.
 
     Raises:
@@ -153,7 +154,7 @@ def show(plan: Mapping[str, Any]) -> None:
         console.print(f"warning: {doubt}", style="bold")
 
 
-def predict(root: Path, checked: params.Params, training: float, plain: float) -> Plan:
+def predict(root: Workspace, checked: params.Params, training: float, plain: float) -> Plan:
     """The plan for a machine that multiplies matrices at `training` operations a second in the arithmetic of training, and
     at `plain` in float32.
     """
@@ -173,7 +174,7 @@ def predict(root: Path, checked: params.Params, training: float, plain: float) -
     return Plan(base, student, predicted, ram, work, int(1.1 * (folders + files)), _doubts(checked, counted))
 
 
-def expected(root: Path, checked: params.Params, keys: Iterable[tuple[str, str | None]]) -> dict[str, float]:
+def expected(root: Workspace, checked: params.Params, keys: Iterable[tuple[str, str | None]]) -> dict[str, float]:
     """Minutes that each stage is expected to take, `keys` being what is to be done: stage, and variant or seed. Empty where
     that cannot be told (a model that is still to be fetched, rows that acquire will refuse) and where no model runs.
     """
@@ -284,7 +285,7 @@ def _pruning(
     return seconds
 
 
-def _rows(root: Path, checked: params.Params) -> _Rows:
+def _rows(root: Workspace, checked: params.Params) -> _Rows:
     """Rows of each split and their length, from the local files as acquire reads them; guessed where they are not local.
 
     Raises:

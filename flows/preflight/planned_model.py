@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flows.workspace.paths import Workspace
 from tasks.acquire import gguf_check, model_sources
 from tasks.acquire.params import Acquire, HubModel
 from tasks.errors import ArtifactError, ConfigError, PipelineError
@@ -12,7 +13,7 @@ from tasks.models import sizes
 from tasks.models.loading import load_config
 
 
-def architecture(acquire: Acquire, root: Path) -> str | None:
+def architecture(acquire: Acquire, root: Workspace) -> str | None:
     """The model_type of the model that params.yaml names; None where only `acquire` can tell."""
     if acquire.model.source == "hub":
         model = _fetched(root, acquire.model)
@@ -28,7 +29,7 @@ def architecture(acquire: Acquire, root: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def shape(acquire: Acquire, root: Path) -> sizes.Shape:
+def shape(acquire: Acquire, root: Workspace) -> sizes.Shape:
     """Its tensors.
 
     Raises:
@@ -72,7 +73,7 @@ def of_gguf(path: Path) -> sizes.Shape:
         raise ArtifactError(f"{path}: {error}") from None
 
 
-def _fetched(root: Path, model: HubModel) -> dict[str, Any] | None:
+def _fetched(root: Workspace, model: HubModel) -> dict[str, Any] | None:
     """What acquire recorded of a hub model that lies in the workspace; None where another one lies there, or none."""
     lineage = folder(root, "acquire") / "lineage.json"
     found: dict[str, Any] = read_json(lineage)["model"] if lineage.is_file() else {}

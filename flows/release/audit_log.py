@@ -27,6 +27,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flows.workspace import paths
+from flows.workspace.paths import MainCheckout
 from tasks.errors import ArtifactError, StageError
 
 HEAD_TAG = "slmops.audit_head"  # of the registered model
@@ -66,14 +68,23 @@ def parse_head(text: str) -> Head:
     return Head(int(found[1]), found[2])
 
 
-def place(main: Path) -> Path:
+def place(main: MainCheckout) -> Path:
     """Where the record of a checkout lies."""
-    return main / "registry" / "history.jsonl"
+    return paths.history(main)
 
 
 @contextmanager
 def decision(
-    client: Any, main: Path, action: str, name: str, version: str, *, digest: str, by: str, reason: str, **more: str
+    client: Any,
+    main: MainCheckout,
+    action: str,
+    name: str,
+    version: str,
+    *,
+    digest: str,
+    by: str,
+    reason: str,
+    **more: str,
 ) -> Iterator[None]:
     """Write a decision on a version down and mirror it in MLflow; then the body lets it take effect. Should that fail, a
     line `void` takes it back. `more`: other fields of the line.
@@ -109,7 +120,7 @@ def decision(
         raise
 
 
-def record(client: Any, main: Path, action: str, name: str, version: str, **fields: str) -> None:
+def record(client: Any, main: MainCheckout, action: str, name: str, version: str, **fields: str) -> None:
     """A `decision` that has no effect besides."""
     with decision(client, main, action, name, version, **fields):
         pass
@@ -161,7 +172,7 @@ def effective(lines: Iterable[Entry | None]) -> list[Entry]:
     return [line for line in read if line["action"] != VOID and ("seq" not in line or line["seq"] not in gone)]
 
 
-def heads(client: Any, main: Path, name: str) -> list[Head]:
+def heads(client: Any, main: MainCheckout, name: str) -> list[Head]:
     """How far the record went, as MLflow was told at this model, at each that the record names, and at each whose bundles
     lie beside it: where all lines about a model were cut off, the record does not name it.
 
@@ -175,18 +186,18 @@ def heads(client: Any, main: Path, name: str) -> list[Head]:
     ]
 
 
-def models(main: Path) -> list[str]:
+def models(main: MainCheckout) -> list[str]:
     """The models that the record names."""
     return sorted({str(entry["model"]) for entry in entries(read(place(main))) if entry})
 
 
-def _beside(client: Any, main: Path, name: str) -> bool:
-    folder = str(main / "registry") + os.sep
+def _beside(client: Any, main: MainCheckout, name: str) -> bool:
+    folder = str(paths.registry(main)) + os.sep
     versions = client.search_model_versions(f"name = '{name}'")
     return any(str(version.tags.get("bundle", "")).startswith(folder) for version in versions)
 
 
-def decisions(main: Path, name: str, version: str, digest: str) -> list[Entry]:
+def decisions(main: MainCheckout, name: str, version: str, digest: str) -> list[Entry]:
     """The lines about one version that count, oldest first. A model made anew in MLflow counts its versions anew: hence
     `digest`.
     """

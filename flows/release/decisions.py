@@ -18,7 +18,8 @@ from typing import Any
 
 from flows.release import audit_log, comparison, versions
 from flows.release.comparison import Comparison
-from flows.workspace import worktrees
+from flows.workspace import paths, worktrees
+from flows.workspace.paths import MainCheckout, Workspace
 from tasks.errors import ArtifactError, ConfigError, StageError
 from tasks.frame.stage import folder
 from tasks.package.bundle import Bundle, bundle_digest, load, verify
@@ -53,7 +54,9 @@ class Registered:
         return f"{self.name} version {self.version} {how} (bundle {self.digest[:12]}): `slmops approve {self.version} --model {self.name} --by NAME --reason TEXT` releases it"
 
 
-def register(root: Path, main: Path, by: str | None = None, *, separate_duties: bool = False) -> Registered:
+def register(
+    root: Workspace, main: MainCheckout, by: str | None = None, *, separate_duties: bool = False
+) -> Registered:
     """Register the bundle in the workspace `root` as `candidate`; the same bundle is the same version. What was decided on,
     or is older than the candidate, does not become it. `by`: who started the run, by default this login;
     `separate_duties`: that one may never approve it.
@@ -74,7 +77,7 @@ def register(root: Path, main: Path, by: str | None = None, *, separate_duties: 
     with versions.opened(main) as client:
         version = versions.by_digest(client, bundle.name, digest)
         fresh = version is None
-        place = versions.place(source, main / "registry" / bundle.name / digest[:12])
+        place = versions.place(source, paths.registry(main) / bundle.name / digest[:12])
         if version is None:
             tags = {
                 "bundle_digest": digest,
@@ -104,7 +107,7 @@ def register(root: Path, main: Path, by: str | None = None, *, separate_duties: 
 
 
 def register_if_passed(
-    root: Path, main: Path, by: str | None = None, *, separate_duties: bool = False
+    root: Workspace, main: MainCheckout, by: str | None = None, *, separate_duties: bool = False
 ) -> tuple[Registered | None, str]:
     """`register` for a run, where a model that did not pass is a result and no error; with one line for a person."""
     bundle = verify(folder(root, "package"))
@@ -114,7 +117,7 @@ def register_if_passed(
     return registered, registered.text()
 
 
-def compare(main: Path, name: str, version: str) -> Comparison:
+def compare(main: MainCheckout, name: str, version: str) -> Comparison:
     """A version's metrics beside the champion's, as their bundles tell them.
 
     Raises:
@@ -127,7 +130,7 @@ def compare(main: Path, name: str, version: str) -> Comparison:
 
 
 def approve(
-    main: Path,
+    main: MainCheckout,
     name: str,
     version: str,
     by: str,
@@ -190,7 +193,7 @@ def approve(
         return _release(client, main, name, seen, by, reason, seen.text() + over)
 
 
-def auto_approve(main: Path, name: str, version: str, margin: float) -> str:
+def auto_approve(main: MainCheckout, name: str, version: str, margin: float) -> str:
     """Approve as the policy, if the version passed and its accuracy is at least `margin` above the champion's.
 
     Returns one line that says what was decided and why. What a person has decided on is left to persons: a
@@ -220,7 +223,7 @@ def auto_approve(main: Path, name: str, version: str, margin: float) -> str:
         return _release(client, main, name, seen, POLICY, reason, seen.text())
 
 
-def reject(main: Path, name: str, version: str, by: str, reason: str) -> str:
+def reject(main: MainCheckout, name: str, version: str, by: str, reason: str) -> str:
     """Record that a version is not to be released, and take `candidate` and `previous` from it; one line.
 
     Raises:
@@ -240,7 +243,9 @@ def reject(main: Path, name: str, version: str, by: str, reason: str) -> str:
     return f"{name} version {version} is rejected"
 
 
-def record_rejection(client: Any, main: Path, name: str, version: str, digest: str, by: str, reason: str) -> None:
+def record_rejection(
+    client: Any, main: MainCheckout, name: str, version: str, digest: str, by: str, reason: str
+) -> None:
     """Put a rejection on record, then take `candidate` and `previous` from the version. `client`: of `registry.opened`.
 
     Raises:
@@ -252,7 +257,7 @@ def record_rejection(client: Any, main: Path, name: str, version: str, digest: s
                 client.delete_registered_model_alias(name, alias)
 
 
-def rollback(main: Path, name: str, by: str, reason: str) -> str:
+def rollback(main: MainCheckout, name: str, by: str, reason: str) -> str:
     """Swap champion and previous, whichever is better; one line for a person. One that was stopped is finished.
 
     Raises:
@@ -284,7 +289,7 @@ def rollback(main: Path, name: str, by: str, reason: str) -> str:
     return f"{name} version {previous} is the champion again, version {champion} the previous one"
 
 
-def champion(main: Path, name: str) -> tuple[str, Path]:
+def champion(main: MainCheckout, name: str) -> tuple[str, Path]:
     """The version that is released, and its bundle, all of it held against the record.
 
     Raises:
@@ -304,7 +309,7 @@ def champion(main: Path, name: str) -> tuple[str, Path]:
         return version, Path(versions.tag(versions.find_version(client, name, version), "bundle"))
 
 
-def registered_bundle(main: Path, name: str, version: str) -> Path:
+def registered_bundle(main: MainCheckout, name: str, version: str) -> Path:
     """The bundle of a version, released or not, held against what was registered.
 
     Raises:
@@ -318,11 +323,11 @@ def registered_bundle(main: Path, name: str, version: str) -> Path:
         return Path(versions.tag(found, "bundle"))
 
 
-def _standing(main: Path, name: str) -> audit_log.Standing:
+def _standing(main: MainCheckout, name: str) -> audit_log.Standing:
     return audit_log.standing(audit_log.entries(audit_log.read(audit_log.place(main))), name)
 
 
-def _expected(client: Any, main: Path, name: str) -> audit_log.Standing:
+def _expected(client: Any, main: MainCheckout, name: str) -> audit_log.Standing:
     """`_standing`, with no previous champion where that version was deleted in MLflow: there is no way back to it."""
     now = _standing(main, name)
     try:
@@ -332,7 +337,7 @@ def _expected(client: Any, main: Path, name: str) -> audit_log.Standing:
     return now
 
 
-def _differences(client: Any, main: Path, name: str) -> list[str]:
+def _differences(client: Any, main: MainCheckout, name: str) -> list[str]:
     """Where MLflow's aliases say something else than the record; empty: nowhere."""
     now, found = _expected(client, main, name), []
     for alias, wanted in ((CHAMPION, now.champion), (PREVIOUS, now.previous)):
@@ -349,7 +354,7 @@ def _differences(client: Any, main: Path, name: str) -> list[str]:
     return found
 
 
-def _way_out(main: Path, name: str) -> str:
+def _way_out(main: MainCheckout, name: str) -> str:
     """What to do about `_differences`."""
     now = _standing(main, name)
     moved = "someone moved it by hand, or a decision was stopped in the middle"
@@ -362,7 +367,7 @@ def _way_out(main: Path, name: str) -> str:
     )
 
 
-def _settle(client: Any, main: Path, name: str) -> None:
+def _settle(client: Any, main: MainCheckout, name: str) -> None:
     """Have MLflow's aliases say what the record says."""
     now = _expected(client, main, name)
     for alias, wanted in ((CHAMPION, now.champion), (PREVIOUS, now.previous)):
@@ -373,7 +378,7 @@ def _settle(client: Any, main: Path, name: str) -> None:
             client.delete_registered_model_alias(name, alias)
 
 
-def _released_bundle(client: Any, main: Path, name: str, version: str) -> str:
+def _released_bundle(client: Any, main: MainCheckout, name: str, version: str) -> str:
     """The digest of the bundle of a version that was released, held against the record."""
     digest, _ = _intact(main, name, versions.find_version(client, name, version))
     known = _standing(main, name).digests.get(version)
@@ -385,7 +390,7 @@ def _released_bundle(client: Any, main: Path, name: str, version: str) -> str:
     return digest
 
 
-def _intact(main: Path, name: str, found: Any) -> tuple[str, Bundle]:
+def _intact(main: MainCheckout, name: str, found: Any) -> tuple[str, Bundle]:
     """`registry.intact`, and the code that MLflow keeps held against the record too."""
     digest, bundle = versions.intact(found)
     for line in audit_log.decisions(main, name, str(found.version), digest):
@@ -394,7 +399,7 @@ def _intact(main: Path, name: str, found: Any) -> tuple[str, Bundle]:
     return digest, bundle
 
 
-def decided(main: Path, name: str) -> list[dict[str, Any]]:
+def decided(main: MainCheckout, name: str) -> list[dict[str, Any]]:
     """Who decided what on which version, when and why, oldest first; of a line of the record that cannot be read only
     `unreadable`, its number.
     """
@@ -420,24 +425,24 @@ def listed(found: list[dict[str, Any]], name: str) -> str:
     return "\n".join(lines) or f"nothing was registered under {name} yet"
 
 
-def history(main: Path, name: str) -> str:
+def history(main: MainCheckout, name: str) -> str:
     """Both."""
     return listed(decided(main, name), name)
 
 
-def started_by(main: Path, name: str, version: str) -> str | None:
+def started_by(main: MainCheckout, name: str, version: str) -> str | None:
     """Who registered a version, as the record tells it."""
     wanted = ("register", name, version)
     found = reversed(_decisions(main))
     return next((str(e["by"]) for e in found if (e["action"], e["model"], e["version"]) == wanted), None)
 
 
-def _decisions(main: Path) -> list[audit_log.Entry]:
+def _decisions(main: MainCheckout) -> list[audit_log.Entry]:
     """All lines of the record that can be read and count, oldest first."""
     return audit_log.effective(audit_log.entries(audit_log.read(audit_log.place(main))))
 
 
-def verify_audit(main: Path, name: str) -> str:
+def verify_audit(main: MainCheckout, name: str) -> str:
     """Hold the record against its own chain and against what MLflow knows of it; one line for a person.
 
     Raises:
@@ -467,7 +472,7 @@ def verify_audit(main: Path, name: str) -> str:
     return f"{path}: {len(audit_log.entries(content))} lines, nothing changed{beside}{before}"
 
 
-def _verify_released(client: Any, main: Path, name: str) -> None:
+def _verify_released(client: Any, main: MainCheckout, name: str) -> None:
     if wrong := _differences(client, main, name):
         raise ArtifactError(f"{'; '.join(wrong)}: {_way_out(main, name)}")
     now = _expected(client, main, name)
@@ -497,7 +502,7 @@ def _which(champion: str) -> str:
     return f"version {champion}" if champion else "none"
 
 
-def _compare(client: Any, main: Path, name: str, found: Any) -> Comparison:
+def _compare(client: Any, main: MainCheckout, name: str, found: Any) -> Comparison:
     """Beside the champion; a version that is it on record, and not yet in MLflow, beside the one before it."""
     digest, ours = _intact(main, name, found)
     now, version = _standing(main, name), str(found.version)
@@ -517,7 +522,7 @@ def _manifest(client: Any, name: str, champion: str) -> Bundle | None:
         return None
 
 
-def _release(client: Any, main: Path, name: str, seen: Comparison, by: str, reason: str, facts: str) -> str:
+def _release(client: Any, main: MainCheckout, name: str, seen: Comparison, by: str, reason: str, facts: str) -> str:
     """Make a version, about which all was asked, the champion; whatever was wrong with MLflow's aliases is right then."""
     version = seen.version
     if seen.champion == version:
@@ -534,7 +539,7 @@ def _release(client: Any, main: Path, name: str, seen: Comparison, by: str, reas
     return f"{name} version {version} is the champion{before}; {facts}"
 
 
-def _last(main: Path, name: str, found: Any) -> audit_log.Entry:
+def _last(main: MainCheckout, name: str, found: Any) -> audit_log.Entry:
     """The newest decision on a version."""
     version = str(found.version)
     decided = audit_log.decisions(main, name, version, versions.tag(found, "bundle_digest"))

@@ -11,7 +11,8 @@ from typing import Any
 from uuid import uuid4
 
 from flows.release import audit_log, decisions, versions
-from flows.workspace import files, worktrees
+from flows.workspace import files, paths
+from flows.workspace.paths import MainCheckout
 from tasks.errors import ArtifactError
 
 ASKED = {"id", "flow_run", "name", "version", "digest", "champion", "decisions", "hours", "expires"}
@@ -19,7 +20,7 @@ GRACE = timedelta(minutes=10)  # in which an answer that was given in time reach
 
 
 def ask(
-    main: Path, asked: decisions.Registered, hours: float, place: Path, *, flow_run: str, refused: str = ""
+    main: MainCheckout, asked: decisions.Registered, hours: float, place: Path, *, flow_run: str, refused: str = ""
 ) -> None:
     """Write the question of whether to approve a version to `place`, with all that an answer is held against. Asked
     again, it ends when the first question would have; `refused` says why a decision was not carried out.
@@ -51,10 +52,10 @@ def ask(
     files.write(place, json.dumps(question))
 
 
-def unsettled(main: Path) -> dict[Path, dict[str, Any]]:
+def unsettled(main: MainCheckout) -> dict[Path, dict[str, Any]]:
     """All that someone was asked and that is not settled yet, by the file that holds it."""
     found = {}
-    for place in sorted((main / ".runs").glob(f"*/{worktrees.QUESTION}")):
+    for place in paths.questions(main):
         try:
             question = json.loads(place.read_bytes())
         except FileNotFoundError:
@@ -69,7 +70,7 @@ def unsettled(main: Path) -> dict[Path, dict[str, Any]]:
     return found
 
 
-def decide(main: Path, model: str, version: str, **decision: str) -> list[str]:
+def decide(main: MainCheckout, model: str, version: str, **decision: str) -> list[str]:
     """Note a decision that was made by command in the questions about that version, for their runs to be told; the names
     of these runs.
     """
@@ -81,12 +82,12 @@ def decide(main: Path, model: str, version: str, **decision: str) -> list[str]:
     return waiting
 
 
-def untold(main: Path) -> bool:
+def untold(main: MainCheckout) -> bool:
     """Does a run wait that was not told yet of a decision by command?"""
     return any("decided" in question for question in unsettled(main).values())
 
 
-def expire(main: Path, ended: Container[str] = ()) -> list[str]:
+def expire(main: MainCheckout, ended: Container[str] = ()) -> list[str]:
     """Reject, as the policy, each version about which someone was asked and nobody decided in time; a line each.
 
     Of the flow runs `ended` it is known that they got no answer. To others an answer may be under way: a while more.

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.tracking import mlflow_store
-from flows.workspace import locks
+from flows.workspace import locks, paths
+from flows.workspace.paths import MainCheckout
 from tasks.errors import ArtifactError, ConfigError
 from tasks.frame.manifest import sha256
 from tasks.package.bundle import Bundle, bundle_digest, verify
@@ -27,7 +28,7 @@ CODE = Path(__file__).with_name("served_model.py")
 
 
 @contextmanager
-def opened(main: Path) -> Iterator[Any]:
+def opened(main: MainCheckout) -> Iterator[Any]:
     """The MLflow client, while no one else on this machine changes the registry: aliases know no compare-and-set.
 
     Raises:
@@ -37,7 +38,7 @@ def opened(main: Path) -> Iterator[Any]:
     from mlflow.exceptions import MlflowException
 
     mlflow_store.check_server(mlflow_store.uri(main))
-    with locks.opened(main / "registry" / ".lock") as lock:
+    with locks.opened(paths.registry_lock(main)) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield mlflow_store.client(main)
@@ -111,7 +112,7 @@ def intact(version: Any) -> tuple[str, Bundle]:
     return digest, bundle
 
 
-def check_code(main: Path, version: Any, digest: str) -> None:
+def check_code(main: MainCheckout, version: Any, digest: str) -> None:
     """Hold what MLflow would run and read when it loads a version against the digest that is on record.
 
     Raises:
@@ -126,7 +127,7 @@ def check_code(main: Path, version: Any, digest: str) -> None:
         )
 
 
-def code_digest(main: Path, source: str) -> str:
+def code_digest(main: MainCheckout, source: str) -> str:
     """The sha256 over the files of a logged model: the code, its pointer, and what tells MLflow which of them to run. ""
     where they are not there.
     """
@@ -184,7 +185,7 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def log_version(main: Path, name: str, place: Path, digest: str, tags: dict[str, str]) -> str:
+def log_version(main: MainCheckout, name: str, place: Path, digest: str, tags: dict[str, str]) -> str:
     """A small pyfunc model whose one artifact points at the bundle, as a new version; the digest of its code is a tag."""
     from importlib.metadata import version as installed
 

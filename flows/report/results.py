@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from flows.workspace.paths import Workspace
 from tasks.frame.stage import folder, read_json
 from tasks.metrics import COLUMNS, show
 from tasks.package.choose import failing
@@ -31,7 +31,7 @@ class Row:
         return [self.variant, self.verdict, *shown, "yes" if self.chosen else ""]
 
 
-def bundle(root: Path) -> dict[str, Any]:
+def bundle(root: Workspace) -> dict[str, Any]:
     """`bundle.json` of the packaged model.
 
     Raises:
@@ -41,7 +41,7 @@ def bundle(root: Path) -> dict[str, Any]:
     return found
 
 
-def rows(root: Path, params: Params, *, packaged: bool = True) -> list[Row]:
+def rows(root: Workspace, params: Params, *, packaged: bool = True) -> list[Row]:
     """The variants of a finished run, in the order of params; `packaged`: one of them may have been chosen.
 
     Raises:
@@ -70,7 +70,7 @@ def _value(numbers: dict[str, Any], name: str) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def student(root: Path, gates: Sequence[Gate]) -> str:
+def student(root: Workspace, gates: Sequence[Gate]) -> str:
     """What the student that goes on keeps of its teacher, against the gates on accuracy: told before its files are made."""
     models = read_json(folder(root, "select") / "models.json")
     ours, theirs = (_value(models[name], "accuracy") for name in ("distilled", "teacher"))

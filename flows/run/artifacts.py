@@ -3,7 +3,6 @@
 import base64
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
 
@@ -11,11 +10,12 @@ from flows.report import results
 from flows.report.page import plots
 from flows.tracking import mlflow_runs
 from flows.workspace import worktrees
+from flows.workspace.paths import Workspace
 from tasks.errors import PipelineError
 from tasks.frame.stage import folder
 
 
-def show(root: Path, name: str, rows: Sequence[results.Row], registered: str) -> str | None:
+def show(root: Workspace, name: str, rows: Sequence[results.Row], registered: str) -> str | None:
     """Put the result of the run in the workspace `root` on the page of the flow run that calls this. Returns the address of
     MLflow's page of it, where a server shows one.
     """
@@ -30,7 +30,7 @@ def show(root: Path, name: str, rows: Sequence[results.Row], registered: str) ->
     return found[0] if found else None
 
 
-def links(root: Path) -> str:
+def links(root: Workspace) -> str:
     """Where a run's report and its numbers are, in Markdown. A browser opens no file:// link from a page of a server."""
     found = mlflow_runs.pages(worktrees.main_root(root), root)
     if not found:

@@ -26,7 +26,8 @@ from flows.report.page import write_report
 from flows.run import artifacts, recovery, runners
 from flows.run.terminal import Display
 from flows.tracking import mlflow_runs
-from flows.workspace import locks, versioning, worktrees
+from flows.workspace import locks, paths, versioning, worktrees
+from flows.workspace.paths import Workspace
 from tasks import params
 from tasks.acquire import watched
 from tasks.errors import BrokenRuntimeError, ConfigError, DiskFullError, PipelineError, StageError
@@ -57,7 +58,7 @@ class Result:
 class Order:
     """What the task of one stage is told: plain data, for it may work in another process or on another machine."""
 
-    root: Path
+    root: Workspace
     run: str
     stage: str
     item: str | None
@@ -79,7 +80,7 @@ class Order:
 class Desk:
     """The flow's own end: what tasks post, wherever they run, is told here to the terminal and to MLflow."""
 
-    root: Path
+    root: Workspace
     display: Display
     tracker: mlflow_runs.Tracker
     done: dict[Key, versioning.Outcome] = field(default_factory=dict)
@@ -116,14 +117,14 @@ class Desk:
         self.tracker.fail(STAGES[order.stage], order.item, text, status)
 
 
-def run(root: Path, name: str, by: str | None = None) -> Result:
+def run(root: Workspace, name: str, by: str | None = None) -> Result:
     """Run the pipeline under Prefect in the workspace `root`, which the caller has locked. `by`: who started it, by default
     this login.
 
     Raises:
         PipelineError: what the first failing stage raised.
     """
-    runner: Any = runners.runner(params.load(root / "params.yaml").machine)
+    runner: Any = runners.runner(params.load(paths.params_file(root)).machine)
     result: Result = slmops.with_options(task_runner=runner)(str(root), name, by)
     return result
 
@@ -133,9 +134,9 @@ def slmops(root: str, name: str, by: str | None = None) -> Result:
     """From an open model to a packaged and registered edge model, in the workspace `root`."""
     started = time.monotonic()
     artifacts.plain_errors()
-    here = Path(root)
+    here = Workspace(Path(root))
     main = worktrees.main_root(here)
-    checked = params.load(here / "params.yaml")
+    checked = params.load(paths.params_file(here))
     watched.check(checked.acquire, here)
     checks.check(here, checked)
     with opened(here, name, checked) as desk:
@@ -143,7 +144,7 @@ def slmops(root: str, name: str, by: str | None = None) -> Result:
             _stages(desk, name, checked)
             rows = results.rows(here, checked)
             desk.display.table(rows)
-        report = here / "report.html"
+        report = paths.report(here)
         write_report(folder(here, "package"), folder(here, "select"), report, params=checked)
         desk.tracker.settle(MLFLOW_S)
         version, registered = decisions.register_if_passed(
@@ -161,7 +162,7 @@ def slmops(root: str, name: str, by: str | None = None) -> Result:
 
 
 @contextmanager
-def opened(root: Path, name: str, checked: params.Params) -> Iterator[Desk]:
+def opened(root: Workspace, name: str, checked: params.Params) -> Iterator[Desk]:
     """The desk of the run that works in the workspace `root`. Closing its MLflow run is the caller's part, unless an error
     leaves the block: that closes it as what it came to.
     """
@@ -342,12 +343,12 @@ def bring(order: Order, post: runners.Post) -> versioning.Outcome:
         return versioning.Outcome("unchanged", 0.0, 0.0)
     try:
         with locks.joined(order.root, name) as descriptors:
-            _hold_params(order, params.load(order.root / "params.yaml").digest(STAGES[order.stage].sections))
+            _hold_params(order, params.load(paths.params_file(order.root)).digest(STAGES[order.stage].sections))
             outcome = versioning.repro(
                 order.root,
                 order.stage,
                 order.item,
-                log=order.root / ".runs" / "logs" / order.run / f"{name}.log",
+                log=paths.stage_log(order.root, order.run, name),
                 on_event=_teller(name, post),
                 env=_threads(order, post),
                 keep_open=descriptors,

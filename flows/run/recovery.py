@@ -29,12 +29,13 @@ from prefect.states import Crashed
 
 from flows.release import pending
 from flows.tracking import mlflow_store, spool
+from flows.workspace.paths import MainCheckout
 from tasks.errors import PipelineError, StageError
 
 OPEN = [StateType.PENDING, StateType.RUNNING]
 
 
-def close(main: Path, say: Callable[[str], None]) -> None:
+def close(main: MainCheckout, say: Callable[[str], None]) -> None:
     """Close what is open of every run whose process is gone.
 
     Raises:
@@ -82,7 +83,7 @@ def answer(flow_run: str, **decision: str) -> Literal["taken", "gone", "away"]:
     return "gone" if state and state.is_final() else "away"
 
 
-def deliver(main: Path) -> list[str]:
+def deliver(main: MainCheckout) -> list[str]:
     """Tell suspended runs the decisions that were made by command; a line each that heard of it. A question that no run
     asks any more is settled by that.
     """
@@ -100,6 +101,6 @@ def deliver(main: Path) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        close(Path(sys.argv[1]), print)
+        close(MainCheckout(Path(sys.argv[1])), print)
     except PipelineError as error:
         print(f"warning: {error}")

@@ -9,7 +9,6 @@ import concurrent.futures
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -22,6 +21,7 @@ from prefect.states import Crashed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.workspace import versioning
+from flows.workspace.paths import Workspace
 from tasks.errors import ConfigError, StageError
 from tasks.params import Machine
 
@@ -66,7 +66,7 @@ def machines() -> int:
 
 
 @contextmanager
-def post(take: Post, root: Path, futures: Mapping[Any, PrefectFuture[Any]]) -> Iterator[Post]:
+def post(take: Post, root: Workspace, futures: Mapping[Any, PrefectFuture[Any]]) -> Iterator[Post]:
     """What tasks are to call, wherever they run, for `take` to be called here. When an error leaves the block, the
     tasks in `futures` that wait are cancelled, and what works in the workspace `root` is stopped.
     """

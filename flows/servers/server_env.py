@@ -14,7 +14,8 @@ from urllib.parse import quote, unquote, urlsplit
 
 from flows import environment
 from flows.servers import prefect_server
-from flows.workspace import files
+from flows.workspace import files, paths
+from flows.workspace.paths import MainCheckout
 from tasks.errors import ConfigError
 
 SCHEMAS = ("prefect", "mlflow")
@@ -101,7 +102,7 @@ def prefect(options: Options, url: str, auth: dict[str, str]) -> dict[str, str]:
     return env
 
 
-def mlflow(folder: Path, main: Path, options: Options, auth: dict[str, str]) -> dict[str, str]:
+def mlflow(folder: Path, main: MainCheckout, options: Options, auth: dict[str, str]) -> dict[str, str]:
     """For MLflow's server, whose users are kept in `folder`."""
     names = _names(options)
     if options.host == "0.0.0.0":
@@ -111,8 +112,8 @@ def mlflow(folder: Path, main: Path, options: Options, auth: dict[str, str]) -> 
     env = {
         **base(),
         **MLFLOW,
-        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{main / 'mlflow.db'}",
-        "MLFLOW_DEFAULT_ARTIFACT_ROOT": (main / "mlruns").as_uri(),
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{paths.mlflow_database(main)}",
+        "MLFLOW_DEFAULT_ARTIFACT_ROOT": paths.mlflow_artifacts(main).as_uri(),
         # Behind a name of its own, the person tells it by the same two variables.
         "MLFLOW_SERVER_ALLOWED_HOSTS": os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS", hosts),
         "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": os.environ.get("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", origins),

@@ -27,7 +27,8 @@ from flows.release import pending
 from flows.servers import prefect_api, server_env, supervise
 from flows.servers.server_env import MLFLOW_SECRET, MLFLOW_USER, PREFECT, PREFECT_SECRET, Options
 from flows.tracking import mlflow_store, spool
-from flows.workspace import files
+from flows.workspace import files, paths
+from flows.workspace.paths import MainCheckout
 from tasks.errors import ConfigError, PipelineError
 
 POOL = "slmops"
@@ -65,7 +66,7 @@ class State:
         return f"Prefect  {self.prefect}/runs\nMLflow   {self.mlflow}{EXPERIMENT_PAGE.format(self.experiment)}"
 
 
-def settings(main: Path) -> dict[str, str]:
+def settings(main: MainCheckout) -> dict[str, str]:
     """The environment with which a command uses the servers of the `up` that runs now; empty where none does.
 
     Raises:
@@ -90,7 +91,7 @@ def settings(main: Path) -> dict[str, str]:
     return found
 
 
-def running(main: Path) -> State | None:
+def running(main: MainCheckout) -> State | None:
     """The `up` of this checkout that lives and is healthy."""
     folder = _folder(main)
     try:
@@ -104,7 +105,7 @@ def running(main: Path) -> State | None:
         return State(**json.loads(path.read_bytes())) if path.exists() else None
 
 
-def up(main: Path, options: Options) -> None:
+def up(main: MainCheckout, options: Options) -> None:
     """Run the servers until Ctrl-C, SIGTERM or SIGHUP; tell where they are if they run already.
 
     Raises:
@@ -157,12 +158,12 @@ def up(main: Path, options: Options) -> None:
 
 
 def _bring_up(
-    supervisor: supervise.Supervisor, main: Path, options: Options, auth: dict[str, str], began: float
+    supervisor: supervise.Supervisor, main: MainCheckout, options: Options, auth: dict[str, str], began: float
 ) -> dict[str, str]:
     """Start all; returns the environment of a client."""
     client = "127.0.0.1" if options.host == "0.0.0.0" else options.host  # 0.0.0.0 is no address to ask
     prefect, mlflow = f"http://{client}:{options.prefect_port}", f"http://{client}:{options.mlflow_port}"
-    logs = main / ".runs" / "logs" / "servers"
+    logs = paths.server_logs(main)
     worker_env = server_env.worker(prefect, mlflow, auth)
     worker = f"{socket.gethostname()}-{main.name}"
 
@@ -237,7 +238,7 @@ def _experiment(mlflow: str, credentials: str | None) -> str:
     return str(json.loads(answer)["experiment_id"]) if status == 200 else ""
 
 
-def _closer(main: Path, env: dict[str, str]) -> Callable[[], None]:
+def _closer(main: MainCheckout, env: dict[str, str]) -> Callable[[], None]:
     """To be called again and again: has closed with the servers what killed or cut-off runs left (see recovery.py)."""
     process: subprocess.Popen[str] | None = None
     tried, told = 0.0, ""
@@ -259,7 +260,9 @@ def _closer(main: Path, env: dict[str, str]) -> Callable[[], None]:
     return look
 
 
-def apply_deployments(main: Path, env: Mapping[str, str], place: Path | None = None, runs: int | None = None) -> None:
+def apply_deployments(
+    main: MainCheckout, env: Mapping[str, str], place: Path | None = None, runs: int | None = None
+) -> None:
     """Have `flows.deployed.apply` bring the server's deployments in step, and tell what it applied. `place`: the checkout
     as workers see it; `runs`: so many may be at work at once.
 
@@ -282,12 +285,12 @@ def apply_deployments(main: Path, env: Mapping[str, str], place: Path | None = N
 # --- files and sockets ----------------------------------------------------------------------------
 
 
-def _folder(main: Path) -> Path:
-    return main / ".runs" / "servers"
+def _folder(main: MainCheckout) -> Path:
+    return paths.servers(main)
 
 
-def _state(main: Path) -> Path:
-    return main / ".runs" / "servers.json"
+def _state(main: MainCheckout) -> Path:
+    return paths.servers_state(main)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.tracking import mlflow_store, spool
+from flows.workspace.paths import MainCheckout, Workspace
 from flows.workspace.versioning import Outcome, address
 from tasks.errors import StageError
 from tasks.frame import manifest
@@ -39,12 +40,12 @@ class Tracker:
 
     def __init__(
         self,
-        main: Path,
+        main: MainCheckout,
         name: str,
         params: Params,
         tags: Mapping[str, str],
         say: Callable[[str], None] = print,
-        recover: Callable[[Path, Callable[[str], None]], None] = mlflow_store.deliver_left,
+        recover: Callable[[MainCheckout, Callable[[str], None]], None] = mlflow_store.deliver_left,
     ) -> None:
         """Start the parent run, and deliver what killed runs left behind.
 
@@ -204,7 +205,7 @@ class Tracker:
         self._spool.add(do="write", run=run, metrics=points, params=dict(params or {}), tags=dict(tags or {}))
 
 
-def pages(main: Path, root: Path) -> tuple[str, str] | None:
+def pages(main: MainCheckout, root: Workspace) -> tuple[str, str] | None:
     """Addresses of MLflow's pages of the newest run in the workspace `root` and of its report; None where no server
     shows them. Where browsers reach MLflow by another address than this process, SLMOPS_MLFLOW_UI_URL tells it.
     """
@@ -219,7 +220,7 @@ def pages(main: Path, root: Path) -> tuple[str, str] | None:
     return f"{page}?{VIEW}", f"{page}/artifacts/report.html?{VIEW}"
 
 
-def tell_model(main: Path, root: Path, name: str, version: str, folder: Path) -> None:
+def tell_model(main: MainCheckout, root: Workspace, name: str, version: str, folder: Path) -> None:
     """Tie the newest run in the workspace `root` to the version that it registered; both get the numbers in `folder`."""
     from mlflow.entities import LoggedModelOutput, Metric
 
@@ -236,7 +237,7 @@ def tell_model(main: Path, root: Path, name: str, version: str, folder: Path) ->
 
 
 @contextmanager
-def _answering(main: Path) -> Iterator[None]:
+def _answering(main: MainCheckout) -> Iterator[None]:
     """Ask MLflow something that cannot wait for it."""
     from mlflow.exceptions import MlflowException
     from requests import RequestException  # type: ignore[import-untyped]
@@ -247,7 +248,7 @@ def _answering(main: Path) -> Iterator[None]:
         raise mlflow_store.down(mlflow_store.uri(main), str(error).splitlines()[0]) from error
 
 
-def _newest(store: Any, main: Path, root: Path) -> Any:
+def _newest(store: Any, main: MainCheckout, root: Workspace) -> Any:
     """The newest pipeline run in a workspace."""
     query = f"tags.`slmops.workspace` = '{root}' and tags.`slmops.stage` = 'run'"
     found = store.search_runs(

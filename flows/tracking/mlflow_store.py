@@ -15,6 +15,8 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from flows.tracking import spool
+from flows.workspace import paths
+from flows.workspace.paths import MainCheckout
 from tasks.errors import ArtifactError, ConfigError, StageError
 
 EXPERIMENT = "slmops"
@@ -23,13 +25,13 @@ PASSING = {401, 403, 408, 429}  # a password, a host's name, a moment: nothing t
 WAITS = "what it is to be told waits in {folder} for the next `slmops run` or `slmops up`"
 
 
-def uri(main: Path) -> str:
+def uri(main: MainCheckout) -> str:
     """The server that MLFLOW_TRACKING_URI names, else the database beside the main checkout.
 
     Raises:
         ConfigError: that address is malformed, or holds a password, which would be shown wherever it is told.
     """
-    where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{main / 'mlflow.db'}"
+    where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.mlflow_database(main)}"
     try:
         parts = urlsplit(where)
         right = parts.password is None and parts.port != 0
@@ -130,7 +132,7 @@ def down(where: str, why: object) -> StageError:
     )
 
 
-def client(main: Path) -> Any:
+def client(main: MainCheckout) -> Any:
     """An MLflow client of the store that `uri` names."""
     from mlflow import MlflowClient
 
@@ -146,7 +148,7 @@ class Store:
     and value to MLflow, and a run is found again by its flow run and stage.
     """
 
-    def __init__(self, main: Path, spool: spool.Spool) -> None:
+    def __init__(self, main: MainCheckout, spool: spool.Spool) -> None:
         self._main, self._spool = main, spool
         self._client: Any = None
         self.refused = ""  # the first record that MLflow will never take
@@ -219,7 +221,7 @@ class Store:
         return str(made.info.run_id)
 
 
-def deliver_left(main: Path, say: Callable[[str], None]) -> None:
+def deliver_left(main: MainCheckout, say: Callable[[str], None]) -> None:
     """Deliver what runs left that were killed or could not reach MLflow; those still open are closed as killed.
 
     Raises:
@@ -254,13 +256,13 @@ def deliver_left(main: Path, say: Callable[[str], None]) -> None:
             say(f"warning: MLflow refused some of it: {store.refused}")
 
 
-def experiment(client: Any, main: Path) -> str:
+def experiment(client: Any, main: MainCheckout) -> str:
     """Id of the one experiment; made when it is missing."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found:
         return str(found.experiment_id)
     # A server keeps artifacts where it was told to; the embedded store keeps them beside its database.
-    place = (main / "mlruns").as_uri() if uri(main).startswith("sqlite:") else None
+    place = paths.mlflow_artifacts(main).as_uri() if uri(main).startswith("sqlite:") else None
     return str(client.create_experiment(EXPERIMENT, artifact_location=place))
 
 

@@ -18,13 +18,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from flows.workspace import files
+from flows.workspace import files, paths
+from flows.workspace.paths import MainCheckout
 from tasks.errors import PipelineError
 from tasks.frame import jsonl
 from tasks.frame.stage import disk_full
 
 Record = dict[str, Any]
-FOLDER = Path(".runs") / "spool"
 
 
 class Held(PipelineError):
@@ -34,13 +34,13 @@ class Held(PipelineError):
 class Spool:
     """One journal, owned by this process until `close`."""
 
-    def __init__(self, main: Path, name: str, patience_s: float = 0.0) -> None:
+    def __init__(self, main: MainCheckout, name: str, patience_s: float = 0.0) -> None:
         """Take up the journal of that name, or begin it.
 
         Raises:
             Held: a living process owns it, and goes on to.
         """
-        self.folder = main / FOLDER / name
+        self.folder = paths.spools(main) / name
         self._journal = _own(self.folder, time.monotonic() + patience_s)
         self._lock = threading.Lock()
         text = self._journal.read()
@@ -117,9 +117,9 @@ class Spool:
         self._journal.close()
 
 
-def left(main: Path) -> list[str]:
+def left(main: MainCheckout) -> list[str]:
     """Names of the journals whose owner is gone."""
-    return [path.parent.name for path in sorted((main / FOLDER).glob("*/journal.jsonl")) if _ownerless(path)]
+    return [path.parent.name for path in sorted(paths.spools(main).glob("*/journal.jsonl")) if _ownerless(path)]
 
 
 def _own(folder: Path, deadline: float) -> FileIO:

@@ -17,7 +17,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from flows.workspace import processes, versioning
+from flows.workspace import paths, processes, versioning
+from flows.workspace.paths import MainCheckout, Workspace
 from tasks.errors import PipelineError, StageError
 
 MARK = "SLMOPS_RUN_PID"  # for a person
@@ -30,13 +31,13 @@ class Busy(PipelineError):
 
 
 @contextmanager
-def locked(root: Path, name: str) -> Iterator[None]:
+def locked(root: Workspace, name: str) -> Iterator[None]:
     """Hold the workspace for the run `name`; its stages join in (`joined`), and hold it should the run be killed.
 
     Raises:
         Busy: another run holds it; the message names that run.
     """
-    path = root / ".runs" / "lock"
+    path = paths.run_lock(root)
     deadline = time.monotonic() + ORPHAN_S
     with opened(path) as handle:
         while True:
@@ -65,24 +66,24 @@ def locked(root: Path, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def joined(root: Path, stage: str) -> Iterator[tuple[int, int]]:
+def joined(root: Workspace, stage: str) -> Iterator[tuple[int, int]]:
     """Hold the workspace with its run while one stage works, in whatever process and on whatever machine. Waits for
     what a killed worker left at work on this stage. Yields descriptors for dvc to keep open, as it may outlive us.
     """
-    with opened(root / ".runs" / "lock") as run, opened(root / ".runs" / "logs" / f"{stage}.lock") as own:
+    with opened(paths.run_lock(root)) as run, opened(paths.stage_lock(root, stage)) as own:
         fcntl.flock(run, fcntl.LOCK_SH)
         fcntl.flock(own, fcntl.LOCK_EX)
         yield run.fileno(), own.fileno()
 
 
 @contextmanager
-def one_at_a_time(main: Path, model: str, name: str) -> Iterator[None]:
+def one_at_a_time(main: MainCheckout, model: str, name: str) -> Iterator[None]:
     """Hold the registered model `model` for the run `name`.
 
     Raises:
         Busy: another run holds it; the message names that run.
     """
-    path = main / ".runs" / "models" / model
+    path = paths.model_lock(main, model)
     with opened(path) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,7 +156,7 @@ def _lives(holder: dict[str, Any]) -> bool:
     return processes.lives(str(holder.get("process"))) or not processes.PROC.exists()
 
 
-def _busy(path: Path, root: Path) -> str:
+def _busy(path: Path, root: Workspace) -> str:
     advice = "wait for it, or use `slmops run --worktree`"
     holder = _holder(path)
     if holder is None:
@@ -164,9 +165,9 @@ def _busy(path: Path, root: Path) -> str:
     return f"run {holder['name']} works in {root} since {holder['started']} ({who}): {advice}"
 
 
-def held(root: Path) -> bool:
+def held(root: Workspace) -> bool:
     """Does a run, or what is left of one, work in this workspace?"""
-    path = root / ".runs" / "lock"
+    path = paths.run_lock(root)
     if not path.exists():
         return False
     with path.open() as handle:

@@ -18,7 +18,8 @@ from typing import IO, Any, Literal
 import yaml
 
 from flows import environment
-from flows.workspace import files
+from flows.workspace import files, paths
+from flows.workspace.paths import MainCheckout, Workspace
 from tasks import errors
 from tasks.errors import ArtifactError, ConfigError, PipelineError, StageError
 from tasks.frame import crashes
@@ -61,7 +62,7 @@ def stage_environment() -> dict[str, str]:
 
 
 def repro(
-    root: Path,
+    root: Workspace,
     stage: str,
     item: str | None = None,
     *,
@@ -125,7 +126,7 @@ def repro(
     return Outcome("ran", own[-1] if own else total, total)
 
 
-def status(root: Path) -> dict[str, Any]:
+def status(root: Workspace) -> dict[str, Any]:
     """What DVC finds changed, by stage; empty when the workspace is up to date.
 
     Raises:
@@ -135,14 +136,14 @@ def status(root: Path) -> dict[str, Any]:
     return result
 
 
-def changed_since(root: Path, lock: str) -> list[str]:
+def changed_since(root: Workspace, lock: str) -> list[str]:
     """What DVC finds changed in the workspace `root` since `lock`, a dvc.lock, was written: data, params and code,
     each by its name. What the stages made is no part of it, so it need not be there.
 
     Raises:
         StageError: dvc cannot tell.
     """
-    path = root / "dvc.lock"
+    path = paths.dvc_lock(root)
     own = path.read_bytes() if path.exists() else None
     path.write_text(lock)
     try:
@@ -161,18 +162,18 @@ def changed_since(root: Path, lock: str) -> list[str]:
     return sorted(changed)
 
 
-def lock_digest(root: Path) -> str:
+def lock_digest(root: Workspace) -> str:
     """sha256 of dvc.lock, or "none" before anything ran."""
-    path = root / "dvc.lock"
+    path = paths.dvc_lock(root)
     return sha256(path) if path.is_file() else "none"
 
 
-def cache_folder(root: Path) -> Path:
+def cache_folder(root: Workspace) -> Path:
     """The DVC cache of a workspace."""
     return (root / _dvc(root, "cache", "dir").strip()).resolve()
 
 
-def share(root: Path, main: Path) -> None:
+def share(root: Workspace, main: MainCheckout) -> None:
     """Give the worktree `root` the cache (its run cache included), the remotes and the local settings of the checkout
     `main`, for this machine only: neither an address nor a secret is part of a commit's meaning.
     """
@@ -182,13 +183,13 @@ def share(root: Path, main: Path) -> None:
         url = section.get("url", "").strip("'\"")
         if url and "://" not in url:  # a folder, relative to .dvc
             section["url"] = str((main / ".dvc" / url).resolve())
-    found.read_dict({"cache": {"dir": str(cache_folder(main))}})
+    found.read_dict({"cache": {"dir": str(cache_folder(paths.own_workspace(main)))}})
     text = io.StringIO()
     found.write(text)
     files.write(root / ".dvc" / "config.local", text.getvalue(), private=True)
 
 
-def checkout(root: Path, *targets: str) -> None:
+def checkout(root: Workspace, *targets: str) -> None:
     """Restore from the cache what .dvc files point to, or what stages made as dvc.lock has it.
 
     Raises:
@@ -196,7 +197,7 @@ def checkout(root: Path, *targets: str) -> None:
         StageError: the cache lacks it.
     """
     stages = [target for target in targets if not target.endswith(".dvc")]
-    lock = root / "dvc.lock"
+    lock = paths.dvc_lock(root)
     made = yaml.safe_load(lock.read_bytes())["stages"] if stages and lock.exists() else {}
     missing = [stage for stage in stages if stage not in made]
     if missing:
@@ -207,7 +208,7 @@ def checkout(root: Path, *targets: str) -> None:
     _dvc(root, "checkout", *targets)
 
 
-def restore(root: Path, *stages: str) -> str:
+def restore(root: Workspace, *stages: str) -> str:
     """`checkout` for what stages made; what the cache lacks comes from the default remote. Returns what was brought
     from there, "" if nothing.
 
@@ -235,7 +236,7 @@ def restore(root: Path, *stages: str) -> str:
     return said
 
 
-def push(root: Path, *targets: str) -> str:
+def push(root: Workspace, *targets: str) -> str:
     """Send what dvc.lock and the .dvc files name, or of it the targets alone, to the default remote; returns what came of
     it. A workspace without a default remote is in order.
 
@@ -255,7 +256,7 @@ def push(root: Path, *targets: str) -> str:
     return f"pushed to the DVC remote {remote}: {_last_line(said)}"
 
 
-def collect(root: Path, beside: Sequence[Path], *, do: bool) -> str:
+def collect(root: Workspace, beside: Sequence[Path], *, do: bool) -> str:
     """`dvc gc` that keeps what the workspace, all branches and tags, and the workspaces `beside` need; dry unless `do`.
 
     Raises:
@@ -266,7 +267,7 @@ def collect(root: Path, beside: Sequence[Path], *, do: bool) -> str:
     return _dvc(root, "gc", "--workspace", "--all-branches", "--all-tags", how, *others, stderr=True).strip()
 
 
-def check_state(root: Path) -> None:
+def check_state(root: Workspace) -> None:
     """Hold DVC's own files against their form before work starts. Call it when no dvc runs here.
 
     Raises:
@@ -277,7 +278,7 @@ def check_state(root: Path) -> None:
         raise ConfigError(f"{root} is no workspace (dvc.yaml or .dvc is missing): run from a checkout of slmops")
     _check_rwlock(root)
     try:
-        found = yaml.safe_load((root / "dvc.lock").read_bytes())
+        found = yaml.safe_load(paths.dvc_lock(root).read_bytes())
     except FileNotFoundError:
         return
     except (yaml.YAMLError, UnicodeDecodeError):
@@ -286,7 +287,7 @@ def check_state(root: Path) -> None:
         raise _damaged_lock(root)
 
 
-def _check_rwlock(root: Path) -> None:
+def _check_rwlock(root: Workspace) -> None:
     """DVC holds a file locked for as long as a process of the writer's number lives, and numbers come round again."""
     path = root / ".dvc/tmp/rwlock"
     try:
@@ -311,7 +312,7 @@ def _check_rwlock(root: Path) -> None:
             )
 
 
-def interrupt(root: Path) -> None:
+def interrupt(root: Workspace) -> None:
     """Stop every dvc that this process started in the workspace `root`, with its stage: SIGINT, after a while SIGKILL."""
     deadline = time.monotonic() + GRACE_S
     while _signal_all(root, signal.SIGINT) and time.monotonic() < deadline:
@@ -319,7 +320,7 @@ def interrupt(root: Path) -> None:
     _signal_all(root, signal.SIGKILL)
 
 
-def _signal_all(root: Path, number: int) -> list[int]:
+def _signal_all(root: Workspace, number: int) -> list[int]:
     found = [pid for pid, place in list(_children.items()) if place == root]
     for pid in found:
         _interrupted.add(pid)
@@ -331,7 +332,7 @@ def _signal_all(root: Path, number: int) -> list[int]:
 
 
 @contextmanager
-def _child(process: subprocess.Popen[bytes], root: Path) -> Iterator[None]:
+def _child(process: subprocess.Popen[bytes], root: Workspace) -> Iterator[None]:
     """Keep a process where `interrupt` finds it, and send its watcher home when it has ended."""
     _children[process.pid] = root
     _interrupted.discard(process.pid)  # of an earlier process of that id
@@ -355,7 +356,7 @@ def _lines(stream: IO[str]) -> Callable[[], Iterator[Event]]:
     return read
 
 
-def _dvc(root: Path, *arguments: str, stderr: bool = False) -> str:
+def _dvc(root: Workspace, *arguments: str, stderr: bool = False) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments], cwd=root, env=stage_environment(), capture_output=True, text=True
     )
@@ -364,7 +365,7 @@ def _dvc(root: Path, *arguments: str, stderr: bool = False) -> str:
     return done.stdout + (done.stderr if stderr else "")
 
 
-def _failure(text: str, told: list[Event], name: str, log: Path, root: Path) -> PipelineError:
+def _failure(text: str, told: list[Event], name: str, log: Path, root: Workspace) -> PipelineError:
     """The stage's own words if it had any, else what can be told from DVC's."""
     for event in told:
         if event["event"] == "error":
@@ -419,13 +420,13 @@ def _last_line(text: str) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def _damaged_rwlock(root: Path) -> ArtifactError:
+def _damaged_rwlock(root: Workspace) -> ArtifactError:
     path = root / ".dvc/tmp/rwlock"
     return ArtifactError(f"{path} is damaged (a process was killed while it wrote): delete it, no work is lost")
 
 
-def _damaged_lock(root: Path) -> ArtifactError:
-    path = root / "dvc.lock"
+def _damaged_lock(root: Workspace) -> ArtifactError:
+    path = paths.dvc_lock(root)
     return ArtifactError(
         f"{path} is damaged: `git checkout dvc.lock` or delete it, then run again: finished stages come from the cache"
     )

@@ -20,16 +20,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flows.workspace import files, locks, versioning
+from flows.workspace import files, locks, paths, versioning
+from flows.workspace.paths import MainCheckout, Workspace
 from tasks import params, stages
 from tasks.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 COMMIT = re.compile(r"\w[\w./~^@{}-]*")  # nothing that git would take for an option
-RESERVED = ("lock", "logs", "models", "prune.lock", "servers", "servers.json", "spool")  # what else lies in .runs/
-FINISHED = ".runs/finished.json"  # in a worktree: the run came to its end
 BEGIN = "and a run is told by its commit: `git init && git add -A && git commit -m start` there, then again"
-QUESTION = ".runs/question.json"  # in a worktree: someone is asked to approve what the run registered
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,11 @@ class Run:
 
     name: str
     state: str  # running, waiting (for approval), finished or stopped
-    folder: Path
+    folder: Workspace
     commit: str
 
 
-def find(start: Path) -> Path:
+def find(start: Path) -> Workspace:
     """The workspace that holds `start`: the nearest folder upwards with dvc.yaml and params.yaml.
 
     Raises:
@@ -50,7 +48,7 @@ def find(start: Path) -> Path:
     """
     for folder in (start.resolve(), *start.resolve().parents):
         if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
-            return folder
+            return Workspace(folder)
     raise ConfigError(f"{start.resolve()} lies in no workspace (a folder with dvc.yaml and params.yaml): go to one")
 
 
@@ -71,41 +69,41 @@ STRAY = (
 )  # fmt: skip
 
 
-def git(root: Path, *arguments: str) -> str:
-    """Output of a git command in `root`, whatever the person's settings: without hooks and signatures, and with a
+def git(folder: Path, *arguments: str) -> str:
+    """Output of a git command in a folder, whatever the person's settings: without hooks and signatures, and with a
     committer even where none is configured.
 
     Raises:
         ConfigError: git refuses, with its own words, or is not installed.
     """
     settings = {**OURS, **(PLAIN if arguments[0] == "worktree" else {})}
-    if arguments[0] == "commit" and not all(_asks(root, name) for name in ("user.name", "user.email")):
+    if arguments[0] == "commit" and not all(_asks(folder, name) for name in ("user.name", "user.email")):
         settings |= {"user.name": "slmops", "user.email": "slmops@localhost"}
-    done = _call(root, *(word for name, value in settings.items() for word in ("-c", f"{name}={value}")), *arguments)
+    done = _call(folder, *(word for name, value in settings.items() for word in ("-c", f"{name}={value}")), *arguments)
     if done.returncode != 0:
-        raise ConfigError(f"git {' '.join(arguments[:2])} failed in {root}: {(done.stderr or done.stdout).strip()}")
+        raise ConfigError(f"git {' '.join(arguments[:2])} failed in {folder}: {(done.stderr or done.stdout).strip()}")
     return done.stdout.strip()
 
 
-def _asks(root: Path, setting: str) -> bool:
-    return _call(root, "config", setting).returncode == 0
+def _asks(folder: Path, setting: str) -> bool:
+    return _call(folder, "config", setting).returncode == 0
 
 
-def _call(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def _call(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name not in STRAY} | {"GIT_TERMINAL_PROMPT": "0"}
     try:
         return subprocess.run(
-            ["git", *words], cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
+            ["git", *words], cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
         )
     except FileNotFoundError:
-        if not root.is_dir():  # removed at this moment
+        if not folder.is_dir():  # removed at this moment
             raise
         raise ConfigError(
             "git is not installed: `slmops doctor` tells how to get it and what else is missing"
         ) from None
 
 
-def main_root(root: Path) -> Path:
+def main_root(root: Workspace) -> MainCheckout:
     """The checkout that a worktree belongs to (itself for a plain checkout): registry and tracking lie there.
 
     Raises:
@@ -114,10 +112,10 @@ def main_root(root: Path) -> Path:
     if not any((folder / ".git").exists() for folder in (root, *root.parents)):
         raise ConfigError(f"{root} is under no version control, {BEGIN}")
     common = Path(git(root, "rev-parse", "--path-format=absolute", "--git-common-dir"))
-    return common.parent if common.name == ".git" else root
+    return MainCheckout(common.parent if common.name == ".git" else root)
 
 
-def check_commit(root: Path) -> None:
+def check_commit(root: Workspace) -> None:
     """See that there is a commit to work from.
 
     Raises:
@@ -127,7 +125,7 @@ def check_commit(root: Path) -> None:
         raise ConfigError(f"{root} has no commit yet, {BEGIN}")
 
 
-def fetch(main: Path, commit: str) -> None:
+def fetch(main: MainCheckout, commit: str) -> None:
     """Where `commit` is a branch of a remote (`origin/main`), ask the remote what it is now.
 
     Raises:
@@ -149,17 +147,17 @@ def check_name(name: str) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    if not NAME.fullmatch(name) or name in RESERVED or name.endswith((".lock", ".")) or ".." in name:
+    if not NAME.fullmatch(name) or name in paths.RESERVED or name.endswith((".lock", ".")) or ".." in name:
         raise ConfigError(f"--name {name}: use up to 63 letters, digits, dots, dashes and underscores")
 
 
-def write_params(root: Path, file: Path | None, overrides: Sequence[str]) -> None:
+def write_params(root: Workspace, file: Path | None, overrides: Sequence[str]) -> None:
     """Put the effective values into the workspace's own params.yaml, comments kept. Call it under the lock.
 
     Raises:
         ConfigError: the values are wrong, or `file` would replace changes that are not committed.
     """
-    target = root / "params.yaml"
+    target = paths.params_file(root)
     replaces = file is not None and file.resolve() != target.resolve()
     text, _ = effective(
         (file or target).read_bytes() if (file or target).is_file() else None, str(file or target), overrides
@@ -212,7 +210,7 @@ def _with_overrides(text: str, overrides: Sequence[str]) -> str:
 
 
 @contextmanager
-def in_place(root: Path, name: str, file: Path | None, overrides: Sequence[str]) -> Iterator[None]:
+def in_place(root: Workspace, name: str, file: Path | None, overrides: Sequence[str]) -> Iterator[None]:
     """The current checkout for a run: locked, with the effective params.
 
     Raises:
@@ -226,7 +224,9 @@ def in_place(root: Path, name: str, file: Path | None, overrides: Sequence[str])
 
 
 @contextmanager
-def worktree(main: Path, name: str, commit: str, file: Path | None, overrides: Sequence[str]) -> Iterator[Path]:
+def worktree(
+    main: MainCheckout, name: str, commit: str, file: Path | None, overrides: Sequence[str]
+) -> Iterator[Workspace]:
     """`.runs/<name>` for a run: at `commit`, locked, with its effective params.yaml and the shared DVC cache.
 
     A run that stopped before is taken up again, with the params that are given now. Yields the folder.
@@ -238,8 +238,8 @@ def worktree(main: Path, name: str, commit: str, file: Path | None, overrides: S
             is not part of the commit.
     """
     check_name(name)
-    root, branch = main / ".runs" / name, f"runs/{name}"
-    if (root / FINISHED).exists():
+    root, branch = paths.worktree(main, name), f"runs/{name}"
+    if paths.finished(root).exists():
         raise ConfigError(f"run {name} is finished (branch {branch}): choose another --name")
     fresh = not root.exists()
     if fresh and git(main, "branch", "--list", branch):
@@ -250,7 +250,7 @@ def worktree(main: Path, name: str, commit: str, file: Path | None, overrides: S
         git(main, "worktree", "prune")
         git(main, "worktree", "add", "-q", "-b", branch, str(root), commit)
     with locks.locked(root, name):
-        files.write(root / "params.yaml", text)
+        files.write(paths.params_file(root), text)
         versioning.share(root, main)
         if pointer:
             versioning.checkout(root, str(pointer))
@@ -258,7 +258,7 @@ def worktree(main: Path, name: str, commit: str, file: Path | None, overrides: S
 
 
 def planned(
-    main: Path, name: str, commit: str, file: Path | None, overrides: Sequence[str]
+    main: MainCheckout, name: str, commit: str, file: Path | None, overrides: Sequence[str]
 ) -> tuple[str, params.Params]:
     """The params with which the worktree run `name` works: their text and their checked values.
 
@@ -267,7 +267,7 @@ def planned(
     """
     if not COMMIT.fullmatch(commit):
         raise ConfigError(f"--commit {commit}: that names no commit, branch or tag")
-    stopped = main / ".runs" / name / "params.yaml"
+    stopped = paths.params_file(paths.worktree(main, name))
     if file:
         source = file.read_bytes() if file.is_file() else None
     elif stopped.exists():
@@ -277,7 +277,7 @@ def planned(
     return effective(source, str(file or "params.yaml"), overrides)
 
 
-def _pointer(main: Path, watch: Path, commit: str) -> Path | None:
+def _pointer(main: MainCheckout, watch: Path, commit: str) -> Path | None:
     """The .dvc file of the local inputs, where DVC tracks them; None where git does or the path is absolute."""
     if watch.is_absolute() or _holds(main, commit, watch):
         return None
@@ -290,50 +290,49 @@ def _pointer(main: Path, watch: Path, commit: str) -> Path | None:
     )
 
 
-def _holds(main: Path, commit: str, path: Path) -> bool:
+def _holds(main: MainCheckout, commit: str, path: Path) -> bool:
     return _call(main, "cat-file", "-e", f"{commit}:{path.as_posix()}").returncode == 0
 
 
-def uncommitted(main: Path) -> list[str]:
+def uncommitted(main: MainCheckout) -> list[str]:
     """Tracked files with changes, which a worktree run does not see."""
     return git(main, "diff", "--name-only", "HEAD").splitlines()
 
 
-def finish(root: Path, name: str, message: str) -> str:
+def finish(root: Workspace, name: str, message: str) -> str:
     """Commit params.yaml and dvc.lock on the run's branch and mark it finished; returns the commit."""
     git(root, "add", "-f", "params.yaml", "dvc.lock")
     git(root, "commit", "-q", "--allow-empty", "--no-verify", "-m", message)
     commit = git(root, "rev-parse", "HEAD")
-    mark = root / FINISHED
+    mark = paths.finished(root)
     mark.parent.mkdir(exist_ok=True)
     mark.write_text(json.dumps({"name": name, "commit": commit}) + "\n")
     return commit
 
 
-def finished(main: Path) -> list[str]:
+def finished(main: MainCheckout) -> list[str]:
     """The runs that came to their end with a bundle, newest first; their worktrees may be gone."""
     form = "--format=%(refname:lstrip=3) %(subject)"
     lines = git(main, "for-each-ref", "--sort=-committerdate", form, "refs/heads/runs/").splitlines()
     return [name for name, _, subject in (line.partition(" ") for line in lines) if subject == f"Run {name}"]
 
 
-def runs(main: Path) -> list[Run]:
+def runs(main: MainCheckout) -> list[Run]:
     """The worktrees under `.runs/`, oldest first."""
     found = []
-    for file in (main / ".runs").glob("*/params.yaml"):
-        root = file.parent
-        marks = {"waiting": QUESTION, "finished": FINISHED}
-        ended = next((state for state, mark in marks.items() if (root / mark).exists()), "stopped")
+    for root in paths.worktrees(main):
+        marks = {"waiting": paths.question(root), "finished": paths.finished(root)}
+        ended = next((state for state, mark in marks.items() if mark.exists()), "stopped")
         state = "running" if locks.held(root) else ended
         try:
             commit = git(root, "rev-parse", "--short=12", "HEAD")
-            found.append((file.stat().st_mtime, Run(root.name, state, root, commit)))
+            found.append((paths.params_file(root).stat().st_mtime, Run(root.name, state, root, commit)))
         except (ConfigError, FileNotFoundError):
             continue  # removed at this moment
     return [run for _, run in sorted(found, key=lambda each: each[0])]
 
 
-def prune(main: Path, names: Sequence[str] = ()) -> list[str]:
+def prune(main: MainCheckout, names: Sequence[str] = ()) -> list[str]:
     """Remove the worktrees of finished runs, or of the named runs in any state but running and waiting.
 
     Branches, commits and the DVC cache stay: `git checkout runs/<name>` and `dvc checkout` bring all back.
@@ -360,7 +359,7 @@ def prune(main: Path, names: Sequence[str] = ()) -> list[str]:
     return chosen
 
 
-def collect(main: Path, *, do: bool) -> str:
+def collect(main: MainCheckout, *, do: bool) -> str:
     """Remove from the DVC cache what nothing needs any more, or only tell what that would be; DVC's own words.
 
     Kept is what the checkout's files, the tips of all branches (a finished run's is `runs/<name>`), all tags and the
@@ -375,19 +374,19 @@ def collect(main: Path, *, do: bool) -> str:
     working = [run.name for run in known if run.state == "running"]
     if working:
         raise ConfigError(f"run {', '.join(working)} works, and what it needs is not written down yet: wait for it")
-    with locks.locked(main, "gc"):
-        return versioning.collect(main, [run.folder for run in known], do=do)
+    with locks.locked(paths.own_workspace(main), "gc"):
+        return versioning.collect(paths.own_workspace(main), [run.folder for run in known], do=do)
 
 
-def _decided(root: Path) -> bool:
+def _decided(root: Workspace) -> bool:
     """Was the question of the run in `root` answered by command, and its flow run is still to be told?"""
     try:
-        return "decided" in json.loads((root / QUESTION).read_bytes())
+        return "decided" in json.loads(paths.question(root).read_bytes())
     except (FileNotFoundError, ValueError):
         return False
 
 
-def retire(main: Path, keep: int) -> list[str]:
+def retire(main: MainCheckout, keep: int) -> list[str]:
     """Remove the worktrees of finished runs but for the `keep` newest, as `machine.keep_runs` tells, and as many of runs
     that stopped on the way, which could be taken up.
 
@@ -401,10 +400,10 @@ def retire(main: Path, keep: int) -> list[str]:
     return removed
 
 
-def discard(main: Path, name: str, *, branch: bool) -> None:
+def discard(main: MainCheckout, name: str, *, branch: bool) -> None:
     """Remove a worktree, and its branch where the run left no commit on it. One that is gone already is in order."""
-    root = main / ".runs" / name
-    with locks.opened(main / ".runs" / "prune.lock") as lock:
+    root = paths.worktree(main, name)
+    with locks.opened(paths.prune_lock(main)) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two runs may end at once
         if not root.exists():
             return
