@@ -171,7 +171,6 @@ def run(args: argparse.Namespace) -> int:
     _listen()
     from flows import environment
     from flows.workspace import locks, worktrees
-    from tasks import params
 
     locks.mark()
     here = worktrees.find(Path())
@@ -181,25 +180,24 @@ def run(args: argparse.Namespace) -> int:
     environment.apply(environment.PREFECT)
     name = args.name or worktrees.new_name()
     if not args.worktree:
-        with worktrees.in_place(here, name, args.params, args.overrides):
+        with worktrees.in_place(here, name, args.params, args.overrides) as checked:
             if args.params or args.overrides:
                 print("note: params.yaml now holds the effective values of this run", file=sys.stderr)
-            model = params.load(paths.params_file(here)).package.name
-            with locks.one_at_a_time(main, model, name):
-                _go(here, name, started)
+            with locks.one_at_a_time(main, checked.package.name, name):
+                _go(here, name, checked, started)
         return 0
     changed = worktrees.uncommitted(main)
     if changed:
         print(f"note: not in this run, since not committed: {', '.join(changed)}", file=sys.stderr)
-    model = worktrees.planned(main, name, args.commit, args.params, args.overrides)[1].package.name
+    planned = worktrees.planned(main, name, args.commit, args.params, args.overrides)
     print(f"run {name}: should it stop, `slmops run --worktree --name {name}` takes it up again", file=sys.stderr)
     with (
-        locks.one_at_a_time(main, model, name),
-        worktrees.worktree(main, name, args.commit, args.params, args.overrides) as root,
+        locks.one_at_a_time(main, planned.params.package.name, name),
+        worktrees.worktree(main, name, args.commit, planned) as root,
     ):
-        registered = _go(root, name, started)
-        commit = worktrees.finish(root, name, f"Run {name}\n\n{registered}")
-    worktrees.retire(main, params.load(paths.params_file(root)).machine.keep_runs)
+        said = _go(root, name, planned.params, started)
+        commit = worktrees.finish(root, name, f"Run {name}\n\n{said}")
+    worktrees.retire(main, planned.params.machine.keep_runs)
     print(f"commit {commit[:12]} on branch runs/{name}; its files are in {root} until `slmops prune`")
     return 0
 
@@ -228,7 +226,7 @@ def _terminated(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _go(root: Workspace, name: str, started: float) -> str:
+def _go(root: Workspace, name: str, checked: "params.Params", started: float) -> str:
     """Run the flow in a workspace that is locked, print what it came to, and say what was registered."""
     from flows.servers import prefect_api
     from flows.tracking import mlflow_store
@@ -241,9 +239,9 @@ def _go(root: Workspace, name: str, started: float) -> str:
 
     from flows.run import pipeline
 
-    result = pipeline.run(root, name)
+    result = pipeline.run(root, name, checked)
     print(_summary(result, time.monotonic() - started))
-    return result.registered
+    return result.said
 
 
 def _summary(result: "pipeline.Result", wall_s: float) -> str:
@@ -256,7 +254,7 @@ def _summary(result: "pipeline.Result", wall_s: float) -> str:
     rest = wall_s - result.work_s
     lines.append(f"  {'total':<22}{wall_s:8.1f} s  of it {rest:.1f} s ({rest / wall_s:.0%}) orchestration")
     shown = [f"MLflow: {result.page}"] if result.page else []
-    return "\n".join([*lines, result.registered, f"report: {result.report}", *shown])
+    return "\n".join([*lines, result.said, f"report: {result.report}", *shown])
 
 
 def stage(args: argparse.Namespace) -> int:

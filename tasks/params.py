@@ -8,7 +8,7 @@ so a wrong name lists the right ones.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -124,30 +124,54 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Params:
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The raw mapping with overrides applied."""
+    """The raw mapping in a file with overrides applied.
+
+    Raises:
+        ConfigError: it cannot be read, or an override is malformed.
+    """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        source = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: name a readable file") from None
+    return parsed(source, str(path), overrides)
+
+
+def parsed(source: bytes, where: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The raw mapping in YAML with overrides applied.
+
+    Raises:
+        ConfigError: it is no YAML, holds no sections, or an override is malformed.
+    """
+    try:
+        raw = yaml.safe_load(source.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        raise ConfigError(f"{where} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no sections: see params.yaml in the repository for the form")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--set {override}: write it as section.key=value")
-        node: Any = raw
-        *parents, last = key.strip().split(".")
-        for part in parents:
-            node = node.setdefault(part, {}) if isinstance(node, dict) else None
-        if not isinstance(node, dict):
-            raise ConfigError(f"--set {override}: {key} runs through a value that has no keys")
-        try:
-            node[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+        raise ConfigError(f"{where} holds no sections: see params.yaml in the repository for the form")
+    for text in overrides:
+        put(raw, text, yaml.safe_load)
     return raw
+
+
+def put(raw: Any, override: str, read_value: Callable[[str], Any]) -> None:
+    """Write one `section.key=value` into nested mappings; `read_value` reads YAML.
+
+    Raises:
+        ConfigError: it is malformed.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: write it as section.key=value")
+    node = raw
+    *parents, last = key.strip().split(".")
+    for part in parents:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {override}: {key} runs through a value that has no keys")
+    try:
+        node[last] = read_value(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
 
 
 def expanded(overrides: Sequence[str]) -> list[str]:

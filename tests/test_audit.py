@@ -219,7 +219,7 @@ path = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, -1))
 if sys.argv[2] == "kill":
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-audit.append(path, {"at": "", "action": "approve", "model": "m", "version": "1", "bundle_digest": "d", "by": "A", "reason": "R"})
+audit_log.append(path, {"at": "", "action": "approve", "model": "m", "version": "1", "bundle_digest": "d", "by": "A", "reason": "R"})
 """
 
 
@@ -266,7 +266,7 @@ import sys
 from pathlib import Path
 from flows.release import audit_log
 for number in range(40):
-    audit.append(Path(sys.argv[1]), {"at": "", "action": "approve", "model": "m", "version": str(number),
+    audit_log.append(Path(sys.argv[1]), {"at": "", "action": "approve", "model": "m", "version": str(number),
                                      "bundle_digest": "d", "by": sys.argv[2], "reason": "R"})
 """
 

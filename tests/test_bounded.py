@@ -28,7 +28,9 @@ WORK = {
 
 
 def watched(work: str, cpu_s: float, memory: float = 5e8) -> "subprocess.Popen[str]":
-    code = f"from tasks.frame import bounded\nbounded.watch(lambda: bounded.Limits({cpu_s}, {memory}), 'acquire')\n{work}"
+    code = (
+        f"from tasks.frame import bounded\nbounded.watch(lambda: bounded.Limits({cpu_s}, {memory}), 'acquire')\n{work}"
+    )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=-1, stderr=-1)
 

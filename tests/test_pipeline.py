@@ -31,6 +31,7 @@ from flows.tracking import mlflow_store
 from flows.workspace import versioning
 from tasks import params
 from tasks.errors import BrokenRuntimeError, ConfigError, PipelineError, StageError
+from tasks.frame import jsonl
 from tasks.stages import STAGES
 
 DEADLINE_S = 300
@@ -59,27 +60,26 @@ def runs(root: Path) -> list[tuple[str, str]]:
 def test_params_that_are_edited_during_a_run_end_it_at_the_first_stage_that_reads_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.run import pipeline
+    from flows.run import stage_task
     from flows.workspace import worktrees
 
     toy = make_toy(tmp_path)
     path = toy / "params.yaml"
-    began, told = params.load(path), []
+    began = params.load(path)
 
-    def bring(stage: str) -> str:
-        order = pipeline.Order(toy, "r", stage, None, 1, False, began.digest(STAGES[stage].sections))
-        return pipeline.bring(order, told.append).how
+    def work(stage: str) -> stage_task.StageRun:
+        return stage_task.StageRun(toy, "r", stage, None, False, began.digest(STAGES[stage].sections))
 
     monkeypatch.setenv("TOY_LOG", str(toy / "toy.log"))
-    monkeypatch.setattr(pipeline, "_teller", lambda name, post: print)  # Prefect's part needs its server
+    monkeypatch.setattr(stage_task, "_artifact", lambda name: lambda event: None)  # Prefect's part needs its server
     with worktrees.in_place(toy, "r", None, ()):
         path.write_text(path.read_text().replace("keep_runs: 5", "keep_runs: 6"))  # no stage reads it
-        assert bring("acquire") == "ran"
+        assert stage_task.reproduce(work("acquire")).how == "ran"
         path.write_text(path.read_text().replace("epochs: 1.0", "epochs: 2.0"))
         with pytest.raises(ConfigError):
-            bring("finetune")
+            stage_task.reproduce(work("finetune"))
     assert started(toy) == ["acquire"]
-    assert [event["event"] for name, event in told if name == "finetune"] == ["begin", "fail"]
+    assert [event["event"] for event in jsonl.read(work("finetune").events)] == ["begin", "fail"]
 
 
 # --- the real stages, on a tiny model ----------------------------------------------------------------

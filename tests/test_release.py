@@ -154,7 +154,8 @@ def test_a_run_that_was_decided_on_by_command_waits_no_longer(root: Path, monkey
     place.parent.mkdir(parents=True)
     pending.ask(root, decisions.register(root, root), 1.0, place, flow_run="f")
     decisions.approve(root, NAME, "1", "Ada", "good")
-    assert "is the champion" in approval.released(root, root)
+    registered, said = decisions.found(root, root)
+    assert "is the champion" in approval.released(root, root, params.load(DEFAULTS), registered, said)
     assert not place.exists()
 
 
@@ -727,7 +728,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from flows.release import decisions
 setattr(MlflowClient, sys.argv[2], lambda *given: os.kill(os.getpid(), signal.SIGKILL))
-release.approve(Path(sys.argv[1]), "home-commands", "2", "Ada", "better")
+decisions.approve(Path(sys.argv[1]), "home-commands", "2", "Ada", "better")
 """
 
 
@@ -764,7 +765,7 @@ def once(self, *given):
     whole(self, *given)
     os.kill(os.getpid(), signal.SIGKILL)
 MlflowClient.set_registered_model_alias = once
-release.rollback(Path(sys.argv[1]), "home-commands", "Ada", "wrong answers")
+decisions.rollback(Path(sys.argv[1]), "home-commands", "Ada", "wrong answers")
 """
 
 
@@ -782,7 +783,7 @@ RIVAL = """
 import sys
 from pathlib import Path
 from flows.release import decisions
-print(release.approve(Path(sys.argv[1]), "home-commands", sys.argv[2], "Ada", "mine", expected_champion="1"))
+print(decisions.approve(Path(sys.argv[1]), "home-commands", sys.argv[2], "Ada", "mine", expected_champion="1"))
 """
 
 

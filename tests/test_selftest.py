@@ -10,7 +10,7 @@ import pytest
 from tasks import selftest
 from tasks.errors import BrokenRuntimeError, ConfigError
 from tasks.selftest import llama, tiny
-from tasks.variants import LLAMA, ONNX_GENAI, VARIANTS
+from tasks.variants import LLAMA, ONNX_GENAI, VARIANTS, Runtime
 
 SHAPE = tiny.SHAPES[1]
 
@@ -26,8 +26,8 @@ def answers(monkeypatch: pytest.MonkeyPatch, lines: list[dict], code: int = 0, s
     """Let the process of the self-test give these answers; returns the libraries that were asked for."""
     asked: list[str] = []
 
-    def child(name: str, folder: Path) -> tuple[list[str], int, str]:
-        asked.append(name)
+    def child(runtime: Runtime, folder: Path) -> tuple[list[str], int, str]:
+        asked.append(runtime.name)
         return [json.dumps(line) for line in lines], code, said
 
     monkeypatch.setattr(selftest, "_child", child)

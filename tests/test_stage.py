@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,32 @@ def test_manifest_is_plain_sorted_json(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "build/acquire/manifest.json").read_text())
     assert list(raw) == sorted(raw)
     assert raw["stage"] == "acquire"
+
+
+def test_what_was_verified_is_not_hashed_again_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    manifest.write(folder, stage="x", params="p", inputs={}, measured=(), metrics={})
+    hashed: list[str] = []
+    real = manifest.sha256
+    monkeypatch.setattr(manifest, "sha256", lambda path: (hashed.append(path.name), real(path))[1])
+    manifest.verify(folder)
+    manifest.verify(folder)  # too fresh to be trusted
+    assert hashed.count("a.txt") == 2
+    old = 1_000_000_000
+    os.utime(folder / "a.txt", (old, old))
+    manifest.verify(folder)
+    manifest.verify(folder)
+    assert hashed.count("a.txt") == 3
+    (folder / "a.txt").write_text("b")
+    with pytest.raises(ArtifactError, match="changed a"):
+        manifest.verify(folder)
+    os.utime(folder / "a.txt", (old, old))  # of the same size and age, but another file's
+    (folder / "b.txt").write_text("b")
+    (folder / "b.txt").replace(folder / "a.txt")
+    os.utime(folder / "a.txt", (old, old))
+    with pytest.raises(ArtifactError, match="changed a"):
+        manifest.verify(folder)

@@ -5,7 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ from tasks.errors import ArtifactError, ConfigError, StageError
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return make_toy(tmp_path)
+
+
+@contextmanager
+def at_work(root: Path, name: str, commit: str, overrides: list[str]) -> Iterator[Path]:
+    """A run in a worktree, as the command line begins one."""
+    planned = worktrees.planned(root, name, commit, None, overrides)
+    with worktrees.worktree(root, name, commit, planned) as place:
+        yield place
 
 
 def lines(root: Path) -> list[str]:
@@ -57,7 +66,7 @@ def test_a_persons_settings_of_git_neither_stop_a_run_nor_change_a_byte(
         git(root, "config", name, value)
     monkeypatch.setenv("GIT_DIR", str(program.parent / "another.git"))  # as in a hook
     monkeypatch.setenv("GIT_INDEX_FILE", str(program.parent / "index"))
-    with worktrees.worktree(root, "r", "HEAD", None, ["finetune.epochs=0.5"]) as place:
+    with at_work(root, "r", "HEAD", ["finetune.epochs=0.5"]) as place:
         assert b"\r" not in (place / "params.yaml").read_bytes() + (place / "dvc.yaml").read_bytes()
         (place / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
         commit = worktrees.finish(place, "r", "Run r\n\n# as it is\n")
@@ -107,11 +116,9 @@ def _until_free(root: Path) -> None:
 
 def test_overrides_are_written_with_every_comment_kept(root: Path) -> None:
     source = DEFAULTS
-    text, checked = worktrees.effective(
-        source.read_bytes(), "params.yaml", ["distill.epochs=3.5", "package.choose=fastest"]
-    )
-    assert (checked.distill.epochs, checked.package.choose) == (3.5, "fastest")
-    before, after = source.read_text().splitlines(), text.splitlines()
+    made = worktrees.effective(source.read_bytes(), "params.yaml", ["distill.epochs=3.5", "package.choose=fastest"])
+    assert (made.params.distill.epochs, made.params.package.choose) == (3.5, "fastest")
+    before, after = source.read_text().splitlines(), made.text.splitlines()
     assert len(before) == len(after)
     changed = [new.split(":")[0].strip() for old, new in zip(before, after, strict=True) if old != new]
     assert changed == ["epochs", "choose"]
@@ -132,11 +139,15 @@ def test_a_params_file_never_replaces_changes_that_are_not_committed(
     raw["finetune"]["epochs"] = 5.0
     other.write_text(yaml.safe_dump(raw))
     (root / "params.yaml").write_text((root / "params.yaml").read_text() + "# mine\n")
-    with pytest.raises(ConfigError, match=r"not committed, and --params .* would replace them"):
-        worktrees.write_params(root, other, [])
+    with (
+        pytest.raises(ConfigError, match=r"not committed, and --params .* would replace them"),
+        worktrees.in_place(root, "a", other, []),
+    ):
+        pytest.fail("a run would start")
     assert lines(root)[-1] == "# mine"
     git(root, "checkout", "params.yaml")
-    worktrees.write_params(root, other, ["distill.epochs=6.0"])
+    with worktrees.in_place(root, "a", other, ["distill.epochs=6.0"]) as checked:
+        assert checked.distill.epochs == 6.0
     assert yaml.safe_load((root / "params.yaml").read_text())["finetune"]["epochs"] == 5.0
     assert yaml.safe_load((root / "params.yaml").read_text())["distill"]["epochs"] == 6.0
 
@@ -144,7 +155,7 @@ def test_a_params_file_never_replaces_changes_that_are_not_committed(
 def test_a_worktree_has_its_own_params_the_shared_cache_and_an_end_on_its_branch(root: Path) -> None:
     (root / "notes.txt").write_text("staged, and none of a run's business")
     git(root, "add", "notes.txt")
-    with worktrees.worktree(root, "one", "HEAD", None, ["distill.epochs=7.0"]) as place:
+    with at_work(root, "one", "HEAD", ["distill.epochs=7.0"]) as place:
         assert place == root / ".runs" / "one"
         assert yaml.safe_load((place / "params.yaml").read_text())["distill"]["epochs"] == 7.0
         assert versioning.cache_folder(place) == versioning.cache_folder(root)
@@ -164,18 +175,18 @@ def test_a_worktree_has_its_own_params_the_shared_cache_and_an_end_on_its_branch
     assert git(root, "rev-parse", "runs/one") == made
     with (
         pytest.raises(ConfigError, match="has ended as branch runs/one"),
-        worktrees.worktree(root, "one", "HEAD", None, []),
+        at_work(root, "one", "HEAD", []),
     ):
         pytest.fail("a finished run would be overwritten")
 
 
 def test_a_run_that_stopped_is_taken_up_again(root: Path) -> None:
-    with worktrees.worktree(root, "two", "HEAD", None, ["distill.epochs=7.0"]) as place:
+    with at_work(root, "two", "HEAD", ["distill.epochs=7.0"]) as place:
         (place / "build").mkdir()
         (place / "build" / "left").write_text("half a run")
     assert [run.state for run in worktrees.runs(root)] == ["stopped"]
     assert worktrees.prune(root) == []
-    with worktrees.worktree(root, "two", "HEAD", None, []) as place:
+    with at_work(root, "two", "HEAD", []) as place:
         assert (place / "build" / "left").exists()
         assert yaml.safe_load((place / "params.yaml").read_text())["distill"]["epochs"] == 7.0
     assert worktrees.prune(root, ["two"]) == ["two"]
@@ -187,7 +198,7 @@ def test_a_run_that_stopped_is_taken_up_again(root: Path) -> None:
 def test_a_commit_needs_no_configured_person(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
         monkeypatch.setenv(name, "/dev/null")
-    with worktrees.worktree(root, "anon", "HEAD", None, []) as place:
+    with at_work(root, "anon", "HEAD", []) as place:
         (place / "dvc.lock").write_text("schema: '2.0'\n")
         worktrees.finish(place, "anon", "Run anon")
     assert git(root, "log", "-1", "--format=%an", "runs/anon") == "slmops"
@@ -207,7 +218,7 @@ def test_a_commit_needs_no_configured_person(root: Path, monkeypatch: pytest.Mon
 def test_a_worktree_that_cannot_be_leaves_nothing_behind(
     root: Path, name: str, revision: str, override: str, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message), worktrees.worktree(root, name, revision, None, [override]):
+    with pytest.raises(ConfigError, match=message), at_work(root, name, revision, [override]):
         pytest.fail("it was made")
     assert git(root, "branch", "--list", "runs/*") == ""
     assert git(root, "worktree", "list").count("\n") == 0
@@ -217,13 +228,13 @@ def test_local_inputs_must_be_part_of_the_commit(root: Path) -> None:
     git(root, "rm", "-rq", "--cached", "data")
     (root / ".gitignore").write_text((root / ".gitignore").read_text() + "/data\n")
     commit(root)
-    with pytest.raises(ConfigError, match=r"`git add` and commit it, `dvc add` it"), worktrees.worktree(root, "x", "HEAD", None, []):  # fmt: skip
+    with pytest.raises(ConfigError, match=r"`git add` and commit it, `dvc add` it"), at_work(root, "x", "HEAD", []):  # fmt: skip
         pytest.fail("the data would be missing")
 
     subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "data"], cwd=root, check=True)
     git(root, "add", "-f", "data.dvc")
     commit(root)
-    with worktrees.worktree(root, "x", "HEAD", None, []) as place:
+    with at_work(root, "x", "HEAD", []) as place:
         assert (place / "data" / "rows" / "train.jsonl").read_text() == "{}\n"
 
 
@@ -290,8 +301,11 @@ def test_a_key_that_dvc_reads_is_missed_before_the_work(root: Path, section: str
     else:
         del raw[section]
     (root / "params.yaml").write_text(yaml.safe_dump(raw))
-    with pytest.raises(ConfigError, match=f"{section}.{key}" if key else section):
-        worktrees.write_params(root, None, [])
+    with (
+        pytest.raises(ConfigError, match=f"{section}.{key}" if key else section),
+        worktrees.in_place(root, "a", None, []),
+    ):
+        pytest.fail("a run would start")
 
 
 def test_a_missing_pointer_in_the_cache_is_a_stage_error(root: Path) -> None:
@@ -301,7 +315,7 @@ def test_a_missing_pointer_in_the_cache_is_a_stage_error(root: Path) -> None:
 
 def ended(root: Path, name: str, *overrides: str) -> Path:
     """A worktree whose run is finished."""
-    with worktrees.worktree(root, name, "HEAD", None, overrides) as place:
+    with at_work(root, name, "HEAD", overrides) as place:
         (place / "dvc.lock").write_text("schema: '2.0'\n")
         worktrees.finish(place, name, f"Run {name}")
     return place
@@ -316,7 +330,7 @@ def test_a_worktree_uses_the_remotes_and_local_settings_of_its_checkout(root: Pa
     ):
         dvc(root, *command)
     before = dvc(root, "config", "--list")
-    with worktrees.worktree(root, "shares", "HEAD", None, []) as place:
+    with at_work(root, "shares", "HEAD", []) as place:
         assert dvc(place, "config", "core.remote") == "store\n"
         remotes = [line.split()[:2] for line in dvc(place, "remote", "list").splitlines()]
         assert remotes == [["store", str(root.parent / "store")], ["cloud", "s3://models/here"]]
@@ -392,7 +406,7 @@ def test_old_worktrees_go_but_none_that_works_or_waits(root: Path) -> None:
         worktrees.prune(root, ["b"])
     assert worktrees.retire(root, 5) == []
     for name in ("e", "f"):  # runs that stopped on the way
-        with worktrees.worktree(root, name, "HEAD", None, []):
+        with at_work(root, name, "HEAD", []):
             pass
     assert worktrees.retire(root, 1) == ["a", "e"]
     assert git(root, "branch", "--list", "runs/*", "--format=%(refname:short)").split() == [

@@ -48,10 +48,11 @@ class Decision(RunInput):
     even_if_rejected: bool = Field(False, description="approve it although it was rejected before")
 
 
-def released(main: MainCheckout, root: Workspace) -> str:
-    """Register what a finished run made, and release it as the policy says; one line for a person."""
-    policy = params.load(paths.params_file(root)).release
-    registered, said = decisions.register_if_passed(root, main)
+def released(
+    main: MainCheckout, root: Workspace, checked: params.Params, registered: decisions.Registered | None, said: str
+) -> str:
+    """Release what a finished run registered as the policy says; one line for a person. `said`: of its registration."""
+    policy = checked.release
     asked = paths.question(root)
     if registered is None or registered.champion:  # nothing passed, or this very bundle is released already
         asked.unlink(missing_ok=True)  # by command, while the run waited
@@ -72,7 +73,7 @@ def released(main: MainCheckout, root: Workspace) -> str:
         if given is None and read_flow_run_input(keys["schema"]):  # the run ended while it waited, and is tried again
             ask()
             continue
-        decision = Decision(**given) if given else _answer(root, shown)
+        decision = Decision(**given) if given else _answer(root, checked, shown)
         try:
             line = _decide(main, registered, shown, decision)
         except (ArtifactError, ConfigError) as error:  # as to a person: told, and asked again
@@ -148,10 +149,10 @@ def expire(main: MainCheckout) -> list[str]:
     return pending.expire(main, {str(run.id) for run in found if run.state and run.state.is_failed()})
 
 
-def _answer(root: Workspace, shown: dict[str, Any]) -> Decision:
+def _answer(root: Workspace, checked: params.Params, shown: dict[str, Any]) -> Decision:
     """What a person answers to the question `shown`; until then the flow is suspended."""
     refused = f"**Not done: {escaping.inline(shown['refused'])}**\n\n" if shown["refused"] else ""
-    variants = results.markdown(results.rows(root, params.load(paths.params_file(root))))
+    variants = results.markdown(results.rows(root, checked))
     parts = (shown["text"], artifacts.links(root), "What this run made:", variants)
     # Prefect shows a few lines before one has to scroll: why this file comes first.
     form = Decision.with_initial_data(description="\n\n".join((refused + results.bundle(root)["reason"], *parts)))

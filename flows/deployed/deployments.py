@@ -24,6 +24,7 @@ from flows.deployed import approval, policy
 from flows.release import decisions
 from flows.report import results
 from flows.run import artifacts, pipeline
+from flows.run.stage_task import StageRun
 from flows.workspace import files, locks, paths, versioning, worktrees
 from flows.workspace.paths import MainCheckout, Workspace
 from tasks import params
@@ -102,10 +103,10 @@ def train_and_release(
         return _resume(main, name)
     overrides = _overrides(typed | spending | (settings or {}))
     planned = _planned(main, name, commit, overrides)
-    if planned.release.separate_duties and not by:
+    if planned.params.release.separate_duties and not by:
         raise ConfigError("release.separate_duties is on: say who starts this run (by), and may not approve it")
-    with _model(main, planned, name, overlap), _worktree(main, name, commit, overrides) as place:
-        return _run(main, place, name, by)
+    with _model(main, planned.params, name, overlap), _worktree(main, name, commit, planned) as place:
+        return _run(main, place, name, planned.params, by)
 
 
 @flow(name="retrain-scheduled", persist_result=True, validate_parameters=False)
@@ -130,10 +131,10 @@ def retrain_scheduled(settings: Settings = None, commit: Commit = "HEAD", overla
     overrides = _overrides(settings or {})
     planned = _planned(main, name, commit, overrides)
     try:
-        with _model(main, planned, name, overlap), _worktree(main, name, commit, overrides) as place:
-            reason = _unchanged(main, place)
+        with _model(main, planned.params, name, overlap), _worktree(main, name, commit, planned) as place:
+            reason = _unchanged(main, place, planned.params.package.name)
             if reason is None:
-                return _run(main, place, name)
+                return _run(main, place, name, planned.params)
         worktrees.discard(main, name, branch=True)
     except locks.Busy as error:
         reason = str(error)
@@ -166,19 +167,21 @@ def validate_only(
     if "judge" not in yaml.safe_load(worktrees.git(main, "show", f"runs/{run}:dvc.yaml"))["stages"]:
         raise ConfigError(f"run {run} is of a version that measured and judged in one: run its commit again instead")
     overrides = _overrides({"quantize.variants": variants, "validate.gates": gates})
-    planned = worktrees.planned(main, name, f"runs/{run}", None, overrides)[1]
+    planned = worktrees.planned(main, name, f"runs/{run}", None, overrides)
+    checked = planned.params
     locks.mark()
-    with _model(main, planned, name), _worktree(main, name, f"runs/{run}", overrides) as place:
-        checked = params.load(paths.params_file(place))
+    with _model(main, checked, name), _worktree(main, name, f"runs/{run}", planned) as place:
         chosen = checked.quantize.variants
         made = ["acquire", "select", "convert", *(versioning.address("quantize", each) for each in chosen)]
         if pulled := versioning.restore(place, *made):
             approval.told(pulled)
-        with pipeline.opened(place, name, checked) as desk, desk.display:
+        with pipeline.opened(place, name, checked) as monitor, monitor:
             for stage in ("validate", "judge"):
                 for variant in chosen:
-                    pipeline.one(desk, pipeline.Order(place, name, stage, variant, 1, up_to_date=False), checked)
-        desk.tracker.close("FINISHED", {"slmops.validated": run}, {}, ())
+                    pipeline.one(
+                        monitor, StageRun(place, name, stage, variant, up_to_date=False), checked.machine.retries
+                    )
+        monitor.tracker.close("FINISHED", {"slmops.validated": run}, {}, ())
         done = [versioning.address(stage, each) for stage in ("validate", "judge") for each in chosen]
         approval.told(versioning.push(place, *done))
         table = results.markdown(results.rows(place, checked, packaged=False))
@@ -234,8 +237,8 @@ def _here() -> tuple[MainCheckout, str]:
 
 
 @contextmanager
-def _worktree(main: MainCheckout, name: str, commit: str, overrides: list[str]) -> Iterator[Workspace]:
-    with worktrees.worktree(main, name, commit, None, overrides) as place:
+def _worktree(main: MainCheckout, name: str, commit: str, planned: worktrees.Effective) -> Iterator[Workspace]:
+    with worktrees.worktree(main, name, commit, planned) as place:
         files.write(paths.owner(place), str(runtime.flow_run.id))
         yield place
 
@@ -245,19 +248,20 @@ def _overrides(chosen: dict[str, Any]) -> list[str]:
     return [params.override(key, value) for key, value in chosen.items() if value is not None]
 
 
-def _planned(main: MainCheckout, name: str, commit: str, overrides: list[str]) -> params.Params:
+def _planned(main: MainCheckout, name: str, commit: str, overrides: list[str]) -> worktrees.Effective:
     """The parameters that a run will have.
 
     Raises:
         ConfigError: they are wrong, or change what only a commit may.
     """
     worktrees.fetch(main, commit)
-    committed = worktrees.planned(main, name, commit, None, [])[1]
-    planned = worktrees.planned(main, name, commit, None, overrides)[1]
-    policy.check(main, commit, planned)
-    if planned.acquire.watch.is_absolute() and planned.acquire.watch != committed.acquire.watch:
+    committed = worktrees.planned(main, name, commit, None, []).params
+    planned = worktrees.planned(main, name, commit, None, overrides)
+    policy.check(main, commit, planned.params)
+    watch = planned.params.acquire.watch
+    if watch.is_absolute() and watch != committed.acquire.watch:
         raise ConfigError(
-            f"acquire.watch: {planned.acquire.watch} lies outside the workspace, and only params.yaml may name such a place"
+            f"acquire.watch: {watch} lies outside the workspace, and only params.yaml may name such a place"
         )
     return planned
 
@@ -286,9 +290,8 @@ def _model(main: MainCheckout, planned: params.Params, name: str, overlap: Overl
         yield
 
 
-def _unchanged(main: MainCheckout, place: Workspace) -> str | None:
+def _unchanged(main: MainCheckout, place: Workspace, model: str) -> str | None:
     """Why a run in the worktree `place` would make nothing new; None if it might."""
-    model = params.load(paths.params_file(place)).package.name
     for last in worktrees.finished(main):
         if yaml.safe_load(worktrees.git(main, "show", f"runs/{last}:params.yaml"))["package"]["name"] == model:
             changed = versioning.changed_since(place, worktrees.git(main, "show", f"runs/{last}:dvc.lock") + "\n")
@@ -303,24 +306,26 @@ def _unchanged(main: MainCheckout, place: Workspace) -> str | None:
     return None
 
 
-def _run(main: MainCheckout, place: Workspace, name: str, by: str | None = None) -> str:
+def _run(main: MainCheckout, place: Workspace, name: str, checked: params.Params, by: str | None = None) -> str:
     """The pipeline in a worktree, up to its commit; then what comes of it."""
     if waiting := worktrees.uncommitted(main):
         get_run_logger().warning(
             "not in the commit that this run starts from, so not seen by it: %s", ", ".join(waiting)
         )
     locks.mark()
-    result = pipeline.run(place, name, by)
-    artifacts.show(place, name, result.rows, result.registered)
+    result = pipeline.run(place, name, checked, by)
+    artifacts.show(place, name, result.rows, result.said)
     pushed = versioning.push(place)  # before the run counts as finished, so that one that could not is taken up again
-    commit = worktrees.finish(place, name, f"Run {name}\n\n{result.registered}")
+    commit = worktrees.finish(place, name, f"Run {name}\n\n{result.said}")
     told = approval.told(f"commit {commit[:12]} on branch runs/{name}; {pushed}")
     create_markdown_artifact(told, key="saved", description="Where what this run made is kept")
-    worktrees.retire(main, params.load(paths.params_file(place)).machine.keep_runs)
-    return approval.released(main, place)
+    worktrees.retire(main, checked.machine.keep_runs)
+    return approval.released(main, place, checked, result.version, result.said)
 
 
 def _resume(main: MainCheckout, name: str) -> str:
     root = paths.worktree(main, name)
     with locks.locked(root, name):
-        return approval.released(main, root)
+        checked = params.load(paths.params_file(root))
+        version, said = decisions.found(root, main)
+        return approval.released(main, root, checked, version, said)

@@ -40,6 +40,7 @@ class Registered:
     fresh: bool
     rejected: bool = False
     champion: bool = False
+    decided: bool = False  # by whomever, and whatever it was
 
     def text(self) -> str:
         """One line for a person."""
@@ -98,12 +99,37 @@ def register(
             audit_log.record(
                 client, main, "register", bundle.name, version, digest=digest, by=who, reason=bundle.reason, **known
             )
-        last = decided[-1]["action"] if decided else "register"
         newest = versions.aliased(client, bundle.name, CANDIDATE) or version
-        if last == "register" and int(newest) <= int(version):
+        made = _registered(client, main, bundle.name, version, digest, fresh=fresh)
+        if not made.decided and int(newest) <= int(version):
             client.set_registered_model_alias(bundle.name, CANDIDATE, version)
-        champion = versions.aliased(client, bundle.name, CHAMPION) == version == _standing(main, bundle.name).champion
-        return Registered(bundle.name, version, digest, fresh, last == "reject", champion)
+        return made
+
+
+def _registered(client: Any, main: MainCheckout, name: str, version: str, digest: str, *, fresh: bool) -> Registered:
+    """A version with what was decided on it."""
+    decided = audit_log.decisions(main, name, version, digest)
+    last = decided[-1]["action"] if decided else "register"
+    champion = versions.aliased(client, name, CHAMPION) == version == _standing(main, name).champion
+    return Registered(name, version, digest, fresh, last == "reject", champion, last != "register")
+
+
+def found(root: Workspace, main: MainCheckout) -> tuple[Registered | None, str]:
+    """What a finished run registered, with one line for a person; None where nothing passed.
+
+    Raises:
+        ArtifactError: there is no bundle, or it does not match its manifest.
+        StageError: the MLflow server does not answer.
+    """
+    source = folder(root, "package")
+    bundle = load(source)
+    digest = bundle_digest(source)
+    with versions.opened(main) as client:
+        version = versions.by_digest(client, bundle.name, digest)
+        if version is None:
+            return None, f"not registered: {bundle.reason}"
+        registered = _registered(client, main, bundle.name, version, digest, fresh=False)
+    return registered, registered.text()
 
 
 def register_if_passed(

@@ -1,16 +1,14 @@
 """Where the stages' tasks run: threads of this process, or Dask's workers by way of prefect-dask.
 
-On Dask a task gets plain data, and what it posts comes back through the cluster's own event log. The cluster is the one
+On Dask a task gets plain data and writes what it tells into the workspace, as everywhere. The cluster is the one
 that Dask's own setting names (DASK_SCHEDULER_ADDRESS), else processes of this machine that last as long as the run. Its
 workers need this project installed, Prefect's server in reach, and the workspace under the same path.
 """
 
 import concurrent.futures
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
 
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
@@ -24,9 +22,6 @@ from flows.workspace import versioning
 from flows.workspace.paths import Workspace
 from tasks.errors import ConfigError, StageError
 from tasks.params import Machine
-
-Message = tuple[str, versioning.Event | None]  # name of the task; None: it has ended
-Post = Callable[[Message], None]
 
 
 def runner(machine: Machine) -> "TaskRunner[Any]":
@@ -65,16 +60,25 @@ def machines() -> int:
     return max(1, len(context.task_runner.client.scheduler_info()["workers"]))  # type: ignore[attr-defined]
 
 
+def remote() -> bool:
+    """Do the run's tasks work on Dask?"""
+    context = FlowRunContext.get()
+    return context is not None and not isinstance(context.task_runner, ThreadPoolTaskRunner)
+
+
 @contextmanager
-def post(take: Post, root: Workspace, futures: Mapping[Any, PrefectFuture[Any]]) -> Iterator[Post]:
-    """What tasks are to call, wherever they run, for `take` to be called here. When an error leaves the block, the
-    tasks in `futures` that wait are cancelled, and what works in the workspace `root` is stopped.
+def stopping(root: Workspace, futures: Mapping[Any, PrefectFuture[Any]]) -> Iterator[None]:
+    """When an error leaves the block, the tasks in `futures` that wait are cancelled, and what works in the workspace is
+    stopped.
+
+    Raises:
+        StageError: there is no Dask cluster to use.
     """
     context = FlowRunContext.get()
     assert context is not None
-    if isinstance(context.task_runner, ThreadPoolTaskRunner):
+    if not remote():
         try:
-            yield take
+            yield
         except BaseException:
             for future in futures.values():  # else the next in line begins as soon as one is stopped
                 future.wrapped_future.cancel()  # type: ignore[attr-defined]
@@ -87,28 +91,12 @@ def post(take: Post, root: Workspace, futures: Mapping[Any, PrefectFuture[Any]])
         raise StageError(
             f"no Dask cluster could be used ({error}): start the one that DASK_SCHEDULER_ADDRESS names"
         ) from error
-    topic = f"slmops-{uuid4()}"
-    client.subscribe_topic(topic, lambda stamped: take(tuple(stamped[1])))
     try:
-        yield DaskPost(topic)
+        yield
     except BaseException:
         client.cancel([future.wrapped_future for future in futures.values()])  # type: ignore[attr-defined]
         client.run(versioning.interrupt, root)
         raise
-    finally:
-        client.unsubscribe_topic(topic)
-
-
-@dataclass(frozen=True)
-class DaskPost:
-    """Posts from a Dask worker to the client that listens to the topic."""
-
-    topic: str
-
-    def __call__(self, message: Message) -> None:
-        from distributed import get_worker
-
-        get_worker().log_event(self.topic, message)
 
 
 def end(name: str, future: Any) -> Any:

@@ -67,15 +67,17 @@ def repro(
     item: str | None = None,
     *,
     log: Path,
+    events: Path | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     env: Mapping[str, str | None] | None = None,
     keep_open: tuple[int, ...] = (),
 ) -> Outcome:
     """Bring one stage up to date in the workspace `root`; its inputs must be so already.
 
-    The output of dvc and of the stage goes to `log`. `on_event` gets each event of `tasks/frame/events.py` within
-    a fraction of a second, in the calling thread. `env`: what dvc gets beside our own environment, or not (None). Should this process be killed, dvc and the stage are ended too;
-    the descriptors `keep_open` stay open in dvc, so that a lock outlives us for as long as that takes.
+    The output of dvc and of the stage goes to `log`, and what the stage tells (`tasks/frame/events.py`) is appended to the
+    file `events`; `on_event` gets each of that within a fraction of a second, in the calling thread. `env`: what dvc gets
+    beside our own environment, or not (None). Should this process be killed, dvc and the stage are ended too; the
+    descriptors `keep_open` stay open in dvc, so that a lock outlives us for as long as that takes.
 
     Raises:
         PipelineError: of the stage's own family, with its own message.
@@ -84,14 +86,15 @@ def repro(
     """
     name = address(stage, item)
     log.parent.mkdir(parents=True, exist_ok=True)
-    events = log.with_suffix(".jsonl")
-    events.write_bytes(b"")
+    events = events or log.with_suffix(".jsonl")
+    events.touch()
     told: list[Event] = []
     started = time.monotonic()
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
     watched = ["/bin/sh", "-c", WATCHED, "sh", *command]
     given = {**stage_environment(), **(env or {}), "SLMOPS_EVENTS": str(events.absolute())}
     with log.open("wb") as out, events.open(encoding="utf-8") as stream:
+        stream.seek(0, os.SEEK_END)  # what earlier attempts told is not of this one
         process = subprocess.Popen(
             watched,
             cwd=root,

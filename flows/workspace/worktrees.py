@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,43 +150,28 @@ def check_name(name: str) -> None:
         raise ConfigError(f"--name {name}: use up to 63 letters, digits, dots, dashes and underscores")
 
 
-def write_params(root: Workspace, file: Path | None, overrides: Sequence[str]) -> None:
-    """Put the effective values into the workspace's own params.yaml, comments kept. Call it under the lock.
+@dataclass(frozen=True)
+class Effective:
+    """The params of a run: the text of its params.yaml, comments kept, and the checked values."""
 
-    Raises:
-        ConfigError: the values are wrong, or `file` would replace changes that are not committed.
-    """
-    target = paths.params_file(root)
-    replaces = file is not None and file.resolve() != target.resolve()
-    text, _ = effective(
-        (file or target).read_bytes() if (file or target).is_file() else None, str(file or target), overrides
-    )
-    if replaces and git(root, "status", "--porcelain", "--", "params.yaml"):
-        raise ConfigError(
-            f"{target} has changes that are not committed, and --params {file} would replace them: "
-            "commit them, or `git checkout params.yaml`, or use --worktree"
-        )
-    if replaces or overrides:
-        files.write(target, text)
+    text: str
+    params: params.Params
 
 
-def effective(source: bytes | None, where: str, overrides: Sequence[str]) -> tuple[str, params.Params]:
-    """The text of a params file with the overrides written into it, and its checked values.
+def effective(source: bytes | None, where: str, overrides: Sequence[str]) -> Effective:
+    """The content of a params file with the overrides written into it.
 
     Raises:
         ConfigError: lists every problem.
     """
     if source is None:
         raise ConfigError(f"{where} is not a file: name a readable one with --params")
-    with tempfile.NamedTemporaryFile(suffix=".yaml") as copy:
-        copy.write(source)
-        copy.flush()
-        raw = params.read(Path(copy.name), overrides)
+    raw = params.parsed(source, where, overrides)
     checked = params.check(raw, where)
     if missing := stages.unnamed(raw, checked):
         raise ConfigError(f"{where} must name {', '.join(missing)}: DVC watches each, and reads no defaults")
     text = source.decode()
-    return (_with_overrides(text, overrides) if overrides else text), checked
+    return Effective(_with_overrides(text, overrides) if overrides else text, checked)
 
 
 def _with_overrides(text: str, overrides: Sequence[str]) -> str:
@@ -198,44 +182,46 @@ def _with_overrides(text: str, overrides: Sequence[str]) -> str:
     yaml.indent(mapping=2, sequence=4, offset=2)
     raw: Any = yaml.load(text)
     for override in overrides:
-        key, _, value = override.partition("=")
-        node = raw
-        *parents, last = key.strip().split(".")
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = yaml.load(value)
+        params.put(raw, override, yaml.load)
     out = io.StringIO()
     yaml.dump(raw, out)
     return out.getvalue()
 
 
 @contextmanager
-def in_place(root: Workspace, name: str, file: Path | None, overrides: Sequence[str]) -> Iterator[None]:
-    """The current checkout for a run: locked, with the effective params.
+def in_place(root: Workspace, name: str, file: Path | None, overrides: Sequence[str]) -> Iterator[params.Params]:
+    """The current checkout for a run: locked, with the effective params in its params.yaml. Yields them.
 
     Raises:
         Busy: another run works here.
-        ConfigError: the name or the params are wrong.
+        ConfigError: the name or the params are wrong, or `file` would replace changes that are not committed.
     """
     check_name(name)
     with locks.locked(root, name):
-        write_params(root, file, overrides)
-        yield
+        target = paths.params_file(root)
+        source = file or target
+        made = effective(source.read_bytes() if source.is_file() else None, str(source), overrides)
+        replaces = source.resolve() != target.resolve()
+        if replaces and git(root, "status", "--porcelain", "--", target.name):
+            raise ConfigError(
+                f"{target} has changes that are not committed, and --params {file} would replace them: "
+                "commit them, or `git checkout params.yaml`, or use --worktree"
+            )
+        if replaces or overrides:
+            files.write(target, made.text)
+        yield made.params
 
 
 @contextmanager
-def worktree(
-    main: MainCheckout, name: str, commit: str, file: Path | None, overrides: Sequence[str]
-) -> Iterator[Workspace]:
-    """`.runs/<name>` for a run: at `commit`, locked, with its effective params.yaml and the shared DVC cache.
+def worktree(main: MainCheckout, name: str, commit: str, planned: Effective) -> Iterator[Workspace]:
+    """`.runs/<name>` for a run: at `commit`, locked, with the params that were `planned` and the shared DVC cache.
 
     A run that stopped before is taken up again, with the params that are given now. Yields the folder.
     Everything is checked before anything is made.
 
     Raises:
         Busy: the run of that name still works.
-        ConfigError: the name is taken or malformed, the commit unknown, the params wrong, or a local input
-            is not part of the commit.
+        ConfigError: the name is taken or malformed, or a local input is not part of the commit.
     """
     check_name(name)
     root, branch = paths.worktree(main, name), f"runs/{name}"
@@ -244,23 +230,20 @@ def worktree(
     fresh = not root.exists()
     if fresh and git(main, "branch", "--list", branch):
         raise ConfigError(f"a run named {name} has ended as branch {branch}: choose another --name")
-    text, checked = planned(main, name, commit, file, overrides)
-    pointer = _pointer(main, checked.acquire.watch, commit)
+    pointer = _pointer(main, planned.params.acquire.watch, commit)
     if fresh:
         git(main, "worktree", "prune")
         git(main, "worktree", "add", "-q", "-b", branch, str(root), commit)
     with locks.locked(root, name):
-        files.write(paths.params_file(root), text)
+        files.write(paths.params_file(root), planned.text)
         versioning.share(root, main)
         if pointer:
             versioning.checkout(root, str(pointer))
         yield root
 
 
-def planned(
-    main: MainCheckout, name: str, commit: str, file: Path | None, overrides: Sequence[str]
-) -> tuple[str, params.Params]:
-    """The params with which the worktree run `name` works: their text and their checked values.
+def planned(main: MainCheckout, name: str, commit: str, file: Path | None, overrides: Sequence[str]) -> Effective:
+    """The params with which the worktree run `name` works.
 
     Raises:
         ConfigError: the commit is unknown, or the params are wrong.

@@ -7,8 +7,13 @@ verdict that rests on it) lies beside it, listed by name under `measured` and no
 
 import hashlib
 import json
+import os
+import tempfile
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -91,6 +96,9 @@ def load(folder: Path) -> Manifest:
 def verify(folder: Path) -> Manifest:
     """Load a manifest and hold every file against it.
 
+    Files that were hashed before are not hashed again while their size, time of change and inode are the same: several
+    stages read what one has made. What was seen is kept beside the folder (`_stamp`).
+
     Raises:
         ArtifactError: names every missing, extra and changed file at once.
     """
@@ -99,11 +107,55 @@ def verify(folder: Path) -> Manifest:
     expected = set(manifest.files) | set(manifest.measured)
     problems = [f"missing {name}" for name in sorted(expected - present)]
     problems += [f"unexpected {name}" for name in sorted(present - expected)]
-    problems += [
-        f"changed {name}" for name, want in manifest.files.items() if name in present and sha256(folder / name) != want
-    ]
+    began = time.time_ns()
+    known = _seen(folder)
+    seen: dict[str, list[Any]] = {}
+    for name, want in manifest.files.items():
+        if name not in present:
+            continue
+        state = _state(folder / name)
+        if known.get(name) == [want, *state]:
+            seen[name] = known[name]
+        elif sha256(folder / name) != want:
+            problems.append(f"changed {name}")
+        elif state[1] < began - SETTLED_NS:  # else it may change once more and keep its time
+            seen[name] = [want, *state]
     if problems:
         raise ArtifactError(
             f"{folder} does not match its manifest ({'; '.join(problems)}): delete it and run the stage again, or `dvc checkout --force`"
         )
+    if seen != known:
+        _remember(folder, seen)
     return manifest
+
+
+SETTLED_NS = 2_000_000_000  # a file system's clock may be as coarse
+
+
+def _stamp(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.verified")
+
+
+def _state(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+def _seen(folder: Path) -> dict[str, list[Any]]:
+    """The files that were hashed before: digest, size, time of change and inode."""
+    try:
+        found = json.loads(_stamp(folder).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remember(folder: Path, seen: Mapping[str, list[Any]]) -> None:
+    """Whole or not at all; where nothing can be written, files are hashed again next time."""
+    with suppress(OSError), tempfile.NamedTemporaryFile("w", dir=folder.parent, delete=False) as file:
+        try:
+            json.dump(seen, file)
+            file.flush()
+            os.replace(file.name, _stamp(folder))
+        except OSError:
+            os.unlink(file.name)
