@@ -75,6 +75,6 @@ def _failed(error: Exception) -> int:
 
 if __name__ == "__main__":
     utf8.ensure()
-    if sys.argv[1:2] in (["finetune"], ["distill"]):
+    if sys.argv[1:2] in (["finetune"], ["teach"], ["prune"], ["distill"]):
         keep_blocks([sys.executable, *sys.orig_argv[1:]])
     sys.exit(main())

@@ -6,6 +6,16 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+MOVED = {
+    "distill.seed": "select.seeds (a list)",
+    "quantize.onnx": "quantize.options.model_builder",
+    **{f"distill.{key}": f"teach.{key}" for key in ("unlabelled_rows", "top_k", "temperature")},
+    **{
+        f"distill.{key}": f"prune.{key}"
+        for key in ("max_parameters", "block_share", "candidates", "calibration_rows", "fitted_rows")
+    },
+}  # keys of earlier versions
+
 
 def explained(error: ValidationError, known: Collection[str]) -> list[str]:
     """One line a problem. `known`: every key there is, for the nearest right one."""
@@ -36,10 +46,8 @@ def _explain(problem: Any, known: Collection[str]) -> str:
     written = [part for i, part in enumerate(location) if not (i >= 2 and part in _TAGS.get(location[i - 1], ()))]
     key = ".".join(written)
     if problem["type"] == "extra_forbidden":
-        if key == "distill.seed":
-            return f"{key}: unknown key: select.seeds has taken its place, a list"
-        if key == "quantize.onnx":
-            return f"{key}: unknown key: quantize.options.model_builder has taken its place"
+        if key in MOVED:
+            return f"{key}: unknown key: {MOVED[key]} has taken its place"
         near = difflib.get_close_matches(location[-1], sorted(set(known) - {location[-1]}), n=1)
         return f"{key}: unknown key" + (f": did you mean {near[0]!r}?" if near else ": remove it")
     newest = "`git ls-remote https://huggingface.co/OWNER/NAME HEAD` tells the newest"

@@ -23,9 +23,11 @@ from tasks.errors import ConfigError
 from tasks.finetune.params import Finetune
 from tasks.models.params import OwnMetric, Task
 from tasks.package.params import Package
+from tasks.prune.params import Prune
 from tasks.quantize.params import Quantize
 from tasks.schema import Positive, Section
 from tasks.select.params import Select
+from tasks.teach.params import Teach
 from tasks.validate.params import Validate
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -59,6 +61,8 @@ class Params(Section):
     acquire: Acquire
     task: Task = Task()
     finetune: Finetune
+    teach: Teach = Teach()
+    prune: Prune = Prune()
     distill: Distill
     select: Select = Select()
     quantize: Quantize

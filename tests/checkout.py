@@ -78,6 +78,8 @@ JUDGED = {
 BODIES = {
     "acquire": """(out / "lineage.json").write_text(json.dumps({"model": {}, "data": {"source": "toy", "sha256": {"train.jsonl": "0" * 64}, "rows": {"train": 3}}}))""",
     "finetune": """(out / "history.json").write_text(json.dumps([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]))""",
+    "teach": """(out / "answers.jsonl").write_text("{}\\n")""",
+    "prune": """(out / "pruning.json").write_text("{}")""",
     "distill": f"""(out / "history.json").write_text(json.dumps([{{"step": 1, "loss": params.distill.epochs, "threads": cores.threads()}}]))
     (out / "models.json").write_text(json.dumps({ {"teacher": MODEL, "distilled": MODEL} }))""",
     "select": """chosen = rest["students"] / str(params.select.seeds[0])

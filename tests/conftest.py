@@ -123,8 +123,9 @@ def tiny_params(tmp_path: Path, tiny_model_folder: Path) -> dict:
     }  # fmt: skip
     raw["distill"] |= {
         "epochs": 8.0, "learning_rate": 3.0e-3, "batch_tokens": 256, "evaluations": 1, "freeze_embeddings": False,
-        "calibration_rows": 4, "candidates": 2, "max_parameters": 0.99, "unlabelled_rows": 0,
     }  # fmt: skip
+    raw["prune"] |= {"calibration_rows": 4, "candidates": 2, "max_parameters": 0.99}
+    raw["teach"] |= {"unlabelled_rows": 0}
     raw["quantize"] |= {"variants": ["q8_0", "q4_0"]}
     raw["validate"] |= {"context": 64, "windows": 4, "bootstrap": 200, "repeats": 3}
     # No gate on speed or memory: a verdict that rests on measurements may differ between two runs.

@@ -34,7 +34,7 @@ HEAVY = (
 FLOORS = {
     "tasks": (
         ("errors", "metrics"), ("schema",), ("options",), ("variants",), ("sections", "param_errors"), ("params",), ("frame",), ("models",), ("learning", "runtimes"),
-        ("acquire", "finetune", "distill", "select", "convert", "quantize", "validate", "judge", "package", "selftest"),
+        ("acquire", "finetune", "teach", "prune", "distill", "select", "convert", "quantize", "validate", "judge", "package", "selftest"),
         ("stages",), ("__main__",),
     ),
     "flows": (

@@ -14,10 +14,10 @@ from flows.cli import main
 from flows.preflight import doctor, plan, planned_model
 from flows.run.terminal import Display
 from tasks import params
-from tasks.distill.plan import MULTIPLE, pruned
 from tasks.errors import ArtifactError, BrokenRuntimeError, ConfigError
 from tasks.frame import jsonl
 from tasks.models.sizes import Shape
+from tasks.prune.plan import MULTIPLE, pruned
 from tasks.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
@@ -150,7 +150,7 @@ def test_a_config_and_a_gguf_header_tell_the_same_shape(smollm: Shape, tmp_path:
 
 
 def test_the_student_is_the_largest_that_is_small_enough(smollm: Shape) -> None:
-    settings = params.load(DEFAULTS).distill
+    settings = params.load(DEFAULTS).prune
     blocks = pruned(smollm, settings.model_copy(update={"block_share": 1.0}))
     assert blocks.parameters <= 0.85 * smollm.parameters < smollm.first(blocks.layers + 1).parameters
     both = pruned(smollm, settings)
@@ -163,7 +163,7 @@ def test_a_plan_tells_all_of_a_run_before_any_work(tmp_path: Path) -> None:
     checked = params.load(DEFAULTS, ["finetune.epochs=2.0", "finetune.batch_tokens=1000"])
     slow, fast = (plan.predict(ROOT, checked, flops, flops) for flops in (1e10, 1e12))
     assert list(slow.sizes) == list(checked.quantize.variants)
-    assert [work.stage for work in slow.work] == ["acquire", "finetune", "distill", "select", "convert", "quantize", "validate", "judge", "package"]  # fmt: skip
+    assert [work.stage for work in slow.work] == ["acquire", "finetune", "teach", "prune", "distill", "select", "convert", "quantize", "validate", "judge", "package"]  # fmt: skip
     tuned = slow.work[1]
     assert tuned.tokens is not None
     assert tuned.steps == tuned.tokens // 1000
@@ -198,7 +198,7 @@ def test_a_run_whose_work_cannot_be_foreseen_is_told_nothing(tmp_path: Path, mon
 
 def test_narrowing_counts_second_moments_of_every_row(smollm: Shape) -> None:
     def seconds(rows: int) -> float:
-        settings = params.load(DEFAULTS, ["distill.block_share=0.0", f"distill.fitted_rows={rows}"]).distill
+        settings = params.load(DEFAULTS, ["prune.block_share=0.0", f"prune.fitted_rows={rows}"]).prune
         return plan._pruning(settings, smollm, pruned(smollm, settings), 50, float("inf"), 1.0)
 
     assert seconds(1001) - seconds(1000) == pytest.approx(2 * 50 * 1536**2 * 30)
@@ -226,7 +226,7 @@ def local_data(root: Path, rows: int, between: str = " ") -> params.Params:
     data = {"source": "local", "path": "data/rows.jsonl", "validation": 0.1, "test": 0.2}
     jsonl.write(root / "data" / "rows.jsonl", ({"prompt": f"a{between}b {i}", "completion": "{}"} for i in range(rows)))
     raw = params.read(DEFAULTS) | {"acquire": {"watch": "data", "model": model, "data": data}}
-    raw["distill"]["unlabelled_rows"] = 0
+    raw["teach"]["unlabelled_rows"] = 0
     return params.check(raw, "test")
 
 

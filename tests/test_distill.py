@@ -13,22 +13,27 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tasks import params
-from tasks.distill import pruning
-from tasks.distill.blocks import remove
+from tasks.distill.objective import distillation, forward_kl
 from tasks.distill.params import Distill
-from tasks.distill.plan import planned
-from tasks.distill.pruning import prune
 from tasks.distill.stage import distill
-from tasks.distill.targets import cache_targets, distillation, forward_kl
-from tasks.distill.width import narrow
 from tasks.errors import ArtifactError, ConfigError
 from tasks.finetune.stage import finetune
 from tasks.frame import manifest
 from tasks.learning import generation, packing, training
 from tasks.learning.params import Training
+from tasks.learning.targets import read_targets, write_targets
 from tasks.models import chat, loading
 from tasks.models.scoring import METRICS
+from tasks.prune import blockwise
+from tasks.prune.blocks import remove
+from tasks.prune.blockwise import prune
+from tasks.prune.params import Prune
+from tasks.prune.plan import planned
+from tasks.prune.stage import prune as prune_stage
+from tasks.prune.width import narrow
+from tasks.select.params import Select
 from tasks.select.stage import select
+from tasks.teach.stage import teach
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,8 @@ def source(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def values(tiny_params: dict) -> params.Params:
     tiny_params["finetune"] |= {"epochs": 45.0}
-    tiny_params["distill"] |= {"epochs": 8.0, "learning_rate": 3.0e-3, "unlabelled_rows": 9, "control": True}
+    tiny_params["teach"] |= {"unlabelled_rows": 9}
+    tiny_params["distill"] |= {"epochs": 8.0, "learning_rate": 3.0e-3, "control": True}
     return params.check(tiny_params, "tiny")
 
 
@@ -81,13 +87,15 @@ def test_kl_over_the_tail_is_a_lower_bound_that_grows_with_k() -> None:
 
 def test_cached_targets_are_the_teachers_distribution(learned: Any, tmp_path: Path) -> None:
     model, _, rows = learned
-    settings = Distill(epochs=1.0, learning_rate=1e-3, top_k=4)
-    lookup = cache_targets(model, rows, settings, tmp_path / "t.safetensors", 17)
+    write_targets(model, rows, {1, 3}, tmp_path / "t.safetensors", top_k=4, temperature=1.0)
+    lookup = read_targets(tmp_path / "t.safetensors", model.device)
     ids, predicts = torch.tensor([rows[3].ids]), torch.tensor(rows[3].target[1:])
     with torch.no_grad():
         want = model(input_ids=ids).logits[0, :-1][predicts].float().log_softmax(-1).topk(4)
         states = model.get_decoder()(input_ids=ids).last_hidden_state[0, :-1][predicts]
     tokens, logs, hidden = lookup([3])
+    with pytest.raises(ArtifactError, match="no targets of row 2"):
+        lookup([1, 2])
     torch.testing.assert_close(hidden.float(), states, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(logs, want.values, atol=1e-3, rtol=1e-3)
     assert (tokens[:, 0] == want.indices[:, 0]).all()
@@ -95,9 +103,9 @@ def test_cached_targets_are_the_teachers_distribution(learned: Any, tmp_path: Pa
 
 def test_a_student_that_is_its_teacher_has_nothing_left_to_learn(learned: Any, tmp_path: Path) -> None:
     model, _, rows = learned
-    settings = Distill(epochs=1.0, learning_rate=1e-3, soft_weight=1.0, temperature=2.0)
-    lookup = cache_targets(model, rows, settings, tmp_path / "t.safetensors", 17)
-    objective = distillation(model, lookup, settings)
+    settings = Distill(epochs=1.0, learning_rate=1e-3, soft_weight=1.0)
+    write_targets(model, rows, range(len(rows)), tmp_path / "t.safetensors", top_k=32, temperature=2.0)
+    objective = distillation(model, read_targets(tmp_path / "t.safetensors", model.device), settings, 2.0)
     packed = packing.pack(rows[:3], model.device)
     with torch.no_grad():
         states = training.target_states(model, packed)
@@ -116,8 +124,8 @@ def test_the_least_important_block_goes_first_and_every_removal_is_scored_again(
         mine.get_decoder().layers[2].mlp.down_proj.weight.zero_()
     reference = copy.deepcopy(mine)
     block = sum(p.numel() for p in mine.get_decoder().layers[0].parameters()) / loading.count(mine)
-    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=1 - 2 * block, block_share=1.0, candidates=4)
-    history = prune(mine, rows[:6], [], settings, tmp_path / "record.json")["blocks"]
+    settings = Prune(max_parameters=1 - 2 * block, block_share=1.0, candidates=4)
+    history = prune(mine, rows[:6], [], settings)["blocks"]
     assert history[0]["block"] == 2
     assert history[0]["influence"] < 1e-4
     assert len(history) == 2
@@ -146,20 +154,20 @@ def test_what_a_removed_block_added_is_made_good(learned: Any, tmp_path: Path) -
     hooked.get_decoder().layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: held.append(args[0]))
     hooked.get_decoder().layers[2].register_forward_hook(lambda _, args, out: out + held.pop() @ (whole / 2).T)
     assert training.validation_loss(hooked, rows) == pytest.approx(want, rel=1e-4)
-    change = pruning._stand_in(pruning._Ready(hooked, rows), 2)
+    change = blockwise._stand_in(blockwise._Ready(hooked, rows), 2)
     held.clear()
     blocks[1].mlp.down_proj.weight.data = whole / 2 + change
     remove(mine, 2)
     assert training.validation_loss(mine, rows) == pytest.approx(want, rel=0.2)
 
     block = sum(p.numel() for p in model.get_decoder().layers[0].parameters()) / loading.count(model)
-    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=1 - 2 * block, block_share=1.0, candidates=2)
+    settings = Prune(max_parameters=1 - 2 * block, block_share=1.0, candidates=2)
     first, again = copy.deepcopy(model), copy.deepcopy(model)
-    history = prune(first, rows[:6], rows, settings, tmp_path / "record.json")["blocks"]
+    history = prune(first, rows[:6], rows, settings)["blocks"]
     assert all(entry["loss_made_good"] <= entry["loss"] for entry in history)
     assert any(entry["loss_made_good"] < entry["loss"] for entry in history)
     assert training.validation_loss(first, rows[:6]) == pytest.approx(history[-1]["loss_made_good"], rel=2e-2)
-    assert prune(again, rows[:6], rows, settings, tmp_path / "record.json")["blocks"] == history
+    assert prune(again, rows[:6], rows, settings)["blocks"] == history
     for ours, theirs in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -190,13 +198,13 @@ def test_a_narrowed_student_is_made_again_and_loads_from_disk(learned: Any, tmp_
     import copy
 
     model, tokenizer, rows = learned
-    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=0.98, block_share=0.0)
+    settings = Prune(max_parameters=0.98, block_share=0.0)
     first, again = copy.deepcopy(model), copy.deepcopy(model)
-    found = prune(first, rows[:6], rows, settings, tmp_path / "record.json")
+    found = prune(first, rows[:6], rows, settings)
     assert found["blocks"] == []
     assert found["channels"]["kept"] < found["channels"]["of"] == model.config.intermediate_size
     assert loading.count(first) <= 0.98 * loading.count(model)
-    assert prune(again, rows[:6], rows, settings, tmp_path / "record.json") == found
+    assert prune(again, rows[:6], rows, settings) == found
     for ours, theirs in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     loading.save(first, tokenizer, tmp_path / "saved")
@@ -216,7 +224,7 @@ def test_what_is_planned_to_go_reaches_the_target_and_no_more_than_it_must(
     inner, channel = int(hidden * ratio) // 32 * 32, 3 * hidden
     block = inner * channel + 4 * hidden * hidden
     total = layers * block + embedding * hidden
-    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=share, block_share=block_share)
+    settings = Prune(max_parameters=share, block_share=block_share)
     gone, kept = planned(settings, total, layers, block, inner, channel)
     if gone >= layers:
         return  # refused: the embedding alone is too large
@@ -228,9 +236,9 @@ def test_what_is_planned_to_go_reaches_the_target_and_no_more_than_it_must(
 
 
 def test_a_target_below_the_embeddings_is_refused(learned: Any, tmp_path: Path) -> None:
-    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=0.1)
+    settings = Prune(max_parameters=0.1)
     with pytest.raises(ConfigError, match="embeddings and head alone"):
-        prune(learned[0], learned[2][:2], [], settings, tmp_path / "r.json")
+        prune(learned[0], learned[2][:2], [], settings)
 
 
 @pytest.mark.parametrize("limit", [24, 5])  # 5: fewer than any reference has
@@ -250,17 +258,34 @@ def test_drafted_answers_are_those_of_plain_greedy_decoding(learned: Any, source
         assert answer == text or (text.startswith(answer) and not metric.possible(answer, reference))
 
 
+def prepared(values: params.Params, source: Path, teacher: Path, place: Path) -> tuple[Path, Path]:
+    """What `teach` and `prune` make."""
+    for name in ("taught", "pruned", "taught-scratch"):
+        (place / name).mkdir()
+    teach(values, source=source, teacher=teacher, out=place / "taught", scratch=place / "taught-scratch")
+    prune_stage(values, source=source, teacher=teacher, out=place / "pruned")
+    return place / "taught", place / "pruned"
+
+
+def student_of(
+    values: params.Params, source: Path, taught: Path, pruned: Path, seed: int, out: Path
+) -> dict[str, float]:
+    scratch = out.with_name(f"{out.name}-scratch")
+    out.mkdir()
+    scratch.mkdir()
+    return distill(values, source=source, taught=taught, pruned=pruned, seed=seed, out=out, scratch=scratch)
+
+
 def test_the_chain_from_source_to_student(source: Path, values: params.Params, tmp_path: Path) -> None:
-    for name in ("teacher", "student", "s1", "s2"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "s1").mkdir()
     finetune(values, source=source, out=tmp_path / "teacher", scratch=tmp_path / "s1")
-    metrics = distill(
-        values, source=source, teacher=tmp_path / "teacher", seed=17, out=tmp_path / "student", scratch=tmp_path / "s2"
-    )
+    taught, pruned = prepared(values, source, tmp_path / "teacher", tmp_path)
+    metrics = student_of(values, source, taught, pruned, 17, tmp_path / "student")
     report = json.loads((tmp_path / "student/models.json").read_text())
     assert set(report) == {"base", "pruned", "distilled", "teacher", "control"}
     assert report["teacher"]["accuracy"] > 0.9
-    assert report["distilled"]["parameters"] <= values.distill.max_parameters * report["teacher"]["parameters"]
+    assert report["distilled"]["parameters"] <= values.prune.max_parameters * report["teacher"]["parameters"]
     assert report["distilled"]["accuracy"] >= report["base"]["accuracy"]
     assert metrics["accuracy"] == report["distilled"]["accuracy"]
     lines = (tmp_path / "student/predictions.jsonl").read_text().splitlines()
@@ -311,11 +336,10 @@ def test_of_several_students_the_one_that_validates_best_goes_on(tiny_params: di
 
 def test_a_seed_makes_a_student_of_its_own(source: Path, values: params.Params, tmp_path: Path) -> None:
     weights = []
+    values = values.model_copy(update={"select": Select(seeds=(1, 2))})
+    taught, pruned = prepared(values, source, source, tmp_path)
     for name, seed in (("a", 1), ("b", 2), ("c", 1)):
-        (tmp_path / name / "scratch").mkdir(parents=True)
-        distill(
-            values, source=source, teacher=source, seed=seed, out=tmp_path / name, scratch=tmp_path / name / "scratch"
-        )
+        student_of(values, source, taught, pruned, seed, tmp_path / name)
         weights.append((tmp_path / name / "model/model.safetensors").read_bytes())
     assert weights[0] == weights[2] != weights[1]
 
@@ -327,6 +351,6 @@ def test_no_block_of_a_smollm3_goes_as_llama_cpp_tells_them_by_their_places(tmp_
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=0.9, block_share=1.0)
-    with pytest.raises(ConfigError, match=r"distill\.max_parameters to 1\.0"):
-        prune(SmolLM3ForCausalLM(config), [], [], settings, tmp_path / "record.json")
+    settings = Prune(max_parameters=0.9, block_share=1.0)
+    with pytest.raises(ConfigError, match=r"prune\.max_parameters to 1\.0"):
+        prune(SmolLM3ForCausalLM(config), [], [], settings)

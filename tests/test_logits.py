@@ -9,10 +9,11 @@ import torch
 from test_packing import EXTRA, ROWS, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tasks.distill.objective import distillation, forward_kl
 from tasks.distill.params import Distill
-from tasks.distill.targets import cache_targets, distillation, forward_kl
 from tasks.errors import ArtifactError
 from tasks.learning import packing, training
+from tasks.learning.targets import read_targets, write_targets
 from tasks.models import logits
 from tasks.models.logits import Head, head_of
 from tasks.models.sizes import DENSE
@@ -76,15 +77,14 @@ def test_loss_and_gradients_are_those_of_transformers(kind: str, kept: int, monk
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite"])
 def test_distillation_is_at_the_temperature_of_the_whole_logits(kind: str, tmp_path: Path) -> None:
     """Before and after the cap are not the same: the teacher's targets and the student's loss take it after."""
-    values = Distill(
-        epochs=1.0, learning_rate=1e-3, top_k=4, temperature=2.0, soft_weight=0.7, hidden_weight=0.0, batch_tokens=4096
-    )
+    values = Distill(epochs=1.0, learning_rate=1e-3, soft_weight=0.7, hidden_weight=0.0, batch_tokens=4096)
     teacher, ours = made(kind), made(kind)
     with torch.no_grad():
         for weights in ours.parameters():
             weights += 0.05
     theirs = copy.deepcopy(ours)
-    lookup = cache_targets(teacher, ROWS, values, tmp_path / "t.safetensors", 17)
+    write_targets(teacher, ROWS, range(len(ROWS)), tmp_path / "t.safetensors", top_k=4, temperature=2.0)
+    lookup = read_targets(tmp_path / "t.safetensors", "cpu")
     tokens, logs, _ = lookup(list(range(len(ROWS))))
     true: list[Any] = []
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_distillation_is_at_the_temperature_of_the_whole_logits(kind: str, tmp_p
     torch.testing.assert_close(logs, torch.cat(true).topk(4).values, atol=1e-5, rtol=1e-4)
 
     packed = packing.pack(ROWS, "cpu")
-    objective = distillation(ours, lookup, values)
+    objective = distillation(ours, lookup, values, 2.0)
     loss = objective(training.target_states(ours, packed), packed.labels, list(range(len(ROWS))))
 
     def wanted(found: Any, labels: Any, where: slice) -> Any:

@@ -147,7 +147,7 @@ def test_a_file_of_overrides_is_refused_where_it_has_no_sections_and_never_read_
 
 def test_seeds_are_told_where_they_went_and_what_they_may_be(tmp_path: Path) -> None:
     text = problems(tmp_path, "distill.seed=17", "select.sedes=[1]", "select.seeds=[1, -1]")
-    assert "distill.seed: unknown key: select.seeds has taken its place, a list" in text
+    assert "distill.seed: unknown key: select.seeds (a list) has taken its place" in text
     assert "select.sedes: unknown key: did you mean 'seeds'?" in text
     assert "select.seeds.1: Input should be greater than or equal to 0" in text
     assert "select: a seed is named twice" in problems(tmp_path, "select.seeds=[1, 1]")

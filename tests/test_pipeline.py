@@ -143,7 +143,7 @@ def run_toy(root: Path, *arguments: str, **extra: str) -> subprocess.CompletedPr
 def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
     done = run_toy(toy, "--name", "one", HF_TOKEN="hf_planted")
     assert done.returncode == 0, done.stderr
-    everything = ["acquire", "finetune", "distill-17", "select", "convert"]
+    everything = ["acquire", "finetune", "teach", "prune", "distill-17", "select", "convert"]
     variants = {f"{stage}-{variant}" for stage in ("quantize", "validate", "judge") for variant in ("q8_0", "q4_0")}
     assert started(toy)[:5] == everything
     assert set(started(toy)[5:-1]) == variants
@@ -152,7 +152,7 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
     assert "version 1 registered" in done.stdout
 
     names = dict(runs(toy))
-    assert names == dict.fromkeys(("one", "acquire", "finetune", "distill@17", "select", "convert", "quantize@q8_0", "quantize@q4_0", "validate@q8_0", "validate@q4_0", "judge@q8_0", "judge@q4_0", "package"), "FINISHED")  # fmt: skip
+    assert names == dict.fromkeys(("one", "acquire", "finetune", "teach", "prune", "distill@17", "select", "convert", "quantize@q8_0", "quantize@q4_0", "validate@q8_0", "validate@q4_0", "judge@q8_0", "judge@q4_0", "package"), "FINISHED")  # fmt: skip
     store = mlflow_store.client(toy)
     by_name = {run.data.tags["mlflow.runName"]: run for run in store.search_runs([mlflow_store.experiment(store, toy)])}
     parent, child = by_name["one"], by_name["validate@q4_0"]
@@ -344,4 +344,4 @@ def read(path: Path) -> bytes:
 def test_where_one_student_fails_for_good_no_other_begins(toy: Path) -> None:
     done = run_toy(toy, "--set", "select.seeds=[1, 2]", TOY_FAIL=json.dumps({"distill-1": ["ConfigError", 9]}))
     assert done.stderr.splitlines()[-1] == "error: distill@1: told to fail: do not tell it"
-    assert started(toy) == ["acquire", "finetune", "distill-1"]
+    assert started(toy) == ["acquire", "finetune", "teach", "prune", "distill-1"]

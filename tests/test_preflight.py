@@ -10,15 +10,15 @@ import torch
 
 from flows.preflight import checks
 from tasks import params
-from tasks.distill import pruning
-from tasks.distill.params import Distill
 from tasks.errors import ConfigError
 from tasks.models import supports
+from tasks.prune import blockwise
+from tasks.prune.params import Prune
 
 
 def named(raw: dict, root: Path, kind: str, **changes: Any) -> params.Params:
     (root / "data" / "model" / "config.json").write_text(json.dumps({"model_type": kind}))
-    raw["distill"]["max_parameters"] = changes.get("max_parameters", 0.9)
+    raw["prune"]["max_parameters"] = changes.get("max_parameters", 0.9)
     raw["quantize"]["variants"] = changes.get("variants", ["q8_0"])
     return params.check(raw, "test")
 
@@ -26,8 +26,8 @@ def named(raw: dict, root: Path, kind: str, **changes: Any) -> params.Params:
 @pytest.mark.parametrize(
     ("kind", "changes", "key"),
     [
-        ("lfm2", {}, "distill.max_parameters"),
-        ("smollm3", {}, "distill.max_parameters"),
+        ("lfm2", {}, "prune.max_parameters"),
+        ("smollm3", {}, "prune.max_parameters"),
         ("gemma3_text", {"variants": ["q8_0", "onnx-int4"]}, "quantize.variants"),
         ("ministral", {"variants": ["onnx-int4"], "max_parameters": 1.0}, "quantize.variants"),
     ],
@@ -52,9 +52,9 @@ def test_pruning_says_itself_what_it_cannot_do(tmp_path: Path) -> None:
     block = torch.nn.Linear(2, 2)
     decoder = SimpleNamespace(layers=[block, block])
     model = SimpleNamespace(get_decoder=lambda: decoder, config=SimpleNamespace(model_type="odd"))
-    settings = Distill(epochs=1.0, learning_rate=1e-3, max_parameters=0.9)
-    with pytest.raises(ConfigError, match=r"distill\.max_parameters"):
-        pruning.prune(model, [], [], settings, tmp_path / "record.json")
+    settings = Prune(max_parameters=0.9)
+    with pytest.raises(ConfigError, match=r"prune\.max_parameters"):
+        blockwise.prune(model, [], [], settings)
     whole = settings.model_copy(update={"max_parameters": 1.0})
-    assert pruning.prune(model, [], [], whole, tmp_path / "record.json") == {"blocks": [], "channels": None}
+    assert blockwise.prune(model, [], [], whole) == {"blocks": [], "channels": None}
     assert "odd" in supports.cannot_prune("odd")

@@ -23,9 +23,11 @@ from tasks.frame import stage
 from tasks.models import chat, loading
 from tasks.package import parity, turns
 from tasks.package.stage import _context
+from tasks.prune.stage import prune
 from tasks.quantize.stage import quantize
 from tasks.runtimes import llama
 from tasks.stages import STAGES
+from tasks.teach.stage import teach
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 MODELS = [recipe for recipe in RECIPES if "model" in yaml.safe_load(recipe.read_text())["acquire"]]
@@ -98,7 +100,9 @@ def raw_params(model: Path, root: Path) -> dict[str, Any]:
     }  # fmt: skip
     few = {"epochs": 0.4, "batch_tokens": 512, "evaluations": 1, "precision": "fp32"}
     raw["finetune"] |= few
-    raw["distill"] |= few | {"calibration_rows": 4, "candidates": 2, "unlabelled_rows": 0}
+    raw["distill"] |= few
+    raw["prune"] |= {"calibration_rows": 4, "candidates": 2}
+    raw["teach"] |= {"unlabelled_rows": 0}
     raw["task"]["max_new_tokens"] = 16
     return raw
 
@@ -118,14 +122,17 @@ def made(request: pytest.FixtureRequest, originals: dict[str, Path], tmp_path_fa
     """A family's model after acquire, two steps of training, distillation, conversion and q8_0."""
     root = tmp_path_factory.mktemp(request.param)
     raw = raw_params(originals[request.param], root)
-    raw["distill"] |= {"max_parameters": 0.999, "block_share": 1.0}  # one block goes
+    raw["prune"] |= {"max_parameters": 0.999, "block_share": 1.0}  # one block goes
     checked, build = params.check(raw, "test"), root / "build"
     stage.run(STAGES["acquire"], STAGES, checked, root)
-    for name in ("finetune", "distill", "convert", "q8_0", "scratch"):
+    for name in ("finetune", "teach", "prune", "distill", "convert", "q8_0", "scratch", "scratch-teach"):
         (build / name).mkdir(parents=True)
     source, teacher, student = (build / name for name in ("acquire", "finetune", "distill"))
     finetune(checked, source=source, out=teacher, scratch=build / "scratch")
-    distill(checked, source=source, teacher=teacher, seed=17, out=student, scratch=build / "scratch")
+    taught, pruned = build / "teach", build / "prune"
+    teach(checked, source=source, teacher=teacher, out=taught, scratch=build / "scratch-teach")
+    prune(checked, source=source, teacher=teacher, out=pruned)
+    distill(checked, source=source, taught=taught, pruned=pruned, seed=17, out=student, scratch=build / "scratch")
     convert(checked, teacher=teacher, student=student, out=build / "convert")
     quantize(checked, student=student, converted=build / "convert", variant="q8_0", out=build / "q8_0")
     return root

@@ -56,7 +56,7 @@ BUDGET = {
     "finetune_epochs": "finetune.epochs",
     "distill_epochs": "distill.epochs",
     "seeds": "select.seeds",
-    "max_parameters": "distill.max_parameters",
+    "max_parameters": "prune.max_parameters",
 }
 
 

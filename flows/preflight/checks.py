@@ -15,7 +15,7 @@ def check(root: Workspace, checked: Params) -> None:
         ConfigError: names every step that cannot be done, with what to change.
     """
     kind = planned_model.architecture(checked.acquire, root)
-    found = problems(kind, checked.distill.max_parameters, checked.quantize.variants) if kind else []
+    found = problems(kind, checked.prune.max_parameters, checked.quantize.variants) if kind else []
     if found:
         raise ConfigError("this run would fail after its training: " + "; ".join(found))
 

@@ -18,14 +18,14 @@ from flows.preflight import checks, planned_model
 from flows.workspace.paths import Workspace
 from tasks import params
 from tasks.acquire import data_sources, rows, watched
-from tasks.distill import width as width_pruning
-from tasks.distill.params import Distill
-from tasks.distill.plan import pruned
 from tasks.errors import PipelineError
 from tasks.judge import gates
 from tasks.learning.params import Training
 from tasks.models import loading, sizes
 from tasks.models.sizes import Shape
+from tasks.prune import width as width_pruning
+from tasks.prune.params import Prune
+from tasks.prune.plan import pruned
 from tasks.validate.params import Validate
 from tasks.variants import VARIANTS
 
@@ -49,7 +49,7 @@ OVERHEAD_S = {
 }
 
 
-MODELS_RUN = frozenset({"acquire", "finetune", "distill", "convert", "quantize", "validate"})
+MODELS_RUN = frozenset({"acquire", "finetune", "teach", "prune", "distill", "convert", "quantize", "validate"})
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,8 @@ def expected(root: Workspace, checked: params.Params, keys: Iterable[tuple[str, 
 
 
 def _student(checked: params.Params, base: Shape) -> tuple[Shape, dict[str, int]]:
-    """What distillation leaves of the model, and the bytes of each of its files."""
-    student = pruned(base, checked.distill)
+    """What pruning leaves of the model, and the bytes of each of its files."""
+    student = pruned(base, checked.prune)
     return student, {variant: _size(variant, checked, student) for variant in checked.quantize.variants}
 
 
@@ -219,7 +219,7 @@ def _work(
 ) -> list[Work]:
     train = counted.count["train"]
     forward, training = training * FORWARD, training * TRAIN
-    taught = train + min(checked.distill.unlabelled_rows, counted.count["unlabelled"])
+    taught = train + min(checked.teach.unlabelled_rows, counted.count["unlabelled"])
     test = counted.count["test"] * counted.own
 
     def trained(rows_used: int, settings: Training, model: Shape) -> tuple[int, int, float]:
@@ -232,13 +232,16 @@ def _work(
         Work("acquire", None, None, OVERHEAD_S["acquire"] + 1.0e-7 * base.parameters),
         Work("finetune", steps, tokens, seconds),
     ]
-    steps, tokens, seconds = trained(taught, checked.distill, student)
-    calibration = _pruning(checked.distill, base, student, counted.own, forward, plain)
-    # The teacher reads and answers; four models take the test.
-    answering = 2 * base.parameters * (2 * taught * counted.own + 4 * 2 * test) / forward
     students = len(checked.select.seeds)
-    each = seconds + calibration + answering
-    found.append(Work("distill", students * steps, students * tokens, students * each))
+    read = min(taught, students * taught * checked.distill.passes(taught))  # by students of all seeds
+    answered = taught - train  # prompts that the teacher reads and answers
+    taking = 2 * base.parameters * 2 * test / forward  # of the test, by one model
+    heard = 2 * base.parameters * (read + 2 * answered) * counted.own / forward
+    found.append(Work("teach", None, None, 2 * taking + heard))
+    pruning = _pruning(checked.prune, base, student, counted.own, forward, plain)
+    found.append(Work("prune", None, None, pruning + taking))
+    steps, tokens, seconds = trained(taught, checked.distill, student)
+    found.append(Work("distill", students * steps, students * tokens, students * (seconds + taking)))
     found.append(Work("select", None, None, OVERHEAD_S["select"]))
     found.append(Work("convert", None, None, OVERHEAD_S["convert"] + 8 * base.parameters / 1e9))
     count = len(predicted)
@@ -255,7 +258,7 @@ def _work(
 
 
 def _pruning(
-    settings: Distill,
+    settings: Prune,
     base: Shape,
     student: Shape,
     tokens: int,
@@ -322,9 +325,9 @@ def _doubts(checked: params.Params, found: _Rows) -> list[str]:
         return []
     empty = [name for name in rows.SPLITS if not found.count[name]]
     doubts = [f"{' and '.join(empty)} will be empty: add rows, or change the shares of acquire.data"] if empty else []
-    wanted, there = checked.distill.unlabelled_rows, found.count[rows.UNLABELLED]
+    wanted, there = checked.teach.unlabelled_rows, found.count[rows.UNLABELLED]
     if there < wanted:
-        doubts.append(f"distill.unlabelled_rows is {wanted}, and the data has {there} unlabelled prompts")
+        doubts.append(f"teach.unlabelled_rows is {wanted}, and the data has {there} unlabelled prompts")
     settings, test = checked.validate_, found.count["test"]
     judged = {gate.name for gate in settings.gates} & {"accuracy", "accuracy_retention"}
     for name in sorted(judged) if test else ():

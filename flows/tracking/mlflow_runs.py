@@ -25,7 +25,7 @@ from tasks.params import Params
 
 FLUSH_S = 2.0
 VIEW = "workflowType=machine_learning"  # in addresses: else MLflow's pages open on traces, which are not ours
-SECTIONS = ("acquire", "task", "finetune", "distill", "select", "quantize", "validate", "package")
+SECTIONS = ("acquire", "task", "finetune", "teach", "prune", "distill", "select", "quantize", "validate", "package")
 ARTIFACTS = ("history.json", "models.json", "pruning.json", "students.json", "metrics.json", "measurements.json", "intervals.json",
              "verdict.json", "lineage.json", "bundle.json", "report.json", "MODEL_CARD.md")  # fmt: skip
 RETRY_S = 2.0  # between two attempts to reach an MLflow that is away

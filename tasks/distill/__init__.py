@@ -1,1 +1,1 @@
-"""Distill: a smaller student, pruned from the teacher, learns what the teacher answers."""
+"""Distill: the pruned teacher learns from the teacher's targets, once a seed."""

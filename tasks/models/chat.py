@@ -39,6 +39,16 @@ def read_rows(path: Path) -> list[Messages]:
     return [row["messages"] for row in jsonl.read(path)]
 
 
+def write_encoded(path: Path, rows: Sequence[Encoded]) -> None:
+    """Keep rows as token ids."""
+    jsonl.write(path, ({"ids": row.ids, "target": row.target} for row in rows))
+
+
+def read_encoded(path: Path) -> list[Encoded]:
+    """The rows that `write_encoded` kept."""
+    return [Encoded(row["ids"], row["target"]) for row in jsonl.read(path)]
+
+
 def prompt_ids(tokenizer: Any, messages: Messages, *, today: bool = False) -> list[int]:
     """Ids of a conversation that waits for the assistant, as every runtime must produce them.
 

@@ -153,8 +153,8 @@ def choose_template(tokenizer: Any, where: str) -> None:
         raise ArtifactError(f"{where}: the tokenizer has no chat template: choose an instruction-tuned model")
 
 
-def save(model: Any, tokenizer: Any, out: Path) -> None:
-    """Write a plain folder: bf16 safetensors in one file or shards, config, tokenizer.
+def save(model: Any, tokenizer: Any, out: Path, dtype: str = "bfloat16") -> None:
+    """Write a plain folder: safetensors in one file or shards, config, tokenizer.
 
     Raises:
         StageError: the disk is full.
@@ -165,7 +165,7 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     try:
-        cast(model, torch.bfloat16).save_pretrained(out)
+        cast(model, getattr(torch, dtype)).save_pretrained(out)
         tokenizer.save_pretrained(out)
         _complete(tokenizer, str(model.config.model_type), out)
         for weights in out.glob("*.safetensors"):

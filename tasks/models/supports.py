@@ -5,7 +5,7 @@ One table for all who ask: the flows before a run and in a plan, pruning when it
 
 from collections.abc import Mapping
 
-_KEEP = "set distill.max_parameters to 1.0"
+_KEEP = "set prune.max_parameters to 1.0"
 _MIXED = "its blocks are not all of one kind with attention"
 UNPRUNABLE: Mapping[str, str] = {
     "smollm3": "llama.cpp tells the blocks of a SmolLM3 that have no rotary embedding by their places (every fourth one)",

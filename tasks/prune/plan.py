@@ -2,13 +2,13 @@
 
 import math
 
-from tasks.distill.params import Distill
 from tasks.models.sizes import FUSED, Shape
+from tasks.prune.params import Prune
 
 MULTIPLE = 32  # of the channels that are kept: the blocks of the quantized types are so long
 
 
-def planned(settings: Distill, total: int, layers: int, block: int, inner: int, channel: int) -> tuple[int, int]:
+def planned(settings: Prune, total: int, layers: int, block: int, inner: int, channel: int) -> tuple[int, int]:
     """How many blocks go, and how many channels every other MLP keeps (`inner`: all).
 
     `total`, `block` and `channel` are parameters: of the model, of a block, of one channel of an MLP in its three matrices.
@@ -29,7 +29,7 @@ def planned(settings: Distill, total: int, layers: int, block: int, inner: int, 
     return (gone, kept) if kept >= MULTIPLE else (math.ceil(excess / block), inner)
 
 
-def pruned(shape: Shape, settings: Distill) -> Shape:
+def pruned(shape: Shape, settings: Prune) -> Shape:
     """What pruning leaves of a model."""
     block = sum(tensor.elements for tensor in shape.tensors if tensor.block == 0)
     gated = shape.architecture not in FUSED and any(tensor.name == "blk.0.ffn_gate.weight" for tensor in shape.tensors)

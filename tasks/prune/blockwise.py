@@ -11,37 +11,32 @@ inner layer (ReplaceMe, Shopkhoev et al., 2025). That function is fitted by ridg
 output weights: no parameter more, no training, and a student that starts near its teacher.
 """
 
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from tasks.distill.blocks import Call, calls_of, first_blocks, output_of, packed_rows, remove
-from tasks.distill.params import Distill
-from tasks.distill.plan import planned
-from tasks.distill.width import can_narrow, narrow, resize
 from tasks.errors import ConfigError
 from tasks.frame import events
-from tasks.frame.stage import need_space
 from tasks.learning import packing
 from tasks.learning.packing import pack, tokens
 from tasks.learning.training import log_probs
 from tasks.models import loading, supports
 from tasks.models.chat import Encoded
 from tasks.models.logits import head_of
+from tasks.prune.blocks import Call, calls_of, first_blocks, output_of, packed_rows, remove
+from tasks.prune.params import Prune
+from tasks.prune.plan import planned
+from tasks.prune.width import can_narrow, narrow
 
 RIDGE = 0.05  # of the mean square of the inner layer: 0.01 fits the rows better, and all others worse
 
 
-def prune(
-    model: Any, calibration: Sequence[Encoded], fitted: Sequence[Encoded], settings: Distill, record: Path
-) -> dict[str, Any]:
+def prune(model: Any, calibration: Sequence[Encoded], fitted: Sequence[Encoded], settings: Prune) -> dict[str, Any]:
     """Remove blocks, then channels of the MLPs, in place until the model has at most `max_parameters` of its parameters.
 
     `calibration` decides which blocks; `fitted` are the rows on which the loss of each is made good, none: it is not.
     Returns `blocks`, one entry a removal: the block's index in the original model, its influence, the calibration loss
     (nats a token) without it and with that made good, and the losses of all candidates; and `channels`: how many each MLP
-    kept, of how many, and the share of each block's output that was lost. `record` makes a rerun cheap.
+    kept, of how many, and the share of each block's output that was lost.
 
     Raises:
         ConfigError: even one block would be too large, or this architecture cannot lose any.
@@ -59,21 +54,18 @@ def prune(
     gone, channels = planned(settings, total, len(layers), block, inner, 3 * model.config.hidden_size)
     if gone >= len(layers):
         raise ConfigError(
-            f"distill.max_parameters is {settings.max_parameters}, but embeddings and head alone are {1 - len(layers) * block / total:.2f} of this model: raise it"
+            f"prune.max_parameters is {settings.max_parameters}, but embeddings and head alone are {1 - len(layers) * block / total:.2f} of this model: raise it"
         )
-    if record.is_file():
-        return _repeat(model, record)
     history = _remove_blocks(model, calibration, fitted, settings, gone)
     found: dict[str, Any] = {"blocks": history, "channels": None}
     if channels < inner:
         lost = narrow(model, fitted or calibration, channels)
         found["channels"] = {"kept": channels, "of": inner, "lost": [round(each, 5) for each in lost]}
-    _keep(model, record, found)
     return found
 
 
 def _remove_blocks(
-    model: Any, calibration: Sequence[Encoded], fitted: Sequence[Encoded], settings: Distill, gone: int
+    model: Any, calibration: Sequence[Encoded], fitted: Sequence[Encoded], settings: Prune, gone: int
 ) -> list[dict[str, Any]]:
     """Take out so many blocks, each time the one that is missed least."""
     import torch
@@ -113,30 +105,6 @@ def _remove_blocks(
             ready.forget(position)
             advance(note=f"loss {loss:.3f}")
     return history
-
-
-def _keep(model: Any, record: Path, found: dict[str, Any]) -> None:
-    """Write what `_repeat` reads; the file that says it is complete comes last."""
-    from safetensors.torch import save_file
-
-    weights = {name: weight.contiguous() for name, weight in model.get_decoder().state_dict().items()}
-    need_space(record.parent, sum(weight.nbytes for weight in weights.values()))
-    save_file(weights, record.with_suffix(".safetensors"))
-    record.with_suffix(".new").write_text(json.dumps(found))
-    record.with_suffix(".new").rename(record)
-
-
-def _repeat(model: Any, record: Path) -> dict[str, Any]:
-    """What a run that was killed later had pruned."""
-    from safetensors.torch import load_file
-
-    found: dict[str, Any] = json.loads(record.read_text())
-    for entry in found["blocks"]:
-        remove(model, entry["position"])
-    if found["channels"]:
-        resize(model, found["channels"]["kept"])
-    model.get_decoder().load_state_dict(load_file(record.with_suffix(".safetensors")))
-    return found
 
 
 def _before(model: Any, position: int) -> Any | None:

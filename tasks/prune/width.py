@@ -10,11 +10,11 @@ the last, each on what the narrowed ones before it hand on. No training, no labe
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.distill.blocks import calls_of, output_of, packed_rows
 from tasks.frame import events
 from tasks.learning import packing
 from tasks.learning.packing import Packed, tokens
 from tasks.models.chat import Encoded
+from tasks.prune.blocks import calls_of, output_of, packed_rows
 
 RIDGE = 0.01  # of the mean square of the inner channels
 STEP = 64  # channels that go before the rest is weighed again
@@ -29,15 +29,6 @@ def can_narrow(model: Any) -> bool:
         and layer.mlp.down_proj.in_features == model.config.intermediate_size
         for layer in layers
     )
-
-
-def resize(model: Any, kept: int) -> None:
-    """Give every MLP `kept` inner channels of weights that are to be loaded."""
-    import torch
-
-    for layer in model.get_decoder().layers:
-        _keep_channels(layer.mlp, torch.arange(kept, device=layer.mlp.down_proj.weight.device))
-    model.config.intermediate_size = kept
 
 
 def narrow(model: Any, rows: Sequence[Encoded], kept: int) -> list[float]:

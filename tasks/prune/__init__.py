@@ -1,0 +1,1 @@
+"""Prune: the teacher without its least important blocks and channels, as the start of every student."""
