@@ -15,7 +15,7 @@ export OLIVE_DISABLE_TELEMETRY = 1
 export ORT_TELEMETRY_DISABLED = 1
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: quick run up setup test test-all lint format constraints clean
+.PHONY: quick run up setup test test-all lint format docs constraints clean
 
 quick: setup  ## a first result: the whole pipeline with little of everything, in a worktree (params.yaml stays as it is)
 	$(BIN)/slmops run --worktree --set @recipes/quick.yaml
@@ -46,6 +46,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: setup  ## the pages that are made from the code: parameters, their schemas, the command line
+	$(BIN)/python -m docs.reference
 
 constraints: setup  ## pin what is installed now
 	infra/constraints.sh

@@ -37,27 +37,45 @@ class Machine(Section):
     """How this machine is used. Not part of any stage's identity: it changes no result."""
 
     runner: Literal["threads", "dask"] = Field(
-        "threads", description="dask: on the cluster of DASK_SCHEDULER_ADDRESS, or on processes of this machine"
+        "threads",
+        description="Where stages run. `threads`: on this machine. `dask`: on the cluster that DASK_SCHEDULER_ADDRESS names, "
+        "else in processes of this machine.",
     )
-    parallel: Positive = Field(2, description="variants worked on at once, on each machine")
-    retries: Annotated[int, Field(ge=0)] = 1
+    parallel: Positive = Field(2, description="How many variants are worked on at once, on each machine.")
+    retries: Annotated[int, Field(ge=0)] = Field(
+        1,
+        description="How often a stage is tried again after an error that may pass. A wrong parameter is not such an error.",
+    )
     keep_runs: Positive = Field(
-        5, description="worktrees of finished runs that are kept, and of stopped ones; older ones are removed"
+        5,
+        description="How many worktrees of finished runs are kept, and as many of stopped ones. Older ones are removed, but none "
+        "that works or waits for approval.",
     )
 
 
 class Release(Section):
     """Who may release what passed. Not part of any stage's identity: it changes no result."""
 
-    approval: Literal["manual", "auto"] = Field("manual", description="auto: the policy may release, without a person")
-    margin: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="accuracy by which the policy wants the champion beaten, on the same test rows; 0: not worse"
+    approval: Literal["manual", "auto"] = Field(
+        "manual",
+        description="Who releases. `manual`: a person. `auto`: the policy, where the version beats the champion by `margin`.",
     )
-    expires_hours: Annotated[float, Field(gt=0)] = Field(72.0, description="until a question for approval lapses")
-    separate_duties: bool = Field(False, description="who started a run may not approve it; names are taken as given")
+    margin: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Accuracy by which a version must beat the champion to be released without a person, as a share of the "
+        "same test rows (0.01: one point). 0: it must not be worse.",
+    )
+    expires_hours: Annotated[float, Field(gt=0)] = Field(
+        72.0, description="Hours after which a version that nobody approved or rejected is recorded as rejected."
+    )
+    separate_duties: bool = Field(
+        False, description="Whether the person who started a run is kept from approving it. Names are taken as given."
+    )
 
 
 class Params(Section):
+    """Every value of the pipeline, one section a stage."""
+
     acquire: Acquire
     task: Task = Task()
     finetune: Finetune

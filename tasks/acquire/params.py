@@ -7,76 +7,100 @@ from pydantic import Field, model_validator
 
 from tasks.schema import Commit, Positive, Section, Share
 
+_SOURCE = "Names this source."
+_REPO = "Repository of the Hub, as owner/name."
+_CARD = "SPDX id of the licence, instead of the one that the repository's README.md names."
+
 
 class PackageModel(Section):
     """A GGUF model inside an installed Python distribution."""
 
-    source: Literal["package"]
-    distribution: str
-    file: str = "*.gguf"
-    licence: str | None = None
+    source: Literal["package"] = Field(description=_SOURCE)
+    distribution: str = Field(description="Name of the installed distribution, as pip knows it.")
+    file: str = Field(
+        "*.gguf", description="Name or pattern of the file. Exactly one file of the distribution matches it."
+    )
+    licence: str | None = Field(
+        None, description="SPDX id of the model's licence, instead of the one that the file or its distribution states."
+    )
 
 
 class GgufModel(Section):
     """A GGUF file, de-quantised."""
 
-    source: Literal["gguf"]
-    path: Path
-    licence: str | None = None
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    source: Literal["gguf"] = Field(description=_SOURCE)
+    path: Path = Field(description="The file. It lies in `acquire.watch`.")
+    licence: str | None = Field(
+        None, description="SPDX id of the model's licence, instead of the one that the file states."
+    )
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None, description="Checksum that the file must have, 64 hex digits. None: it is not checked."
+    )
 
 
 class LocalModel(Section):
     """A Hugging Face model folder on disk."""
 
-    source: Literal["local"]
-    path: Path
-    licence: str | None = None
+    source: Literal["local"] = Field(description=_SOURCE)
+    path: Path = Field(
+        description="The folder, with configuration, safetensors and tokenizer. It lies in `acquire.watch`."
+    )
+    licence: str | None = Field(
+        None, description="SPDX id of the model's licence, instead of the one that the folder's README.md names."
+    )
 
 
 class HubModel(Section):
     """A model repository of the Hugging Face Hub at one commit. The token comes from HF_TOKEN."""
 
-    source: Literal["hub"]
-    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    source: Literal["hub"] = Field(description=_SOURCE)
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] = Field(description=_REPO)
     revision: Commit
-    licence: str | None = Field(None, description="instead of the one that the repository's card names")
+    licence: str | None = Field(None, description=_CARD)
 
 
 class Splitting(Section):
     """How a single file of rows is split; where there is a file per split these are not used."""
 
-    validation: Share = 0.1
-    test: Share = 0.15
-    seed: int = 17
+    validation: Share = Field(0.1, description="Share of the rows that become the validation split.")
+    test: Share = Field(0.15, description="Share of the rows that become the test split.")
+    seed: int = Field(17, description="Seed that decides which rows go to which split.")
 
 
 class LocalData(Splitting):
     """Rows as JSONL, JSON, CSV or Parquet: one file (split here) or a folder with train/validation/test[/unlabelled]."""
 
-    source: Literal["local"]
-    path: Path
-    unlabelled: Path | None = None
-    text: Path | None = Field(None, description="plain text for perplexity and KLD; none: the test conversations")
-    licence: str | None = None
+    source: Literal["local"] = Field(description=_SOURCE)
+    path: Path = Field(description="The file or folder. It lies in `acquire.watch`.")
+    unlabelled: Path | None = Field(
+        None,
+        description="File of prompts without answers, for `distill.unlabelled_rows`. None: those of the folder, if any.",
+    )
+    text: Path | None = Field(
+        None,
+        description="UTF-8 text on which perplexity and KLD are measured. None: they are measured on the test rows.",
+    )
+    licence: str | None = Field(
+        None, description="SPDX id of the data's licence, instead of the one that the folder's README.md names."
+    )
 
 
 class HubData(Splitting):
     """A data set repository of the Hub at one commit, holding the same files as a local folder."""
 
-    source: Literal["hub"]
-    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    source: Literal["hub"] = Field(description=_SOURCE)
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] = Field(description=_REPO)
     revision: Commit
-    licence: str | None = Field(None, description="instead of the one that the repository's card names")
+    licence: str | None = Field(None, description=_CARD)
 
 
 class Most(Section):
-    """Rows used of a split at most, the first ones; all where it says nothing."""
+    """How many rows of each split are used at most, from its beginning."""
 
-    train: Positive | None = None
-    validation: Positive | None = None
-    test: Positive | None = None
-    unlabelled: Positive | None = None
+    train: Positive | None = Field(None, description="Rows to train on. None: all.")
+    validation: Positive | None = Field(None, description="Rows for early stopping and choices. None: all.")
+    test: Positive | None = Field(None, description="Rows that the verdict rests on. None: all.")
+    unlabelled: Positive | None = Field(None, description="Prompts without answers. None: all.")
 
     def of(self, split: str) -> int | None:
         limit: int | None = getattr(self, split)
@@ -84,15 +108,23 @@ class Most(Section):
 
 
 class Acquire(Section):
-    watch: Path = Field(description="the folder or file that DVC watches: every local input lies in it")
-    model: Annotated[PackageModel | GgufModel | LocalModel | HubModel, Field(discriminator="source")]
-    data: Annotated[LocalData | HubData, Field(discriminator="source")]
-    near_duplicate: Annotated[float, Field(ge=0.1, le=1)] = Field(
-        0.95, description="character 5-gram Jaccard similarity at which two prompts count as one"
+    """Where the model and the data come from, and what of them is used."""
+
+    watch: Path = Field(description="Folder or file that DVC watches for changes. Every local input lies in it.")
+    model: Annotated[PackageModel | GgufModel | LocalModel | HubModel, Field(discriminator="source")] = Field(
+        description="The open model to start from."
     )
-    most: Most = Field(Most(), description="of each split")
+    data: Annotated[LocalData | HubData, Field(discriminator="source")] = Field(description="The rows of the task.")
+    near_duplicate: Annotated[float, Field(ge=0.1, le=1)] = Field(
+        0.95,
+        description="Similarity from which on two prompts count as the same one: the Jaccard index of their character 5-grams. "
+        "Splits must share no prompt. 1: only equal prompts count.",
+    )
+    most: Most = Field(Most(), description="How many rows of each split are used at most.")
     licences: tuple[str, ...] = Field(
-        (), description="licences that may be used, as SPDX ids; empty: any, but recorded"
+        (),
+        description="SPDX ids of the licences that model and data may have. A model of unknown licence is refused, too. "
+        "Empty: any licence is taken, and recorded.",
     )
 
     @property

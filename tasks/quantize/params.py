@@ -15,13 +15,18 @@ else:
     Options = create_model(
         "Options",
         __base__=Section,
+        __doc__="Keys of each quantizer that has options.",
         **{each.name: (each.options, each.options()) for each in QUANTIZERS.values() if each.options},
     )
 
 
 class Quantize(Section):
-    variants: Annotated[tuple[VariantName, ...], Field(min_length=1)]
-    options: Options = Field(Options(), description="of each quantizer that has some")
+    """Which files are made of the student."""
+
+    variants: Annotated[tuple[VariantName, ...], Field(min_length=1)] = Field(
+        description="Variants to make, each once. Every one is validated and judged."
+    )
+    options: Options = Field(Options(), description="Options of each quantizer that has some.")
 
     def of(self, quantizer: str) -> Any:
         """The options of a quantizer; None where it has none."""

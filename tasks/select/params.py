@@ -8,10 +8,10 @@ from tasks.schema import Section, Seed
 
 
 class Select(Section):
-    """Chance has a share in what a student becomes: of several, the one that goes on."""
+    """How many students are trained. Chance has a share in what a student becomes, so the best of several goes on."""
 
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = Field(
-        (17,), description="one student each; that of the least validation loss goes on"
+        (17,), description="Seeds, all different, one student each. The student of the least validation loss goes on."
     )
 
     @model_validator(mode="after")

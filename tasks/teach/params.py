@@ -8,8 +8,15 @@ from tasks.schema import Positive, Section
 
 
 class Teach(Section):
-    unlabelled_rows: Annotated[int, Field(ge=0)] = Field(0, description="unlabelled prompts that the teacher answers")
-    top_k: Positive = Field(32, description="teacher targets kept per token; the rest is one tail mass")
+    """What the teacher says, once for all students."""
+
+    unlabelled_rows: Annotated[int, Field(ge=0)] = Field(
+        0, description="Prompts without answers that the teacher answers, for the student to learn from. 0: none."
+    )
+    top_k: Positive = Field(
+        32,
+        description="Tokens of the teacher's distribution kept at each position, the likeliest. The others count as one.",
+    )
     temperature: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="of the targets, and of the student against them"
+        1.0, description="Temperature at which the student matches the teacher's distribution. Above 1: a flatter one."
     )

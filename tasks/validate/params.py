@@ -16,9 +16,12 @@ else:
 class Gate(Section):
     """One rule on one number of a variant: give exactly one of the two limits."""
 
-    name: MetricName
-    at_least: float | None = None
-    at_most: float | None = None
+    name: MetricName = Field(description="The number that the rule is about.")
+    at_least: float | None = Field(
+        None,
+        description="Least value that passes: a share of 1, a ratio, bytes, seconds or tokens/s, as the number is.",
+    )
+    at_most: float | None = Field(None, description="Largest value that passes, in the same unit.")
 
     @model_validator(mode="after")
     def _one_limit(self) -> "Gate":
@@ -28,10 +31,20 @@ class Gate(Section):
 
 
 class Validate(Section):
-    context: Annotated[int, Field(ge=8)] = Field(512, description="tokens of a perplexity window")
-    windows: Positive = Field(12, description="windows scored at most")
-    bootstrap: Annotated[int, Field(ge=100)] = 2000
-    max_half_width: Share = Field(0.03, description="a wider 95 % interval around a limit means: too few samples")
-    repeats: Annotated[int, Field(ge=3)] = Field(20, description="latency samples after warm-up")
-    gates: tuple[Gate, ...]
-    seed: int = 17
+    """What is measured of each variant, and what it must hold to pass."""
+
+    context: Annotated[int, Field(ge=8)] = Field(512, description="Tokens of a window for perplexity and KLD.")
+    windows: Positive = Field(12, description="Windows that are scored, at most.")
+    bootstrap: Annotated[int, Field(ge=100)] = Field(
+        2000, description="Resamples of the test rows from which the 95 % intervals of accuracy are taken."
+    )
+    max_half_width: Share = Field(
+        0.03,
+        description="Largest half width of a 95 % interval that holds a gate's limit (0.03: 3 points). With a wider one the gate is "
+        "undecided: the test rows are too few.",
+    )
+    repeats: Annotated[int, Field(ge=3)] = Field(
+        20, description="How often the time to the first token is measured, after a warm-up."
+    )
+    gates: tuple[Gate, ...] = Field(description="Rules that a variant must hold to pass, the same for all variants.")
+    seed: int = Field(17, description="Seed of the bootstrap.")
