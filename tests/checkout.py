@@ -200,7 +200,7 @@ def make_toy(root: Path) -> Path:
     (root / "data" / "rows" / "train.jsonl").write_text("{}\n")
     make(root, raw)
     for stage, body in BODIES.items():
-        (root / "tasks" / stage / "__init__.py").write_text(TOY.format(stage=stage, body=body))
+        (root / "tasks" / stage / "stage.py").write_text(TOY.format(stage=stage, body=body))
     commit(root)
     return root
 

@@ -218,7 +218,7 @@ def test_one_failing_variant_stops_only_what_needs_it(toy: Path) -> None:
 
 
 def test_a_bug_in_a_stage_is_told_with_its_log(toy: Path) -> None:
-    (toy / "tasks" / "finetune" / "__init__.py").write_text("def finetune(params, **rest):\n    os.getcwd()\n")
+    (toy / "tasks" / "finetune" / "stage.py").write_text("def finetune(params, **rest):\n    os.getcwd()\n")
     done = run_toy(toy, "--set", "machine.retries=0", "--name", "bug")
     assert done.returncode == 1
     assert "finetune ended with exit code 1" in done.stderr
@@ -229,7 +229,7 @@ def test_a_bug_in_a_stage_is_told_with_its_log(toy: Path) -> None:
 @pytest.mark.parametrize(
     ("end", "family", "words"),
     [
-        ("ctypes.string_at(0)", BrokenRuntimeError, ["SIGSEGV", "tasks/acquire/__init__.py", "slmops doctor"]),
+        ("ctypes.string_at(0)", BrokenRuntimeError, ["SIGSEGV", "tasks/acquire/stage.py", "slmops doctor"]),
         ("os.kill(os.getpid(), 9)", StageError, ["SIGKILL", "memory", "run again"]),
     ],
 )
@@ -237,7 +237,7 @@ def test_a_stage_that_ends_by_a_signal_is_told_as_that(
     toy: Path, monkeypatch: pytest.MonkeyPatch, end: str, family: type[Exception], words: list[str]
 ) -> None:
     code = f"import ctypes, os\n\ndef acquire(params, **rest):\n    {end}\n"
-    (toy / "tasks" / "acquire" / "__init__.py").write_text(code)
+    (toy / "tasks" / "acquire" / "stage.py").write_text(code)
     for name, value in environment(toy).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(PipelineError) as told:
