@@ -135,6 +135,39 @@ def test_texts_are_never_markup(tmp_path: Path):
     assert HOSTILE in "".join(page.text)
 
 
+def hostile(where: str) -> str:
+    return f'"><script>{where}</script>'
+
+
+def spoil_package(package: Path) -> None:
+    """Put hostile text wherever a package may hold text."""
+    report = json.loads((package / "report.json").read_text())
+    spoilt = report["variants"].pop("q4_0")
+    spoilt["verdict"]["verdict"] = hostile("verdict")
+    spoilt["verdict"]["checks"][0] |= {"name": hostile("check"), "direction": hostile("direction")}
+    spoilt["metrics"][hostile("metric")] = 7
+    spoilt["metrics"]["per_group"][hostile("class")] = 0.5
+    report |= {"reason": hostile("reason"), "variants": {hostile("variant"): spoilt} | report["variants"]}
+    (package / "report.json").write_text(json.dumps(report))
+    whole = bundle.load(package)
+    evaluation = whole.evaluation["q4_k_m"].model_copy(update={"verdict": hostile("chosen verdict")})
+    changes = {
+        "runtimes": {hostile("runtime"): hostile("version")},
+        "licence": bundle.Licence(model=hostile("model licence"), data=hostile("data licence")),
+        "lineage": {hostile("part"): {hostile("key"): hostile("fact")}},
+        "created_from": {hostile("role"): hostile("digest")},
+        "evaluation": whole.evaluation | {"q4_k_m": evaluation},
+    }
+    bundle.write(package, whole.model_copy(update=changes))
+
+
+def test_hostile_text_is_escaped_in_a_plot(tmp_path: Path):
+    package, student = sample(tmp_path)
+    spoil_package(package)
+    for _, svg in plots(package, student).values():
+        assert {each.tag.partition("}")[2] for each in ElementTree.fromstring(svg).iter()}.isdisjoint({"script"})
+
+
 def test_every_variant_metric_and_model_is_told(tmp_path: Path):
     _, page = written(tmp_path)
     text = " ".join(page.text)
