@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_report import sample
 
 from tasks import params
 from tasks.acquire.params import Acquire
@@ -269,7 +270,7 @@ def test_a_stage_cannot_read_a_section_that_it_did_not_declare() -> None:
 # --- the wheel -------------------------------------------------------------------------------------
 
 
-def test_the_wheel_holds_every_module_and_each_can_be_imported(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_module_and_the_files_of_the_report(tmp_path: Path) -> None:
     """Apart from the checkout: what is imported lies in the installed wheel, and everything else where it is installed."""
     source, wheels, place = tmp_path / "source", tmp_path / "wheels", tmp_path / "place"
     for name in ("tasks", "flows"):
@@ -282,13 +283,19 @@ def test_the_wheel_holds_every_module_and_each_can_be_imported(tmp_path: Path) -
     (wheel,) = wheels.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(place), str(wheel)], check=True)
     names = [module(path) for path in (*TASKS, *FLOWS) if path.stem != "__main__"]
+    package, student = map(str, sample(tmp_path / "run"))
     code = f"""
-import importlib, sys
+import importlib, pathlib, sys
 sys.path += [{str(place)!r}, *{[each for each in sys.path if "site-packages" in each]!r}]
 for name in {names!r}:
     made = importlib.import_module(name)
     assert made.__file__.startswith({str(place)!r}), made.__file__
+page = importlib.import_module("flows.report.page")
+package, student = pathlib.Path({package!r}), pathlib.Path({student!r})
+page.write_report(package, student, pathlib.Path("report.html"))
+assert page.plots(package, student)
 """
     command = [sys.executable, "-I", "-S", "-c", code]  # -S: without the .pth files, which lead to the checkout
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "<h1>q4_k_m " in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -9,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from flows.report import charts
-from flows.report.page import plots, write_report
+from flows.report.page import HERE, plots, write_report
 from tasks import metrics, params
 from tasks.errors import ArtifactError
 from tasks.package import bundle
@@ -140,6 +142,76 @@ def test_texts_are_never_markup(tmp_path: Path):
     assert HOSTILE in "".join(page.text)
 
 
+def hostile(where: str) -> str:
+    return f'"><script>{where}</script>'
+
+
+def spoil_package(package: Path) -> None:
+    """Put hostile text wherever a package may hold text."""
+    report = json.loads((package / "report.json").read_text())
+    spoilt = report["variants"].pop("q4_0")
+    spoilt["verdict"]["verdict"] = hostile("verdict")
+    spoilt["verdict"]["checks"][0] |= {"name": hostile("check"), "direction": hostile("direction")}
+    spoilt["metrics"][hostile("metric")] = 7
+    spoilt["metrics"]["per_group"][hostile("class")] = 0.5
+    report |= {"reason": hostile("reason"), "variants": {hostile("variant"): spoilt} | report["variants"]}
+    (package / "report.json").write_text(json.dumps(report))
+    whole = bundle.load(package)
+    evaluation = whole.evaluation["q4_k_m"].model_copy(update={"verdict": hostile("chosen verdict")})
+    changes = {
+        "runtimes": {hostile("runtime"): hostile("version")},
+        "licence": bundle.Licence(model=hostile("model licence"), data=hostile("data licence")),
+        "lineage": {hostile("part"): {hostile("key"): hostile("fact")}},
+        "created_from": {hostile("role"): hostile("digest")},
+        "evaluation": whole.evaluation | {"q4_k_m": evaluation},
+    }
+    bundle.write(package, whole.model_copy(update=changes))
+
+
+def spoil_students(student: Path) -> None:
+    models = json.loads((student / "models.json").read_text())
+    models["base"] |= {"layers": hostile("layers"), "per_group": {hostile("class of a model"): 0.5}}
+    (student / "models.json").write_text(json.dumps(models))
+    seeds = [{"seed": hostile("seed"), "validation_loss": 0.1, "accuracy": 0.9, "chosen": True}] * 2
+    (student / "students.json").write_text(json.dumps(seeds))
+
+
+def test_hostile_text_is_escaped_wherever_it_comes_from(tmp_path: Path, tiny_params: dict):
+    package, student = sample(tmp_path / "run", name=hostile("name"))
+    spoil_package(package)
+    spoil_students(student)
+    tiny_params["acquire"]["model"]["licence"] = hostile("params")
+    write_report(package, student, tmp_path / "r.html", params=params.check(tiny_params, "test"))
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "script" not in page.seen
+    files = "".join(path.read_text() for folder in (package, student) for path in folder.glob("*.json"))
+    places = {"params", *re.findall(r"<script>([a-z ]+)</script>", files)}
+    assert len(places) == 22
+    text = "".join(page.text)
+    assert {each for each in places if hostile(each) not in text} == set()
+
+
+def test_hostile_text_is_escaped_in_a_plot(tmp_path: Path):
+    package, student = sample(tmp_path)
+    spoil_package(package)
+    for _, svg in plots(package, student).values():
+        assert {each.tag.partition("}")[2] for each in ElementTree.fromstring(svg).iter()}.isdisjoint({"script"})
+
+
+def test_page_and_plots_have_the_style_sheet_unchanged(tmp_path: Path):
+    """Jinja2 reads the style sheet as a template, so what opens a tag of Jinja2 in it would be lost from the page."""
+    html, _ = written(tmp_path / "page")
+    css = (HERE / "report.css").read_text(encoding="utf-8")
+    assert css in html
+    assert all(css in svg for _, svg in plots(*sample(tmp_path / "plots")).values())
+
+
+def test_importing_the_page_does_not_import_the_template_engine():
+    code = "import flows.report.page, sys; print('jinja2' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_every_variant_metric_and_model_is_told(tmp_path: Path):
     _, page = written(tmp_path)
     text = " ".join(page.text)
@@ -247,6 +319,6 @@ def test_students_of_several_seeds_are_told_with_their_spread(tmp_path: Path) ->
     ]
     (student / "students.json").write_text(json.dumps(students))
     write_report(package, student, tmp_path / "r.html")
-    text = " ".join(Page((tmp_path / "r.html").read_text()).text)
+    text = " ".join(" ".join(Page((tmp_path / "r.html").read_text()).text).split())
     assert "80.0 % on average, with a standard deviation of 10.0 points" in text
     assert "seed 2 0.1000 70.0 % yes" in text

@@ -124,7 +124,7 @@ def scatter(
         lower = next(clear, y + 4)
         taken.append((x, lower))
         ring = f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="10"/>' if mark.strong else ""
-        body.append(f'{ring}<circle class="{mark.css}" cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
+        body.append(f'{ring}<circle class="{escape(mark.css)}" cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
         body.append(_text(x + beside, lower, mark.label, anchor, "strong" if mark.strong else "label"))
     return _svg(title, 256, "".join(body))
 
@@ -136,7 +136,7 @@ def bars(title: str, rows: Sequence[tuple[Mark, float]], unit: str) -> str:
     for i, (mark, value) in enumerate(rows):
         y, width = i * step + 6, (WIDTH - left - 96) * value / high
         body.append(_text(left - 10, y + 14, mark.label, "end", "strong" if mark.strong else "label"))
-        body.append(f'<rect class="{mark.css}" x="{left}" y="{y}" width="{width:.1f}" height="18" rx="3"/>')
+        body.append(f'<rect class="{escape(mark.css)}" x="{left}" y="{y}" width="{width:.1f}" height="18" rx="3"/>')
         body.append(_text(left + width + 8, y + 14, f"{number(value)} {unit}", "start"))
     return _svg(title, len(rows) * step + 8, "".join(body))
 
@@ -149,9 +149,9 @@ def spans(title: str, rows: Sequence[tuple[Mark, Sequence[float]]], unit: str) -
         y = i * step + 15
         xs = [left + (WIDTH - left - 152) * value / high for value in values]
         body.append(_text(left - 10, y + 5, mark.label, "end", "strong" if mark.strong else "label"))
-        body.append(f'<line class="span {mark.css}" x1="{xs[0]:.1f}" x2="{xs[-1]:.1f}" y1="{y}" y2="{y}"/>')
+        body.append(f'<line class="span {escape(mark.css)}" x1="{xs[0]:.1f}" x2="{xs[-1]:.1f}" y1="{y}" y2="{y}"/>')
         for j, x in enumerate(xs):
-            body.append(f'<circle class="{mark.css}" cx="{x:.1f}" cy="{y}" r="{6 - j * 1.2:.1f}"/>')
+            body.append(f'<circle class="{escape(mark.css)}" cx="{x:.1f}" cy="{y}" r="{6 - j * 1.2:.1f}"/>')
         shown = " / ".join(map(number, values))
         body.append(_text(xs[-1] + 10, y + 5, f"{shown} {unit}", "start"))
     return _svg(title, len(rows) * step + 4, "".join(body))

@@ -1,25 +1,103 @@
-"""report.html: one run on one page, self-contained. Reads what the stages wrote and computes nothing new."""
+"""report.html: one run on one page, self-contained. Reads what the stages wrote and computes nothing new.
+
+This module finds what differs from run to run, as a `Page`. report.html.jinja holds the words and their order,
+parts.html.jinja the parts that it repeats, report.css the style. Jinja2 escapes every text; only charts are markup.
+"""
 
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
-from html import escape
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from flows.report import charts, results
 from flows.report.charts import Mark
-from flows.report.style import CSS
 from tasks.errors import ArtifactError
 from tasks.metrics import METRICS, megabytes, percent, show
 from tasks.package.bundle import Bundle, bundle_digest, load
 from tasks.params import Params
 
+HERE = Path(__file__).resolve().parent
 TILES = ("accuracy", "accuracy_retention", "size_bytes", "size_ratio", "ttft_p50_s", "decode_tokens_per_s")
 MODELS = ("base", "teacher", "pruned", "control", "distilled")
 BASE = "teacher F16"
-KEY = "<p class=key>Filled: passed. Hollow: failed. Dashed: undecided. Ringed: chosen.</p>"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verdict says how one variant was judged. `told` is empty where every gate held."""
+
+    name: str
+    verdict: str
+    told: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column has a name. The column of a variant has its verdict too."""
+
+    name: str
+    verdict: str | None = None
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell shows one value as text. `shade` says how strong its colour is, from 0 to 1; None means no colour."""
+
+    text: str
+    shade: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table has a caption, columns, and rows by name."""
+
+    caption: str
+    columns: list[Column]
+    rows: list[tuple[str, list[Cell]]]
+
+
+@dataclass(frozen=True)
+class Students:
+    """This compares the students of several seeds. `mean` and `spread` describe their accuracy."""
+
+    mean: str
+    spread: str
+    table: Table
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure is a chart with its title. Its SVG is the only markup that Python hands to the template."""
+
+    title: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page holds what the template shows of a run. The template leaves out a part that is empty or None."""
+
+    name: str
+    digest: str
+    reason: str
+    chosen: Verdict | None
+    tiles: list[tuple[str, str]]
+    verdicts: list[Verdict]
+    quality: list[Figure]
+    latency: list[Figure]
+    variants: list[Table]
+    models: Table | None
+    students: Students | None
+    classes: Table | None
+    training: list[Figure]
+    facts: list[tuple[str, str]]
+    parameters: str | None
 
 
 def write_report(
@@ -35,27 +113,44 @@ def write_report(
     Raises:
         ArtifactError: a file that the page rests on is missing or damaged.
     """
+    page = _page(package_folder, student_folder, finetune_folder, params)
+    out_html.parent.mkdir(parents=True, exist_ok=True)
+    out_html.write_text(_render(page), encoding="utf-8")
+
+
+def _render(page: Page) -> str:
+    """Render the page as HTML. A name that the template misspells raises an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    templates = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    html: str = templates.get_template("report.html.jinja").render(page=page)
+    return html
+
+
+def _page(package_folder: Path, student_folder: Path, finetune_folder: Path | None, params: Params | None) -> Page:
     bundle, report = load(package_folder), _json(package_folder / "report.json")
     models = _json(student_folder / "models.json")
     variants: Mapping[str, Any] = report["variants"]
-    quality = _figures(_quality_plots(bundle, variants))
-    body = [
-        _headline(bundle, report),
-        _section("Verdicts", _verdicts(variants)),
-        _section("What next", _next(bundle, bundle_digest(package_folder))),
-        _section("Size against quality", quality + KEY if quality else ""),
-        _section("Latency", _figures(_latency_plots(bundle, variants))),
-        _section("Variants", _variant_table(bundle, variants)),
-        _section("Models", _model_table(models)),
-        _section("Students", _students(student_folder / "students.json")),
-        _section("Accuracy of each class", _class_table(models, variants)),
-        _section("Training", _figures(_curves(_histories(student_folder, finetune_folder)))),
-        _section("What it is made from", _lineage(bundle, bundle_digest(package_folder))),
-        _section("Parameters", _parameters(params)) if params else "",
-    ]
-    page = PAGE.format(title=escape(bundle.name), style=CSS, body="\n".join(filter(None, body)))
-    out_html.parent.mkdir(parents=True, exist_ok=True)
-    out_html.write_text(page, encoding="utf-8")
+    digest = bundle_digest(package_folder)
+    return Page(
+        name=bundle.name,
+        digest=digest,
+        reason=report["reason"],
+        chosen=_chosen(bundle),
+        tiles=_tiles(bundle, variants),
+        verdicts=_verdicts(variants),
+        quality=_figures(_quality_plots(bundle, variants)),
+        latency=_figures(_latency_plots(bundle, variants)),
+        variants=_variant_tables(bundle, variants),
+        models=_model_table(models),
+        students=_students(student_folder / "students.json"),
+        classes=_class_table(models, variants),
+        training=_figures(_curves(_histories(student_folder, finetune_folder))),
+        facts=_facts(bundle, digest),
+        parameters=_parameters(params) if params else None,
+    )
 
 
 def _json(path: Path) -> Any:
@@ -63,10 +158,6 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}): run that stage again, or `dvc pull`") from None
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -80,85 +171,47 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def _chip(verdict: str) -> str:
-    return f'<span class="chip {escape(verdict)}">{escape(verdict)}</span>'
+def _chosen(bundle: Bundle) -> Verdict | None:
+    return Verdict(bundle.chosen, bundle.evaluation[bundle.chosen].verdict) if bundle.chosen is not None else None
 
 
-def _headline(bundle: Bundle, report: Mapping[str, Any]) -> str:
-    reason = f"<p class=reason>{escape(report['reason'])}</p>"
+def _tiles(bundle: Bundle, variants: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The tiles show the numbers of the chosen variant that a reader looks for first."""
     if bundle.chosen is None:
-        return f"<header><p class=kicker>{escape(bundle.name)}</p><h1>Nothing passed its gates</h1>{reason}</header>"
-    chosen = report["variants"][bundle.chosen]
+        return []
+    chosen = variants[bundle.chosen]
     numbers = _flat(chosen["metrics"]) | _flat(chosen["measurements"])
     tiles = [(METRICS[name].label, METRICS[name].show(numbers[name])) for name in TILES if name in numbers]
     if bundle.minimum_ram_bytes:
         tiles.append(("Memory needed", megabytes(bundle.minimum_ram_bytes)))
-    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles)
-    return (
-        f"<header><p class=kicker>{escape(bundle.name)}</p>"
-        f"<h1>{escape(bundle.chosen)} {_chip(bundle.evaluation[bundle.chosen].verdict)}</h1>{reason}"
-        f"<dl class=tiles>{cells}</dl></header>"
-    )
+    return tiles
 
 
-def _table(caption: str, head: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]]) -> str:
-    """`head` and cells are HTML, row names are text."""
-    top = "".join(f"<th scope=col>{cell}</th>" for cell in head)
-    lines = "".join(
-        f"<tr><th scope=row>{escape(name)}</th>{''.join(cell if cell.startswith('<td') else f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for name, cells in rows
-    )
-    return (
-        f"<div class=scroll tabindex=0><table><caption>{escape(caption)}</caption>"
-        f"<thead><tr><td></td>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
-    )
+def _verdicts(variants: Mapping[str, Any]) -> list[Verdict]:
+    found = {name: variant["verdict"] for name, variant in variants.items()}
+    return [Verdict(name, verdict["verdict"], results.told(verdict)) for name, verdict in found.items()]
 
 
-def _variant_table(bundle: Bundle, variants: Mapping[str, Any]) -> str:
-    head = [
-        f'<span class="{"chosen" if name == bundle.chosen else ""}">{escape(name)}</span><br>{_chip(v["verdict"]["verdict"])}'
-        for name, v in variants.items()
+def _variant_tables(bundle: Bundle, variants: Mapping[str, Any]) -> list[Table]:
+    columns = [Column(name, v["verdict"]["verdict"], name == bundle.chosen) for name, v in variants.items()]
+    exact = [_flat(v["metrics"]) for v in variants.values()]
+    measured = [_flat(v["measurements"]) for v in variants.values()]
+    return [
+        Table("On the packaged file, the same on every machine", columns, _numbers(exact, measured=False)),
+        Table("Measured on the machine of this run", columns, _numbers(measured, measured=True)),
     ]
-    tables = []
-    for caption, key, measured in (
-        ("On the packaged file, the same on every machine", "metrics", False),
-        ("Measured on the machine of this run", "measurements", True),
-    ):
-        numbers = {name: _flat(v[key]) for name, v in variants.items()}
-        known = {name: metric.label for name, metric in METRICS.items() if metric.measured == measured}
-        others = sorted({other for each in numbers.values() for other in each} - set(known))
-        rows = [
-            (label, [escape(show(name, each.get(name))) for each in numbers.values()])
-            for name, label in {**known, **dict(zip(others, others, strict=True))}.items()
-            if any(name in each for each in numbers.values())
-        ]
-        tables.append(_table(caption, head, rows))
-    return "".join(tables)
 
 
-def _verdicts(variants: Mapping[str, Any]) -> str:
-    lines = []
-    for name, variant in variants.items():
-        told = results.told(variant["verdict"]) or "every gate held"
-        lines.append(f"<li><b>{escape(name)}</b> {_chip(variant['verdict']['verdict'])} {escape(told)}</li>")
-    return f"<ul>{''.join(lines)}</ul>"
-
-
-def _next(bundle: Bundle, digest: str) -> str:
-    if bundle.chosen is None:
-        return (
-            "<p>There is nothing to approve. Look above at what did not hold, change the recipe or the gates in "
-            "<code>params.yaml</code>, and run again: what is unchanged is not done twice.</p>"
-        )
-    name = escape(bundle.name)
-    return (
-        f"<p>The bundle <code>{digest[:12]}</code> is a version of <b>{name}</b> when it is registered (<code>slmops run</code> "
-        "does that, or <code>slmops register</code>), and the champion when it is approved:</p><ul>"
-        "<li>in Prefect, where the run was started there: open the run, <b>Resume</b>, and decide</li>"
-        f"<li>on the command line: <code>slmops history</code> tells the version, then <code>slmops approve VERSION "
-        '--by "Your Name" --reason "..."</code>, or <code>slmops reject</code> likewise</li>'
-        "<li>to take it back: <code>slmops rollback</code></li></ul>"
-    )
+def _numbers(columns: list[dict[str, float]], *, measured: bool) -> list[tuple[str, list[Cell]]]:
+    """Each number that a column has gets a row: first those of the table of metrics, then those that it does not know."""
+    found = {name for column in columns for name in column}
+    labels = {name: metric.label for name, metric in METRICS.items() if metric.measured == measured}
+    labels |= {name: name for name in sorted(found - set(labels))}
+    return [
+        (label, [Cell(show(name, column.get(name))) for column in columns])
+        for name, label in labels.items()
+        if name in found
+    ]
 
 
 def _mark(bundle: Bundle, name: str, variant: Mapping[str, Any]) -> Mark:
@@ -175,8 +228,9 @@ def plots(package_folder: Path, student_folder: Path) -> Plots:
         ArtifactError: a file that they rest on is missing or damaged.
     """
     bundle, variants = load(package_folder), _json(package_folder / "report.json")["variants"]
+    css = (HERE / "report.css").read_text(encoding="utf-8")
     found = _quality_plots(bundle, variants) | _latency_plots(bundle, variants) | _curves(_histories(student_folder))
-    return {key: (title, charts.standalone(svg, CSS)) for key, (title, svg) in found.items()}
+    return {key: (title, charts.standalone(svg, css)) for key, (title, svg) in found.items()}
 
 
 def _quality_plots(bundle: Bundle, variants: Mapping[str, Any]) -> Plots:
@@ -220,65 +274,61 @@ def _latency_plots(bundle: Bundle, variants: Mapping[str, Any]) -> Plots:
     return charted
 
 
-def _figures(charted: Plots) -> str:
-    figures = "".join(
-        f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in charted.values()
-    )
-    return f"<div class=charts>{figures}</div>" if charted else ""
+def _figures(charted: Plots) -> list[Figure]:
+    """Charts become markup here and nowhere else: `charts` escapes each text in them."""
+    return [Figure(title, Markup(svg)) for title, svg in charted.values()]
 
 
-def _model_table(models: Mapping[str, Any]) -> str:
-    known = {name: models[name] for name in MODELS if models.get(name)}
-    rows = [
-        (
-            name,
-            [
-                percent(model["accuracy"]) if model.get("accuracy") is not None else "-",
-                f"{model['parameters'] / 1e6:,.1f} M" if model.get("parameters") else "-",
-                str(model.get("layers", "-")),
-                f"{model['rows']:,}" if model.get("rows") else "-",
-            ],
-        )
-        for name, model in known.items()
+def _model_table(models: Mapping[str, Any]) -> Table | None:
+    rows = [(name, _model(models[name])) for name in MODELS if models.get(name)]
+    columns = [Column(name) for name in ("accuracy", "parameters", "layers", "test rows")]
+    return Table("Before quantization, greedy answers to the test rows", columns, rows) if rows else None
+
+
+def _model(model: Mapping[str, Any]) -> list[Cell]:
+    return [
+        Cell(percent(model["accuracy"]) if model.get("accuracy") is not None else "-"),
+        Cell(f"{model['parameters'] / 1e6:,.1f} M" if model.get("parameters") else "-"),
+        Cell(str(model.get("layers", "-"))),
+        Cell(f"{model['rows']:,}" if model.get("rows") else "-"),
     ]
-    caption = "Before quantization, greedy answers to the test rows"
-    return _table(caption, ["accuracy", "parameters", "layers", "test rows"], rows) if rows else ""
 
 
-def _students(path: Path) -> str:
+def _students(path: Path) -> Students | None:
     """The students of several seeds, and how far they are apart; nothing where there is one."""
     found = _json(path) if path.is_file() else []
     if len(found) < 2:
-        return ""
-    rows = [
-        (
-            f"seed {each['seed']}",
-            [f"{each['validation_loss']:.4f}", percent(each["accuracy"]), "yes" if each["chosen"] else ""],
-        )
-        for each in found
-    ]
+        return None
+    columns = [Column(name) for name in ("validation loss", "accuracy on the test rows", "goes on")]
+    rows = [(f"seed {each['seed']}", _student(each)) for each in found]
     accuracies = [each["accuracy"] for each in found]
-    mean, spread = statistics.fmean(accuracies), statistics.stdev(accuracies)
-    text = (
-        f"<p>They differ in which training rows they saw, and in what order: {percent(mean)} on average, with a standard deviation of "
-        f"{100 * spread:.1f} points. The least validation loss decides which one goes on; the test rows have no part in it.</p>"
+    return Students(
+        mean=percent(statistics.fmean(accuracies)),
+        spread=f"{100 * statistics.stdev(accuracies):.1f}",
+        table=Table("One student a seed", columns, rows),
     )
-    return text + _table("One student a seed", ["validation loss", "accuracy on the test rows", "goes on"], rows)
 
 
-def _class_table(models: Mapping[str, Any], variants: Mapping[str, Any]) -> str:
-    columns = {name: models[name].get("per_group") for name in MODELS if models.get(name)}
-    columns |= {name: v["metrics"].get("per_group") for name, v in variants.items()}
-    groups = {name: column for name, column in columns.items() if column}
+def _student(student: Mapping[str, Any]) -> list[Cell]:
+    return [
+        Cell(f"{student['validation_loss']:.4f}"),
+        Cell(percent(student["accuracy"])),
+        Cell("yes" if student["chosen"] else ""),
+    ]
+
+
+def _class_table(models: Mapping[str, Any], variants: Mapping[str, Any]) -> Table | None:
+    found = {name: models[name].get("per_group") for name in MODELS if models.get(name)}
+    found |= {name: v["metrics"].get("per_group") for name, v in variants.items()}
+    groups = {name: column for name, column in found.items() if column}
     names = sorted({group for column in groups.values() for group in column})
-    rows = [(group, [_shade(column.get(group)) for column in groups.values()]) for group in names]
-    return _table("Right answers in percent; a stronger shade is better", map(escape, groups), rows) if rows else ""
+    rows = [(name, [_shaded(column.get(name)) for column in groups.values()]) for name in names]
+    columns = [Column(name) for name in groups]
+    return Table("Right answers in percent; a stronger shade is better", columns, rows) if rows else None
 
 
-def _shade(value: float | None) -> str:
-    if value is None:
-        return "<td>-</td>"
-    return f'<td class=shade style="--v:{value:.2f}">{value * 100:.0f}</td>'
+def _shaded(value: float | None) -> Cell:
+    return Cell("-") if value is None else Cell(f"{value * 100:.0f}", shade=f"{value:.2f}")
 
 
 def _histories(student_folder: Path, finetune_folder: Path | None = None) -> dict[str, Any]:
@@ -302,41 +352,24 @@ def _curves(histories: Mapping[str, list[Mapping[str, float]]]) -> Plots:
     return charted
 
 
-def _lineage(bundle: Bundle, digest: str) -> str:
-    facts = [("bundle digest", digest), ("licence of the model", bundle.licence.model)]
-    facts += [("licence of the data", bundle.licence.data)]
+def _facts(bundle: Bundle, digest: str) -> list[tuple[str, str]]:
+    """The facts say what the bundle is made from."""
+    licence = bundle.licence
+    facts = [("bundle digest", digest), ("licence of the model", licence.model), ("licence of the data", licence.data)]
     facts += [(f"runtime {name}", version) for name, version in bundle.runtimes.items()]
     for part, value in bundle.lineage.items():
-        facts += [(f"{part}.{key}", text) for key, text in _facts(value)]
-    facts += [(f"input {role}", value) for role, value in bundle.created_from.items()]
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
-    return f"<dl class=facts>{rows}</dl>"
+        facts += [(f"{part}.{key}", text) for key, text in _texts(value)]
+    return facts + [(f"input {role}", value) for role, value in bundle.created_from.items()]
 
 
-def _facts(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def _texts(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """The values of a nested mapping become text, by dotted path."""
     if not isinstance(value, Mapping):
         return [(prefix, str(value))]
-    return [pair for key, item in value.items() for pair in _facts(item, f"{prefix}.{key}" if prefix else str(key))]
+    return [pair for key, item in value.items() for pair in _texts(item, f"{prefix}.{key}" if prefix else str(key))]
 
 
 def _parameters(params: Params) -> str:
     import yaml
 
-    text = yaml.safe_dump(params.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
-    return f"<details><summary>params.yaml with every default written out</summary><pre>{escape(text)}</pre></details>"
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}: report</title>
-<style>{style}</style>
-</head>
-<body><main>
-{body}
-</main></body>
-</html>
-"""
+    return yaml.safe_dump(params.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
