@@ -27,17 +27,20 @@ def _acquire_limits(params: Params, root: Path) -> Limits:
 
 _ROWS = (
     Stage("acquire", _late("acquire"), ("acquire", "task"), sources=True, scratch=True, limits=_acquire_limits),
-    Stage("finetune", _late("finetune"), ("finetune", "task"), {"source": "acquire"}, scratch=True),
+    Stage("finetune", _late("finetune"), ("finetune", "task"), {"source": "acquire"}, scratch=True, alone=True),
     # What students share: which rows they will read is decided by seeds and by how they are trained.
     Stage(
         "teach", _late("teach"),
         ("teach", "task", "select.seeds", "distill.epochs", "distill.most_rows", "distill.batch_tokens", "distill.precision"),
-        {"source": "acquire", "teacher": "finetune"}, scratch=True,
+        {"source": "acquire", "teacher": "finetune"}, scratch=True, alone=True,
     ),
-    Stage("prune", _late("prune"), ("prune", "task", "distill.precision"), {"source": "acquire", "teacher": "finetune"}),
+    Stage(
+        "prune", _late("prune"), ("prune", "task", "distill.precision"), {"source": "acquire", "teacher": "finetune"},
+        alone=True,
+    ),
     Stage(
         "distill", _late("distill"), ("distill", "task", "teach.temperature"),
-        {"source": "acquire", "taught": "teach", "pruned": "prune"}, per="seed", scratch=True,
+        {"source": "acquire", "taught": "teach", "pruned": "prune"}, per="seed", scratch=True, alone=True,
     ),
     Stage("select", _late("select"), ("select",), {"students": "distill"}),
     # HF -> F16 GGUF, once for all variants; the teacher's file is the yardstick of size and speed.

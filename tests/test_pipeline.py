@@ -263,6 +263,8 @@ def test_a_run_that_is_stopped_ends_truly(toy: Path, number: signal.Signals) -> 
         "stopped": "KILLED",
         "acquire": "FINISHED",
         "finetune": "FINISHED",
+        "teach": "FINISHED",
+        "prune": "FINISHED",
         "distill@17": "KILLED",
     }
 

@@ -161,8 +161,8 @@ def _stages(monitor: Monitor, run: str, checked: params.Params) -> None:
                     if work.key in futures or not monitor.done.keys() >= set(graph.inputs(work.key, checked)):
                         continue
                     at_work = len(futures) - len(monitor.done) - len(failures)
-                    if STAGES[work.stage].per == "seed" and (failures or at_work >= machines):
-                        continue  # beside anything, training takes many times as long: threads fight for the cores
+                    if STAGES[work.stage].alone and (failures or at_work >= machines):
+                        continue
                     futures[work.key] = future = task(work.name, checked.machine.retries).submit(work)
                     future.add_done_callback(lambda _, work=work: ended.put(work))
                 if len(monitor.done) + len(failures) == len(futures):  # what is left waits for something that failed

@@ -103,6 +103,8 @@ def reproduce(work: StageRun) -> versioning.Outcome:
         if outcome.how == "ran":
             _hold_params(work, manifest.load(folder(work.root, work.stage, work.item)).params)
         return outcome
+    except versioning.Stopped:
+        raise  # whoever stopped the run tells it
     except PipelineError as error:
         _tell(work, event="fail", text=str(error))
         raise
