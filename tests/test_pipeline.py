@@ -145,8 +145,8 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
     assert done.returncode == 0, done.stderr
     everything = ["acquire", "finetune", "teach", "prune", "distill-17", "select", "convert"]
     variants = {f"{stage}-{variant}" for stage in ("quantize", "validate", "judge") for variant in ("q8_0", "q4_0")}
-    assert started(toy)[:5] == everything
-    assert set(started(toy)[5:-1]) == variants
+    assert started(toy)[:7] == everything
+    assert set(started(toy)[7:-1]) == variants
     assert started(toy)[-1] == "package"
     assert "q4_0" in done.stderr
     assert "version 1 registered" in done.stdout
