@@ -106,8 +106,8 @@ def one_run(root: Path, values: params.Params, settings: list[str]) -> dict[str,
                 run_stage(root, settings, stage.name, *filter(None, [item]))
     (seed,) = values.select.seeds
     student = manifest.load(folder(root, "distill", str(seed))).metrics
-    names = ("retention", "teacher_accuracy", "accuracy", "parameters_ratio", "validation_loss")
-    made = {name: student[name] for name in names}
+    made = {name: student[name] for name in ("retention", "accuracy", "parameters_ratio", "validation_loss")}
+    made["teacher_accuracy"] = manifest.load(folder(root, "teach")).metrics["accuracy"]
     return made | {"files": {variant: judged(root, variant) for variant in values.quantize.variants}}
 
 
