@@ -31,7 +31,7 @@ def _silent_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shell", [False, True])
 def test_a_crash_of_native_code_is_named_and_not_tried_again(tmp_path: Path, number: int, shell: bool) -> None:
     code = 128 + number if shell else -number
-    error = crashes.told("validate@q4_0", code, DUMP, tmp_path)
+    error = crashes.error_for("validate@q4_0", code, DUMP, tmp_path)
     assert type(error) is BrokenRuntimeError
     for part in (signal.Signals(number).name, str(code), "llama_runtime.py", "slmops doctor"):
         assert part in str(error)
@@ -39,7 +39,7 @@ def test_a_crash_of_native_code_is_named_and_not_tried_again(tmp_path: Path, num
 
 
 def test_a_process_that_the_system_killed_may_run_again(tmp_path: Path) -> None:
-    error = crashes.told("distill@17", 137, "", tmp_path)
+    error = crashes.error_for("distill@17", 137, "", tmp_path)
     assert type(error) is StageError
     assert "SIGKILL" in str(error)
     assert "memory" in str(error)
@@ -51,7 +51,7 @@ def test_a_process_that_died_of_a_full_disk_is_told_as_that(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crashes, "_free", lambda place: 0 if place == tmp_path else 10**12)
-    error = crashes.told("quantize@q4_0", -number, "", tmp_path)
+    error = crashes.error_for("quantize@q4_0", -number, "", tmp_path)
     assert type(error) is DiskFullError
     assert str(tmp_path) in str(error)
 
@@ -68,13 +68,13 @@ def test_a_process_that_died_of_a_full_disk_is_told_as_that(
     ],
 )
 def test_other_ends_are_told_by_what_was_printed(tmp_path: Path, code: int, said: str, kind: type[Exception]) -> None:
-    error = crashes.told("finetune", code, said, tmp_path)
+    error = crashes.error_for("finetune", code, said, tmp_path)
     assert type(error) is kind
     assert "finetune" in str(error)
 
 
 def test_a_line_without_end_is_not_quoted_whole(tmp_path: Path) -> None:
-    assert len(str(crashes.told("finetune", 1, "x" * 100_000, tmp_path))) < 400
+    assert len(str(crashes.error_for("finetune", 1, "x" * 100_000, tmp_path))) < 400
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,6 @@ def test_a_real_crash_is_told(tmp_path: Path) -> None:
     program = "import faulthandler, ctypes; faulthandler.enable()\ndef decode(): ctypes.string_at(0)\ndecode()"
     (tmp_path / "native.py").write_text(program)
     done = subprocess.run([sys.executable, tmp_path / "native.py"], capture_output=True, text=True)
-    said = str(crashes.told("it", done.returncode, done.stderr, tmp_path))
+    said = str(crashes.error_for("it", done.returncode, done.stderr, tmp_path))
     assert "SIGSEGV" in said
     assert "native.py, line 2" in said

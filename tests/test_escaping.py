@@ -53,7 +53,7 @@ def test_the_card_holds_no_markup_of_strangers() -> None:
     )  # fmt: skip
     release = Release(
         name="m", variant="q8_0", weights=None, runtime_version="1", conversations_checked=1, adds_bos=False,
-        needs_composed=False, turns=None, dated=False, bos="", stops=(), system=f"````\n{HOSTILE}", example=[], answer="",
+        needs_composed=False, prompt_format=None, dated=False, bos="", stops=(), system=f"````\n{HOSTILE}", example=[], answer="",
         context_length=1, minimum_ram_bytes=1, licence="",
     )  # type: ignore[arg-type]  # fmt: skip
     text = card.card(made, release).split("---\n", 2)[2]

@@ -21,7 +21,7 @@ from tasks.errors import ArtifactError, ConfigError
 from tasks.finetune.stage import finetune
 from tasks.frame import stage
 from tasks.models import chat, loading
-from tasks.package import parity, turns
+from tasks.package import parity, prompt_format
 from tasks.package.stage import _context
 from tasks.prune.stage import prune
 from tasks.quantize.stage import quantize
@@ -194,7 +194,7 @@ def test_the_packaged_file_sees_the_prompts_and_stops(made: Path) -> None:
     assert parity.check(folder, tokenizer, runtime, file, [TALK[:-1]]) == len(parity.CONVERSATIONS) + 1
     assert parity.needs_composed(tokenizer, runtime) == (family(made) == "qwen3")
     # Gemma's trims texts and has no system turn: only Jinja renders it.
-    assert (turns.probe(tokenizer, parity.CONVERSATIONS.values()) is None) == (family(made) == "gemma3")
+    assert (prompt_format.probe(tokenizer, parity.CONVERSATIONS.values()) is None) == (family(made) == "gemma3")
 
 
 # --- one by one --------------------------------------------------------------------------------------

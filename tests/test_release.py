@@ -147,7 +147,7 @@ def test_a_decision_by_command_is_kept_for_the_run_that_waits_until_it_heard(
 def test_a_run_that_was_decided_on_by_command_waits_no_longer(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.deployed import approval
 
-    monkeypatch.setattr(approval, "told", str)  # there is no run's log here
+    monkeypatch.setattr(approval, "logged", str)  # there is no run's log here
     shutil.copy(DEFAULTS, root / "params.yaml")
     write_bundle(root)
     place = paths.question(root)

@@ -15,8 +15,8 @@ from package_inputs import digits_apart, to_gguf, to_onnx, trained
 from tasks.errors import ArtifactError, StageError
 from tasks.models import chat, loading
 from tasks.package import parity, target_ollama
+from tasks.package.prompt_format import PromptFormat, probe, render
 from tasks.package.release import Release
-from tasks.package.turns import Turns, probe, render
 from tasks.runtimes import llama, onnx_genai
 from tasks.runtimes.protocol import PromptReader
 
@@ -164,7 +164,7 @@ def test_special_tokens_in_a_text_are_read_as_such_by_all(tokenizer, gguf: Promp
 
 
 def run_go(template: str, messages: list[dict[str, str]]) -> str:
-    """Evaluate the part of Go's text/template that `Turns.go` writes: range, if, else if, eq, ne, and, strings."""
+    """Evaluate the part of Go's text/template that `PromptFormat.go` writes: range, if, else if, eq, ne, and, strings."""
     # An action is a quoted text, which may hold braces, or words without any.
     tokens = re.split(r'\{\{ ("(?:[^"\\]|\\.)*"|[^{}]*?) \}\}', template)
     at = 0
@@ -272,7 +272,7 @@ def test_nothing_in_a_token_writes_a_directive(tmp_path: Path, stops: list[str],
     shutil.rmtree(out, ignore_errors=True)
     release = Release(
         name="m", variant="q8_0", weights=tmp_path / "weights", runtime_version="1", conversations_checked=1, adds_bos=False,
-        needs_composed=False, turns=None, dated=False, bos="", stops=tuple(stops), system=system, example=CONVERSATION,
+        needs_composed=False, prompt_format=None, dated=False, bos="", stops=tuple(stops), system=system, example=CONVERSATION,
         answer="", context_length=64, minimum_ram_bytes=1, licence="MIT",
     )  # fmt: skip
     notes = target_ollama.ollama(release, out)
@@ -332,11 +332,11 @@ func main() {
 @pytest.mark.parametrize("template", [None, QUOTES], ids=["smollm2", "quotes"])
 def test_go_itself_renders_the_same(tokenizer, template: str | None, tmp_path: Path):
     tokenizer.chat_template = template or tokenizer.chat_template
-    turns: Turns = probe(tokenizer, parity.CONVERSATIONS.values())
+    prompt_format: PromptFormat = probe(tokenizer, parity.CONVERSATIONS.values())
     talks = list(parity.CONVERSATIONS.values())
     (tmp_path / "main.go").write_text(GO)
     found = subprocess.run(
         ["go", "run", "main.go"], cwd=tmp_path, capture_output=True, check=True,
-        input=json.dumps({"Template": turns.go(), "Talks": talks}).encode(),
+        input=json.dumps({"Template": prompt_format.go(), "Talks": talks}).encode(),
     )  # fmt: skip
     assert found.stdout.decode().split("\0")[:-1] == [render(tokenizer, talk) for talk in talks]

@@ -56,9 +56,9 @@ def released(
     asked = paths.question(root)
     if registered is None or registered.champion:  # nothing passed, or this very bundle is released already
         asked.unlink(missing_ok=True)  # by command, while the run waited
-        return told(said)
+        return logged(said)
     if policy.approval == "auto":
-        return told(decisions.auto_approve(main, registered.name, registered.version, policy.margin))
+        return logged(decisions.auto_approve(main, registered.name, registered.version, policy.margin))
     ask = partial(
         pending.ask, main, registered, policy.expires_hours, asked, flow_run=str(runtime.flow_run.id)
     )  # fmt: skip
@@ -81,7 +81,7 @@ def released(
             ask(refused=str(error))
         else:
             asked.unlink(missing_ok=True)
-            return told(line)
+            return logged(line)
 
 
 def bells() -> list[Any]:
@@ -145,7 +145,7 @@ def expire(main: MainCheckout) -> list[str]:
         found = client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=asked))) if asked else []
         for run in [run for run in found if run.state and run.state.is_crashed()]:
             client.set_flow_run_state(run.id, AwaitingRetry())
-            told(f"run {run.name} crashed while its question was open: it asks again")
+            logged(f"run {run.name} crashed while its question was open: it asks again")
     return pending.expire(main, {str(run.id) for run in found if run.state and run.state.is_failed()})
 
 
@@ -176,7 +176,7 @@ def _decide(main: MainCheckout, asked: decisions.Registered, shown: dict[str, An
     )  # fmt: skip
 
 
-def told(text: str) -> str:
+def logged(text: str) -> str:
     """Put a line into the run's log; the same line."""
     get_run_logger().info("%s", text)
     return text

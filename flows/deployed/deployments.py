@@ -174,7 +174,7 @@ def validate_only(
         chosen = checked.quantize.variants
         made = ["acquire", "select", "convert", *(versioning.address("quantize", each) for each in chosen)]
         if pulled := versioning.restore(place, *made):
-            approval.told(pulled)
+            approval.logged(pulled)
         with pipeline.opened(place, name, checked) as monitor, monitor:
             for stage in ("validate", "judge"):
                 for variant in chosen:
@@ -183,7 +183,7 @@ def validate_only(
                     )
         monitor.tracker.close("FINISHED", {"slmops.validated": run}, {}, ())
         done = [versioning.address(stage, each) for stage in ("validate", "judge") for each in chosen]
-        approval.told(versioning.push(place, *done))
+        approval.logged(versioning.push(place, *done))
         table = results.markdown(results.rows(place, checked, packaged=False))
         create_markdown_artifact(table, key="result", description=f"Validation of run {run}")
         commit = worktrees.finish(place, name, f"Validate {run}\n\n{table}")
@@ -207,7 +207,7 @@ def rollback(
     Raises:
         PipelineError: there is none, or the registry refused.
     """
-    return approval.told(decisions.rollback(_here()[0], model, by, reason))
+    return approval.logged(decisions.rollback(_here()[0], model, by, reason))
 
 
 @flow(name="expire-approvals", persist_result=True)
@@ -218,7 +218,7 @@ def expire_approvals() -> str:
     Raises:
         PipelineError: the registry or its record cannot be written.
     """
-    return approval.told("; ".join(approval.expire(_here()[0])) or "no question has expired")
+    return approval.logged("; ".join(approval.expire(_here()[0])) or "no question has expired")
 
 
 def _here() -> tuple[MainCheckout, str]:
@@ -280,7 +280,7 @@ def _model(main: MainCheckout, planned: params.Params, name: str, overlap: Overl
         except locks.Busy as busy:
             if overlap == "refuse":
                 raise
-            approval.told(f"{busy}; this run looks again every {LOOK_S} s")
+            approval.logged(f"{busy}; this run looks again every {LOOK_S} s")
             again = Scheduled(
                 name="Waiting", message=str(busy), scheduled_time=datetime.now(UTC) + timedelta(seconds=LOOK_S)
             )
@@ -296,13 +296,13 @@ def _unchanged(main: MainCheckout, place: Workspace, model: str) -> str | None:
         if yaml.safe_load(worktrees.git(main, "show", f"runs/{last}:params.yaml"))["package"]["name"] == model:
             changed = versioning.changed_since(place, worktrees.git(main, "show", f"runs/{last}:dvc.lock") + "\n")
             if changed:
-                approval.told(f"changed since run {last}: {', '.join(changed)}")
+                approval.logged(f"changed since run {last}: {', '.join(changed)}")
                 return None
             commit = worktrees.git(place, "rev-parse", "--short=12", "HEAD")
             waiting = worktrees.uncommitted(main)
             note = f"; not in that commit, so not looked at: {', '.join(waiting)}" if waiting else ""
             return f"data, model, parameters and code of commit {commit} are those of run {last}{note}"
-    approval.told(f"no run of {model} has finished yet")
+    approval.logged(f"no run of {model} has finished yet")
     return None
 
 
@@ -317,8 +317,8 @@ def _run(main: MainCheckout, place: Workspace, name: str, checked: params.Params
     artifacts.show(place, name, result.rows, result.said)
     pushed = versioning.push(place)  # before the run counts as finished, so that one that could not is taken up again
     commit = worktrees.finish(place, name, f"Run {name}\n\n{result.said}")
-    told = approval.told(f"commit {commit[:12]} on branch runs/{name}; {pushed}")
-    create_markdown_artifact(told, key="saved", description="Where what this run made is kept")
+    saved = approval.logged(f"commit {commit[:12]} on branch runs/{name}; {pushed}")
+    create_markdown_artifact(saved, key="saved", description="Where what this run made is kept")
     worktrees.retire(main, checked.machine.keep_runs)
     return approval.released(main, place, checked, result.version, result.said)
 

@@ -189,7 +189,7 @@ def _tiles(bundle: Bundle, variants: Mapping[str, Any]) -> list[tuple[str, str]]
 
 def _verdicts(variants: Mapping[str, Any]) -> list[Verdict]:
     found = {name: variant["verdict"] for name, variant in variants.items()}
-    return [Verdict(name, verdict["verdict"], results.told(verdict)) for name, verdict in found.items()]
+    return [Verdict(name, verdict["verdict"], results.misses(verdict)) for name, verdict in found.items()]
 
 
 def _variant_tables(bundle: Bundle, variants: Mapping[str, Any]) -> list[Table]:

@@ -23,7 +23,7 @@ class Row:
     verdict: str
     numbers: Mapping[str, Any]  # by the name of the metric
     chosen: bool
-    told: str  # what did not hold
+    misses: str  # what did not hold
 
     def cells(self) -> list[str]:
         """The row as text for a table, under HEADINGS."""
@@ -59,7 +59,7 @@ def rows(root: Workspace, params: Params, *, packaged: bool = True) -> list[Row]
                 verdict=verdict["verdict"],
                 numbers={**metrics, **measured},
                 chosen=variant == chosen,
-                told=told(verdict),
+                misses=misses(verdict),
             )
         )
     return found
@@ -85,12 +85,12 @@ def student(root: Workspace, gates: Sequence[Gate]) -> str:
     return f"{told}; the gates want {', '.join(below)}, so its files are not likely to pass" if below else told
 
 
-def told(verdict: Mapping[str, Any]) -> str:
+def misses(verdict: Mapping[str, Any]) -> str:
     """What did not hold of a variant's verdict, or was not decided; "" where all did."""
-    return "; ".join(_told(check) for check in failing(verdict))
+    return "; ".join(_miss(check) for check in failing(verdict))
 
 
-def _told(check: Mapping[str, Any]) -> str:
+def _miss(check: Mapping[str, Any]) -> str:
     name = str(check["name"])
     value = show(name, check["value"]) if isinstance(check.get("value"), (int, float)) else "missing"
     direction = str(check.get("direction", "limit")).replace("_", " ")
@@ -104,5 +104,5 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = ("---", "---", *("---:" for _ in COLUMNS), "---")
     head = f"| {' | '.join(HEADINGS)} |\n|{'|'.join(lines)}|"
     table = "\n".join([head, *("| " + " | ".join(row.cells()) + " |" for row in rows)])
-    open_ = "\n".join(f"- **{row.variant}** {row.verdict}: {row.told}" for row in rows if row.told)
+    open_ = "\n".join(f"- **{row.variant}** {row.verdict}: {row.misses}" for row in rows if row.misses)
     return f"{table}\n\n{open_}" if open_ else table

@@ -391,7 +391,7 @@ def _failure(text: str, told: list[Event], name: str, log: Path, root: Workspace
         return ConfigError(f"{name}: {_dvc_error(text)}: params.yaml must hold each section that dvc.yaml names")
     if "Running stage" in text:
         code = re.findall(r"exited with (-?\d+)", text)
-        return crashes.told(name, int(code[-1]) if code else 1, _stage_output(text), root, f": see {log}")
+        return crashes.error_for(name, int(code[-1]) if code else 1, _stage_output(text), root, f": see {log}")
     return StageError(f"{name}: dvc failed: {_dvc_error(text)}: see {log}")
 
 

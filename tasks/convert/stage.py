@@ -42,7 +42,7 @@ def convert(params: Params, *, teacher: Path, student: Path, out: Path) -> dict[
             for name, process in running.items():
                 log = process.communicate()[0]
                 if crashes.signal_of(process.returncode):
-                    raise crashes.told(f"llama.cpp's converter, on the {name},", process.returncode, log, out)
+                    raise crashes.error_for(f"llama.cpp's converter, on the {name},", process.returncode, log, out)
                 if process.returncode != 0:
                     raise _failure(name, folders[name], out, log)
                 require_file(out / f"{name}.gguf", "the converter ended well yet wrote no file")

@@ -30,7 +30,7 @@ def signal_of(code: int) -> signal.Signals | None:
     return signal.Signals(number) if number in set(signal.Signals) else None
 
 
-def told(what: str, code: int, said: str, place: Path, see: str = "") -> StageError | ConfigError:
+def error_for(what: str, code: int, said: str, place: Path, see: str = "") -> StageError | ConfigError:
     """The error for `what`, a process that ended with `code` after it printed `said`. `place`: where it wrote.
     `see`: a word more about where to look.
     """

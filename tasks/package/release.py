@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tasks.frame.stage import place
 from tasks.models.chat import Messages
-from tasks.package.turns import Turns
+from tasks.package.prompt_format import PromptFormat
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Release:
     conversations_checked: int  # prompts found equal between tokenizer and runtime
     adds_bos: bool  # the runtime would put the bos token before a rendered prompt
     needs_composed: bool  # the runtime reads letters apart from their accents otherwise than the tokenizer
-    turns: Turns | None  # None: only Jinja can render this model's chat template
+    prompt_format: PromptFormat | None  # None: only Jinja can render this model's chat template
     dated: bool  # the chat template writes the day
     bos: str
     stops: tuple[str, ...]  # texts of the end-of-turn tokens

@@ -19,11 +19,11 @@ from tasks.models import chat, dated, loading
 from tasks.package import bundle, card, parity
 from tasks.package.choose import Candidate, candidates, choose
 from tasks.package.params import Package
+from tasks.package.prompt_format import probe
 from tasks.package.release import Release, write
 from tasks.package.target_llama_server import llama_server
 from tasks.package.target_ollama import ollama
 from tasks.package.target_onnx_genai import onnx_genai
-from tasks.package.turns import probe
 from tasks.params import Params
 from tasks.runtimes.protocol import PromptReader
 from tasks.variants import LLAMA, ONNX_GENAI, Runtime
@@ -131,7 +131,7 @@ def _release(settings: Package, best: Candidate, model: Path, source: Path, lice
         conversations_checked=parity.check(model, tokenizer, reader, best.weights, prompts),
         adds_bos=reader.adds_bos,
         needs_composed=parity.needs_composed(tokenizer, reader),
-        turns=probe(tokenizer, parity.CONVERSATIONS.values()),
+        prompt_format=probe(tokenizer, parity.CONVERSATIONS.values()),
         dated=dated.writes_day(tokenizer.chat_template),
         bos=tokenizer.bos_token or "",
         stops=tuple(tokenizer.convert_ids_to_tokens(loading.stop_ids(model, tokenizer))),

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from tasks.frame.stage import place
 from tasks.models import dated
+from tasks.package.prompt_format import PromptFormat
 from tasks.package.release import Release, write
-from tasks.package.turns import Turns
 
 README = """# {name} ({variant}) for Ollama
 
@@ -66,8 +66,8 @@ def _quoted(text: str, always_long: bool = False) -> str | None:
     return None if '"""' in text or text.endswith('"') else f'"""{text}"""'
 
 
-def _turns(release: Release) -> tuple[Turns | None, list[str]]:
-    turns = release.turns
+def _turns(release: Release) -> tuple[PromptFormat | None, list[str]]:
+    turns = release.prompt_format
     if turns is None:
         return None, [NO_TEMPLATE.format(name=release.name)]
     if not release.adds_bos:

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from tasks.package.prompt_format import PromptFormat
 from tasks.package.release import Release, place_folder, write
-from tasks.package.turns import Turns
 
 README = """# {name} ({variant}) for ONNX Runtime GenAI
 
@@ -34,7 +34,7 @@ def onnx_genai(release: Release, out: Path) -> list[str]:
         "runtime": f"onnxruntime-genai=={release.runtime_version}",
         "context_length": release.context_length,
         "stop": list(release.stops),
-        "prompt_template": _template(release.turns) if release.turns else None,
+        "prompt_template": _template(release.prompt_format) if release.prompt_format else None,
     }
     write(out / "register.json", json.dumps(entry, indent=2, ensure_ascii=False) + "\n")
     write(out / "LICENSE", release.licence)
@@ -43,10 +43,10 @@ def onnx_genai(release: Release, out: Path) -> list[str]:
         length=release.context_length, messages=repr(release.example),
     )  # fmt: skip
     write(out / "README.md", text)
-    return [] if release.turns else [NO_TEMPLATE]
+    return [] if release.prompt_format else [NO_TEMPLATE]
 
 
-def _template(turns: Turns) -> dict[str, str]:
+def _template(prompt_format: PromptFormat) -> dict[str, str]:
     """Foundry Local's form: the text of a turn with {Content} in its place, and the prompt for an answer."""
-    around = {role: f"{before}{{Content}}{after}" for role, (before, after) in turns.around.items()}
-    return around | {"prompt": around["user"] + turns.generation}
+    around = {role: f"{before}{{Content}}{after}" for role, (before, after) in prompt_format.around.items()}
+    return around | {"prompt": around["user"] + prompt_format.generation}

@@ -134,7 +134,7 @@ def _run_olive(config: dict[str, Any], scratch: Path, out: Path) -> None:
     if "No space left on device" in done.stdout:
         raise disk_full(out)
     if crashes.signal_of(done.returncode):
-        raise crashes.told("Olive, which builds onnx-int4,", done.returncode, done.stdout, out)
+        raise crashes.error_for("Olive, which builds onnx-int4,", done.returncode, done.stdout, out)
     raise StageError(
         f"Olive cannot build onnx-int4: {_reason(done.stdout)}: leave it out of quantize.variants, or choose an architecture that ModelBuilder supports"
     )

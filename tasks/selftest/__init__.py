@@ -75,7 +75,7 @@ def check(runtime: Runtime) -> dict[str, Any]:
     full_name = f"{runtime.label} ({runtime.distribution} {_version(runtime.distribution)})"
     kernels = next((each["kernels"] for each in told if "kernels" in each), "")
     if code != 0:
-        error = crashes.told(f"{full_name}: the self-test{at}", code, said, Path(tempfile.gettempdir()))
+        error = crashes.error_for(f"{full_name}: the self-test{at}", code, said, Path(tempfile.gettempdir()))
         if isinstance(error, BrokenRuntimeError):
             raise BrokenRuntimeError(_broken(runtime, full_name, f"{_how(code, said)} in the self-test{at}", kernels))
         raise error

@@ -113,7 +113,7 @@ class _Timed:
         except (OSError, ValueError):
             code = self.process.wait()
         self.errors.seek(0)
-        raise crashes.told(f"measuring {self.file}", code, self.errors.read(), self.file.parent)
+        raise crashes.error_for(f"measuring {self.file}", code, self.errors.read(), self.file.parent)
 
     def ready(self) -> None:
         """Wait until its runtime is imported."""

@@ -17,7 +17,7 @@ _MARKS = ("mark-one", "mark-two", "mark-three", "mark-four", "mark-five")
 
 
 @dataclass(frozen=True)
-class Turns:
+class PromptFormat:
     """`opening` comes before a conversation without a system message (a default one, the bos token);
     `around` maps a role to the text before and after its content; `generation` asks for the answer."""
 
@@ -43,7 +43,7 @@ class Turns:
         each = (opening if self.opening else "") + roles + "{{ end }}"
         return f"{{{{ range $i, $m := .Messages }}}}{each}{{{{ end }}}}{_literal(self.generation)}"
 
-    def without_bos(self, bos: str) -> "Turns | None":
+    def without_bos(self, bos: str) -> "PromptFormat | None":
         """For a runtime that puts the bos token in front itself; None when the template has none there."""
         before, after = self.around["system"]
         if not self.opening.startswith(bos) or not before.startswith(bos):
@@ -58,7 +58,7 @@ def _literal(text: str) -> str:
     return text if plain else f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}"
 
 
-def probe(tokenizer: Any, conversations: Iterable[Messages]) -> Turns | None:
+def probe(tokenizer: Any, conversations: Iterable[Messages]) -> PromptFormat | None:
     """The turns of a tokenizer's chat template, or None when it does more than put text around turns."""
     from jinja2 import TemplateError
 
@@ -80,7 +80,7 @@ def render(tokenizer: Any, messages: Messages, *, generation: bool = True) -> st
     return text
 
 
-def _split(tokenizer: Any) -> Turns | None:
+def _split(tokenizer: Any) -> PromptFormat | None:
     roles = ("system", "user", "assistant", "user", "assistant")
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
     whole = render(tokenizer, messages, generation=False)
@@ -110,4 +110,4 @@ def _split(tokenizer: Any) -> Turns | None:
         "assistant": (pieces[2].removeprefix(after_user), after_assistant),
     }
     opening = alone.split(_MARKS[1])[0].removesuffix(before_user)
-    return Turns(opening, around, asked.removeprefix(alone))
+    return PromptFormat(opening, around, asked.removeprefix(alone))
