@@ -33,7 +33,7 @@ def test_a_crash_of_native_code_is_named_and_not_tried_again(tmp_path: Path, num
     code = 128 + number if shell else -number
     error = crashes.error_for("validate@q4_0", code, DUMP, tmp_path)
     assert type(error) is BrokenRuntimeError
-    for part in (signal.Signals(number).name, str(code), "llama_runtime.py", "slmops doctor"):
+    for part in (signal.Signals(number).name, str(code), "runtimes/llama.py", "slmops doctor"):
         assert part in str(error)
     assert "run again" not in str(error)
 
