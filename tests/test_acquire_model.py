@@ -569,9 +569,9 @@ def test_parameters_are_counted_from_the_configuration(kind: str, extra: dict) -
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16}
+    widths = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16}
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-    config = AutoConfig.for_model(kind, num_attention_heads=4, **({"num_key_value_heads": 2} | sizes | ids | extra))
+    config = AutoConfig.for_model(kind, num_attention_heads=4, **({"num_key_value_heads": 2} | widths | ids | extra))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert sizes.parameters(config.to_dict()) == loading.count(model)

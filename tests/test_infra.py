@@ -22,6 +22,8 @@ import yaml
 from checkout import ROOT, answers, commit, environment, free_ports, git, wait_for
 from test_servers import ask, database  # noqa: F401 (a fixture)
 
+from tasks.frame.environment import NO_TELEMETRY
+
 INFRA = ROOT / "infra"
 SECRET_NAME = re.compile(r"password|secret|token|auth|access_key", re.IGNORECASE)
 
@@ -91,7 +93,7 @@ def test_nothing_private_reaches_the_builder() -> None:
 
 def test_the_images_are_silent_unprivileged_and_hold_no_secret(build: dict) -> None:
     for name in ("server", "worker"):
-        assert environment.NO_TELEMETRY.items() <= variables(build[name]).items()
+        assert NO_TELEMETRY.items() <= variables(build[name]).items()
         assert of(build[name], "USER") == ["10001"]
         assert [word for word, _ in build[name]].index("USER") > [word for word, _ in build[name]].index("COPY")
         assert of(build[name], "ENTRYPOINT")[0].startswith('["tini"')
@@ -104,7 +106,7 @@ def test_make_starts_nothing_that_reports_to_anyone() -> None:
     exported = dict(
         line.removeprefix("export ").split(" = ") for line in lines if line.startswith("export ") and " = " in line
     )
-    assert exported == environment.NO_TELEMETRY
+    assert exported == NO_TELEMETRY
 
 
 def test_the_images_hold_the_pinned_versions_and_run_on_other_processors(build: dict) -> None:

@@ -178,7 +178,7 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
         known = {"distill-17", "quantize-q4_0", "validate-q8_0"}  # the server writes them down when it comes to it
         wait_for(lambda: known <= {name for (name,) in prefect.execute("select name from task_run")})
         pictures = dict(prefect.execute("select key, data from artifact where type = 'image'"))
-    assert "| q4_0 | pass | 0.900 |" in data
+    assert "| q4_0 | pass | 90.0 % |" in data
     assert {"size-accuracy", "first-token", "decode-speed", "fine-tuning"} <= pictures.keys()
     assert all("data:image/svg+xml;base64," in picture for picture in pictures.values())
 

@@ -190,7 +190,7 @@ def test_what_is_learned_is_each_answer_and_the_end_of_its_turn(made: Path) -> N
 
 def test_the_packaged_file_sees_the_prompts_and_stops(made: Path) -> None:
     folder, file = made / "build/distill/model", made / "build/q8_0/model.gguf"
-    tokenizer, runtime = loading.load_tokenizer(folder), parity.gguf(file)
+    tokenizer, runtime = loading.load_tokenizer(folder), llama.prompt_reader(file)
     assert parity.check(folder, tokenizer, runtime, file, [TALK[:-1]]) == len(parity.CONVERSATIONS) + 1
     assert parity.needs_composed(tokenizer, runtime) == (family(made) == "qwen3")
     # Gemma's trims texts and has no system turn: only Jinja renders it.

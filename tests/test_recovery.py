@@ -29,7 +29,7 @@ from test_servers import DEADLINE_S, Up, database, left, start, stop  # noqa: F4
 
 from flows.servers import supervise
 from flows.tracking import mlflow_store, spool
-from flows.workspace import worktrees
+from flows.workspace import paths, worktrees
 
 pytestmark = pytest.mark.slow
 TRUE_WITHIN_S = 120.0
@@ -225,7 +225,7 @@ def test_mlflow_away_during_a_run_is_told_and_gets_everything_once(toy: Path) ->
     assert said.count("MLflow answers again: delivered what had waited (") == 1
     assert {each.info.status for each in tracked(toy)} == {"FINISHED"}
     assert curve(toy, "distill@17") == WHOLE
-    assert list((toy / spool.FOLDER).iterdir()) == []
+    assert list(paths.spools(toy).iterdir()) == []
 
 
 def test_mlflow_that_stays_away_stops_the_registration_and_is_told_by_the_next_run(toy: Path) -> None:

@@ -824,7 +824,7 @@ def test_the_command_line_decides_and_verifies(
     assert slmops("approve", "1", *signed, "--even-if-rejected")[0] == 0
     registered(root, 0.8)
     shown = slmops("compare", "2")[1]
-    assert re.search(r"accuracy +0\.800 +0\.900 +-0\.100\n", shown), shown
+    assert re.search(r"Accuracy +80\.0 % +90\.0 % +-10\.0 %\n", shown), shown
     assert "the decision was on 123456789012" in slmops("approve", "2", *signed, "--bundle", "123456789012")[1]
     assert "--even-if-worse releases it all the same" in slmops("approve", "2", *signed)[1]
     digest = re.search(r"\(bundle (\w{12})\)", shown)[1]

@@ -41,7 +41,7 @@ def work(tmp_path: Path) -> Path:
 
 def dvc(root: Path, *arguments: str, ok: bool = True) -> str:
     done = subprocess.run(
-        [*dvc_python(), *arguments], cwd=root, env=versioning.environment(), capture_output=True, text=True
+        [*dvc_python(), *arguments], cwd=root, env=versioning.stage_environment(), capture_output=True, text=True
     )
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout + done.stderr

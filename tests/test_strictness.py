@@ -153,7 +153,7 @@ def test_a_form_without_gates_makes_no_run(root: Path) -> None:
 
     def planned(**form: Any) -> params.Params:
         chosen = {key.replace("_", ".", 1): value for key, value in form.items()}
-        return deployments._planned(root, "a", "HEAD", deployments._overrides(chosen))
+        return deployments._planned(root, "a", "HEAD", deployments._overrides(chosen)).params
 
     for form in ({"validate_gates": []}, {"release_approval": "auto"}, {"release_margin": -0.1}):
         with pytest.raises(ConfigError, match=next(iter(form)).replace("_", r"\.")):

@@ -17,6 +17,7 @@ import pytest
 from checkout import DEFAULTS, empty_store
 
 from flows.tracking import mlflow_runs, mlflow_store, spool
+from flows.workspace import paths
 from flows.workspace.versioning import Outcome
 from tasks import params
 from tasks.errors import ArtifactError, ConfigError, StageError
@@ -94,7 +95,7 @@ from pathlib import Path
 from flows.tracking import mlflow_store, spool, mlflow_runs
 from tasks import params
 from tasks.stages import STAGES
-tracker = tracking.Tracker(Path(sys.argv[1]), "dead", params.load(Path(sys.argv[2])), {"slmops.flow_run": "f1"})
+tracker = mlflow_runs.Tracker(Path(sys.argv[1]), "dead", params.load(Path(sys.argv[2])), {"slmops.flow_run": "f1"})
 tracker.begin(STAGES["distill"], "17")
 if sys.argv[3] == "told":
     tracker.settle(300)
@@ -130,7 +131,7 @@ def test_what_a_killed_run_left_is_told_and_closed_by_the_next(main: Path, told:
     assert runs["distill@17"].data.metrics == {"loss": 0.5}
     assert ["MLflow was told what run dead left" in text for text in said] == [True]
     assert spool.left(main) == []
-    assert list((main / spool.FOLDER).iterdir()) == []
+    assert list(paths.spools(main).iterdir()) == []
 
 
 def test_a_killed_run_that_is_taken_up_again_is_not_closed(main: Path) -> None:
@@ -253,7 +254,7 @@ def test_a_run_goes_on_without_mlflow_and_tells_it_later(main: Path, monkeypatch
     tracker.close("FINISHED", {}, {}, ())
     assert [text.split(":")[0] for text in said] == ["warning", "warning"]
     assert "does not answer" in said[0]
-    assert f"waits in {main / spool.FOLDER / 'f1'} for the next `slmops run` or `slmops up`" in said[1]
+    assert f"waits in {paths.spools(main) / 'f1'} for the next `slmops run` or `slmops up`" in said[1]
     with pytest.raises(StageError, match=r"does not answer .*waits in"):
         mlflow_store.deliver_left(main, said.append)
 
