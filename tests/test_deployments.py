@@ -172,7 +172,7 @@ def test_a_run_is_started_and_approved_over_http(servers: Servers) -> None:
     servers.decide(run, decision="approve", name="Ada", reason="passed all gates")
     servers.wait(run, "Completed")
     assert servers.aliases() == {"champion": "1"}
-    assert len(started(servers.root)) == 12  # the flow began anew, the stages did not
+    assert len(started(servers.root)) == 14  # the flow began anew, the stages did not
     assert "approve   version 1    by Ada: passed all gates" in servers.history()
     saved = servers.artifact(run, "saved")
     assert f"on branch runs/{name}" in saved

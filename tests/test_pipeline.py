@@ -187,8 +187,8 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
 
     again = run_toy(toy, "--name", "two")
     assert again.returncode == 0, again.stderr
-    assert len(started(toy)) == 12
-    assert again.stdout.count("up to date") == 12
+    assert len(started(toy)) == 14
+    assert again.stdout.count("up to date") == 14
     assert "version 1 was registered before" in again.stdout
 
 

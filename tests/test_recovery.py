@@ -245,5 +245,5 @@ def test_mlflow_that_stays_away_stops_the_registration_and_is_told_by_the_next_r
     assert again.stderr.count("MLflow was told what run gone left") == 1
     assert "version 1 registered" in again.stdout
     assert (statuses(toy, "gone"), statuses(toy, "next")) == (["FAILED"], ["FINISHED"])
-    assert len(started(toy)) == 12
+    assert len(started(toy)) == 14
     assert spool.left(toy) == []
