@@ -162,7 +162,7 @@ def test_a_run_is_started_and_approved_over_http(servers: Servers) -> None:
     question = servers.question(run)
     assert question.startswith("toys pass\n\nRelease **home-commands version 1**")
     assert "|  | version 1 |" in question
-    assert "| q4_0 | pass | 0.900 |" in question
+    assert "| q4_0 | pass | 90.0 % |" in question
     name = waiting["name"]
     effective = yaml.safe_load(git(servers.root, "show", f"runs/{name}:params.yaml"))
     assert effective["quantize"]["variants"] == ["q4_0", "q8_0"]
@@ -270,7 +270,7 @@ def test_validation_alone_trains_nothing(servers: Servers) -> None:
     run = servers.run("validate-only", {"run": made, "variants": ["q4_0"], "gates": gates})
     name = servers.wait(run, "Completed")["name"]
     assert started(servers.root)[len(before) :] == ["judge-q4_0"]  # what was measured is in the cache
-    assert "| q4_0 | pass | 0.900 |" in servers.artifact(run, "result")
+    assert "| q4_0 | pass | 90.0 % |" in servers.artifact(run, "result")
     assert yaml.safe_load(git(servers.root, "show", f"runs/{name}:params.yaml"))["validate"]["gates"] == gates
     tracked = {each["data"]["tags"]["mlflow.runName"]: each for each in servers.tracked(name)}
     assert {run: each["info"]["status"] for run, each in tracked.items()} == {

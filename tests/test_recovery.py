@@ -144,7 +144,7 @@ def test_a_run_goes_on_when_its_worker_and_its_servers_are_killed(toy: Path) -> 
         wait_for(lambda: {each.info.status for each in tracked(up.root)} == {"FINISHED"})
         assert curve(up.root, "distill@17") == WHOLE
         assert flow_runs(servers) == {"COMPLETED"}
-        assert len(started(up.root)) == 9
+        assert len(started(up.root)) == 11
     finally:
         stop(up)
 
