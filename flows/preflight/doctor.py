@@ -91,7 +91,7 @@ def examine(root: Workspace) -> Iterator[Check]:
         "disk",
         free >= FREE_DISK,
         f"{free / 1e9:.1f} GB free",
-        f"make room: {FREE_DISK / 1e9:.0f} GB are wanted; `slmops prune`; while nothing runs, `dvc gc --all-branches`",
+        f"make room: {FREE_DISK / 1e9:.0f} GB are wanted; `slmops prune`; while nothing runs, `slmops gc`",
     )
     packages = list(_packages(root))
     yield from packages
