@@ -26,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         utf8.ensure()
     args = _parser().parse_args(argv)
-
     from flows import environment
 
     environment.apply()
@@ -431,7 +430,7 @@ def _checked(args: argparse.Namespace) -> "params.Params":
     from flows.workspace import worktrees
     from tasks import params
 
-    return params.load(args.params or worktrees.find(Path()) / "params.yaml", args.overrides)
+    return params.load(args.params or paths.params_file(worktrees.find(Path())), args.overrides)
 
 
 def runs(args: argparse.Namespace) -> int:

@@ -154,7 +154,7 @@ def test_a_run_that_was_decided_on_by_command_waits_no_longer(root: Path, monkey
     place.parent.mkdir(parents=True)
     pending.ask(root, decisions.register(root, root), 1.0, place, flow_run="f")
     decisions.approve(root, NAME, "1", "Ada", "good")
-    registered, said = decisions.found(root, root)
+    registered, said = decisions.registered(root, root)
     assert "is the champion" in approval.released(root, root, params.load(DEFAULTS), registered, said)
     assert not place.exists()
 

@@ -327,5 +327,5 @@ def _resume(main: MainCheckout, name: str) -> str:
     root = paths.worktree(main, name)
     with locks.locked(root, name):
         checked = params.load(paths.params_file(root))
-        version, said = decisions.found(root, main)
+        version, said = decisions.registered(root, main)
         return approval.released(main, root, checked, version, said)

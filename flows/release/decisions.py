@@ -3,7 +3,7 @@
 The registry is MLflow's. A version points at a bundle under `registry/` of the main checkout (hard-linked, so
 that weights are on the disk once) and carries its digest; tags say what it is, aliases what is deployed:
 `candidate` (newest registered), `champion`, `previous`. A registered model belongs to one checkout: there lie its
-bundles and the record of every decision (`audit`), which the tags of model and versions mirror.
+bundles and the record of every decision (`audit_log`), which the tags of model and versions mirror.
 
 Rules: what did not pass is not registered; a version known to be worse than the champion, or rejected before, is
 approved only by someone who says so; the policy approves only what nobody has decided on. A decision is on record
@@ -12,6 +12,7 @@ MLflow's aliases say otherwise, neither the policy nor a rollback goes on, and a
 """
 
 import getpass
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tasks.package.bundle import Bundle, bundle_digest, load, verify
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 INSTEAD = "instead of version "  # in the record of a rollback
-LONGEST_NAME = 200  # characters; of a reason: audit.LONGEST
+LONGEST_NAME = 200  # characters; of a reason: audit_log.LONGEST
 POLICY = "policy"  # who approves where no person does
 
 
@@ -67,8 +68,15 @@ def register(
         ConfigError: no variant passed its gates.
         StageError: the MLflow server does not answer.
     """
+    bundle = verify(folder(root, "package"))
+    return _register(root, main, bundle, by, separate_duties=separate_duties)
+
+
+def _register(
+    root: Workspace, main: MainCheckout, bundle: Bundle, by: str | None, *, separate_duties: bool
+) -> Registered:
+    """`register` of a bundle that was verified."""
     source = folder(root, "package")
-    bundle = verify(source)
     if bundle.chosen is None:
         raise ConfigError(f"{source} is not registered: no variant passed its gates ({bundle.reason})")
     verdict = bundle.evaluation[bundle.chosen].verdict
@@ -100,21 +108,29 @@ def register(
                 client, main, "register", bundle.name, version, digest=digest, by=who, reason=bundle.reason, **known
             )
         newest = versions.aliased(client, bundle.name, CANDIDATE) or version
-        made = _registered(client, main, bundle.name, version, digest, fresh=fresh)
+        made = _registered(client, main, bundle.name, version, digest, decided, fresh=fresh)
         if not made.decided and int(newest) <= int(version):
             client.set_registered_model_alias(bundle.name, CANDIDATE, version)
         return made
 
 
-def _registered(client: Any, main: MainCheckout, name: str, version: str, digest: str, *, fresh: bool) -> Registered:
-    """A version with what was decided on it."""
-    decided = audit_log.decisions(main, name, version, digest)
+def _registered(
+    client: Any,
+    main: MainCheckout,
+    name: str,
+    version: str,
+    digest: str,
+    decided: Sequence[Mapping[str, Any]],
+    *,
+    fresh: bool,
+) -> Registered:
+    """A version with what was decided on it: lines of the record."""
     last = decided[-1]["action"] if decided else "register"
     champion = versions.aliased(client, name, CHAMPION) == version == _standing(main, name).champion
     return Registered(name, version, digest, fresh, last == "reject", champion, last != "register")
 
 
-def found(root: Workspace, main: MainCheckout) -> tuple[Registered | None, str]:
+def registered(root: Workspace, main: MainCheckout) -> tuple[Registered | None, str]:
     """What a finished run registered, with one line for a person; None where nothing passed.
 
     Raises:
@@ -128,8 +144,9 @@ def found(root: Workspace, main: MainCheckout) -> tuple[Registered | None, str]:
         version = versions.by_digest(client, bundle.name, digest)
         if version is None:
             return None, f"not registered: {bundle.reason}"
-        registered = _registered(client, main, bundle.name, version, digest, fresh=False)
-    return registered, registered.text()
+        decided = audit_log.decisions(main, bundle.name, version, digest)
+        made = _registered(client, main, bundle.name, version, digest, decided, fresh=False)
+    return made, made.text()
 
 
 def register_if_passed(
@@ -139,8 +156,8 @@ def register_if_passed(
     bundle = verify(folder(root, "package"))
     if bundle.chosen is None:
         return None, f"not registered: {bundle.reason}"
-    registered = register(root, main, by, separate_duties=separate_duties)
-    return registered, registered.text()
+    made = _register(root, main, bundle, by, separate_duties=separate_duties)
+    return made, made.text()
 
 
 def compare(main: MainCheckout, name: str, version: str) -> Comparison:

@@ -1,11 +1,11 @@
 """What a run's stages tell, read from their event files where they work, and shown on the terminal and in MLflow."""
 
-import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 from flows.run.graph import Key
 from flows.run.stage_task import StageRun
@@ -27,7 +27,8 @@ class Monitor:
         self.done: dict[Key, versioning.Outcome] = {}
         self.spans: list[tuple[float, float]] = []  # when stages' own commands ran
         self._began: dict[Key, float] = {}  # of what is not yet done
-        self._streams: dict[Key, tuple[StageRun, IO[str]]] = {}
+        self._files = ExitStack()
+        self._appended: dict[Key, tuple[StageRun, Callable[[], Iterator[versioning.Event]]]] = {}
         self._lock = threading.RLock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="events", daemon=True)
@@ -40,8 +41,7 @@ class Monitor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._closing.set()
         self._thread.join()
-        for _, stream in self._streams.values():
-            stream.close()
+        self._files.close()
         self.display.__exit__(kind, error, at)
 
     def watch(self, works: Sequence[StageRun]) -> None:
@@ -50,9 +50,9 @@ class Monitor:
             for work in works:
                 work.events.parent.mkdir(parents=True, exist_ok=True)
                 work.events.touch()
-                stream = work.events.open(encoding="utf-8")
+                stream = self._files.enter_context(work.events.open(encoding="utf-8"))
                 stream.seek(0, 2)  # what an earlier attempt of this run told was told then
-                self._streams[work.key] = work, stream
+                self._appended[work.key] = work, versioning.appended(stream)
 
     def end(self, work: StageRun, outcome: versioning.Outcome) -> None:
         """A stage is up to date."""
@@ -77,25 +77,20 @@ class Monitor:
 
     def fail_all(self, text: str) -> None:
         """The run is stopped: so are all stages at work."""
-        for work, _ in list(self._streams.values()):
+        for work, _ in list(self._appended.values()):
             self.fail(work, text, "KILLED")
 
     def _follow(self) -> None:
         while not self._closing.wait(LOOK_S):
             with self._lock:
-                for key in self._streams:
+                for key in self._appended:
                     self._read(key)
 
     def _read(self, key: Key) -> None:
-        """Tell what was appended to an event file. The end of a file may be half a line, which is left for next time."""
-        work, stream = self._streams[key]
-        at = stream.tell()
-        while line := stream.readline():
-            if not line.endswith("\n"):
-                stream.seek(at)
-                return
-            at = stream.tell()
-            self._take(work, json.loads(line))
+        """Tell what was appended to an event file."""
+        work, events = self._appended[key]
+        for event in events():
+            self._take(work, event)
 
     def _take(self, work: StageRun, event: versioning.Event) -> None:
         kind = event["event"]

@@ -106,7 +106,7 @@ def repro(
             start_new_session=True,  # Ctrl-C reaches us alone, and `interrupt` the whole family
         )
         with _child(process, root):
-            reader = _lines(stream)
+            reader = appended(stream)
             ended = False
             while not ended:
                 try:
@@ -347,8 +347,8 @@ def _child(process: subprocess.Popen[bytes], root: Workspace) -> Iterator[None]:
             process.communicate(b"done\n")
 
 
-def _lines(stream: IO[str]) -> Callable[[], Iterator[Event]]:
-    """A reader of the whole lines that were appended since it was last called."""
+def appended(stream: IO[str]) -> Callable[[], Iterator[Event]]:
+    """A reader of the events that were appended since it was last called; half a line is left for next time."""
     rest = ""
 
     def read() -> Iterator[Event]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from tasks.convert import windows
 from tasks.errors import StageError
 from tasks.frame import crashes
+from tasks.frame.environment import OFFLINE
 from tasks.frame.events import progress
 from tasks.frame.stage import disk_full, need_space, require_file
 from tasks.params import Params
@@ -66,7 +67,7 @@ def _weights(folder: Path) -> int:
 def _start(converter: Path, model: Path, target: Path) -> "subprocess.Popen[str]":
     # The model's name would else be guessed from its path, and paths differ between equal runs.
     command = [sys.executable, str(converter), str(model), "--outfile", str(target), "--outtype", "f16"]
-    env = os.environ | {"PYTHONPATH": str(converter.parent / "gguf-py"), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, **OFFLINE, "PYTHONPATH": str(converter.parent / "gguf-py")}
     return subprocess.Popen(
         [*command, "--model-name", "model"], env=env, text=True, errors="replace",
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

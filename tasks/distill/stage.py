@@ -12,7 +12,7 @@ from tasks.learning.accuracy_test import AccuracyTest
 from tasks.learning.targets import ORDER, read_targets
 from tasks.learning.training import cross_entropy, train
 from tasks.models import loading
-from tasks.models.chat import encode_all, read_encoded, read_rows
+from tasks.models.chat import encoded_split, read_encoded
 from tasks.params import Params
 
 
@@ -32,11 +32,8 @@ def distill(
     events.doing("load libraries and rows")
     tokenizer = loading.load_tokenizer(pruned / "model")
     test = AccuracyTest(tokenizer, loading.stop_ids(pruned / "model", tokenizer), task, source)
-    splits = {
-        name: encode_all(tokenizer, read_rows(source / "data" / f"{name}.jsonl"), task.max_length)
-        for name in ("train", "validation")
-    }
-    rows = splits["train"] + read_encoded(taught / "answered.jsonl")
+    validation = encoded_split(tokenizer, source, "validation", task.max_length)
+    rows = encoded_split(tokenizer, source, "train", task.max_length) + read_encoded(taught / "answered.jsonl")
     models: dict[str, Any] = {**read_json(taught / "models.json"), **read_json(pruned / "models.json")}
 
     dtype = loading.arithmetic(settings.precision)
@@ -45,11 +42,11 @@ def distill(
     if settings.control:
         control = copy.deepcopy(model)
         plain = cross_entropy(control)
-        train(control, rows, splits["validation"], settings, plain, scratch, "control", seed=order)
+        train(control, rows, validation, settings, plain, scratch, "control", seed=order)
         models["control"] = test.take("control", control).facts
     lookup = read_targets(taught / "targets.safetensors", model.device)
     objective = distillation(model, lookup, settings, params.teach.temperature)
-    history = train(model, rows, splits["validation"], settings, objective, scratch, "distill", seed=order)
+    history = train(model, rows, validation, settings, objective, scratch, "distill", seed=order)
     events.doing("save the student")
     loading.save(model, tokenizer, out / "model")
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n")

@@ -7,7 +7,7 @@ from tasks.frame import events
 from tasks.frame.stage import place
 from tasks.learning.training import cross_entropy, train, validation_loss
 from tasks.models import loading
-from tasks.models.chat import encode_all, read_rows
+from tasks.models.chat import encoded_split
 from tasks.params import Params
 
 
@@ -25,8 +25,8 @@ def finetune(params: Params, *, source: Path, out: Path, scratch: Path) -> dict[
         return {"steps": 0.0}
     events.doing("load libraries and rows")
     tokenizer = loading.load_tokenizer(source / "model")
-    rows = encode_all(tokenizer, read_rows(source / "data" / "train.jsonl"), task.max_length)
-    validation = encode_all(tokenizer, read_rows(source / "data" / "validation.jsonl"), task.max_length)
+    rows = encoded_split(tokenizer, source, "train", task.max_length)
+    validation = encoded_split(tokenizer, source, "validation", task.max_length)
     events.doing("load the model")
     model = loading.load_model(source / "model", loading.arithmetic(settings.precision))  # its weights are bf16
     events.doing("loss before training")

@@ -49,6 +49,15 @@ def read_encoded(path: Path) -> list[Encoded]:
     return [Encoded(row["ids"], row["target"]) for row in jsonl.read(path)]
 
 
+def encoded_split(tokenizer: Any, acquired: Path, split: str, max_length: int) -> list[Encoded]:
+    """The rows of one split of what `acquire` made, as token ids.
+
+    Raises:
+        ConfigError: a row is longer than `max_length` tokens.
+    """
+    return encode_all(tokenizer, read_rows(acquired / "data" / f"{split}.jsonl"), max_length)
+
+
 def prompt_ids(tokenizer: Any, messages: Messages, *, today: bool = False) -> list[int]:
     """Ids of a conversation that waits for the assistant, as every runtime must produce them.
 

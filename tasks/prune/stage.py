@@ -1,14 +1,17 @@
 """The start of every student: the teacher without its least important blocks and channels."""
 
 from pathlib import Path
+from typing import TypeVar
 
 from tasks.frame import events
 from tasks.frame.stage import place, write_json
 from tasks.learning.accuracy_test import SAMPLE, AccuracyTest
 from tasks.models import loading
-from tasks.models.chat import Encoded, encode_all, read_rows
+from tasks.models.chat import encode_all, encoded_split, read_rows
 from tasks.params import Params
 from tasks.prune.blockwise import prune as remove_blocks_and_channels
+
+Row = TypeVar("Row")
 
 
 def prune(params: Params, *, source: Path, teacher: Path, out: Path) -> dict[str, float]:
@@ -23,16 +26,15 @@ def prune(params: Params, *, source: Path, teacher: Path, out: Path) -> dict[str
     events.doing("load libraries and rows")
     tokenizer = loading.load_tokenizer(teacher / "model")
     test = AccuracyTest(tokenizer, loading.stop_ids(teacher / "model", tokenizer), task, source)
-    rows = {
-        name: encode_all(tokenizer, read_rows(source / "data" / f"{name}.jsonl"), task.max_length)
-        for name in ("train", "validation")
-    }
+    # Which blocks to do without is a choice, so it is made on rows that the teacher did not learn.
+    calibration = _spread(encoded_split(tokenizer, source, "validation", task.max_length), settings.calibration_rows)
+    # Of many training rows a few are wanted: only those are encoded.
+    train = _spread(read_rows(source / "data" / "train.jsonl"), settings.fitted_rows)
+    fitted = encode_all(tokenizer, train, task.max_length)
     events.doing("load the teacher")
     model = loading.load_model(teacher / "model", loading.arithmetic(params.distill.precision))
     before = loading.count(model)
-    # Which blocks to do without is a choice, so it is made on rows that the teacher did not learn.
-    calibration = _spread(rows["validation"], settings.calibration_rows)
-    removed = remove_blocks_and_channels(model, calibration, _spread(rows["train"], settings.fitted_rows), settings)
+    removed = remove_blocks_and_channels(model, calibration, fitted, settings)
     write_json(out / "pruning.json", removed)
     taken = test.take("pruned", model, SAMPLE)
     write_json(out / "models.json", {"pruned": taken.facts})
@@ -49,6 +51,6 @@ def prune(params: Params, *, source: Path, teacher: Path, out: Path) -> dict[str
     }
 
 
-def _spread(rows: list[Encoded], count: int) -> list[Encoded]:
+def _spread(rows: list[Row], count: int) -> list[Row]:
     """At most `count` rows, evenly spread."""
     return rows[:: max(1, len(rows) // count)][:count] if count else []

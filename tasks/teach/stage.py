@@ -12,7 +12,7 @@ from tasks.learning.generation import continued
 from tasks.learning.targets import ORDER, write_targets
 from tasks.learning.training import batches
 from tasks.models import loading
-from tasks.models.chat import Encoded, encode_all, end_of_turn, prompt_ids, read_rows, write_encoded
+from tasks.models.chat import Encoded, encoded_split, end_of_turn, prompt_ids, read_rows, write_encoded
 from tasks.params import Params
 
 
@@ -31,7 +31,7 @@ def teach(params: Params, *, source: Path, teacher: Path, out: Path, scratch: Pa
     loading.check_same_vocabulary(teacher / "model", source / "model")
     stops = loading.stop_ids(teacher / "model", tokenizer)
     test = AccuracyTest(tokenizer, stops, task, source)
-    rows = encode_all(tokenizer, read_rows(source / "data" / "train.jsonl"), task.max_length)
+    rows = encoded_split(tokenizer, source, "train", task.max_length)
 
     dtype = loading.arithmetic(params.distill.precision)
     events.doing("load the teacher")
