@@ -1,10 +1,11 @@
 """What is wrong with params.yaml, in words: key, what was given, what is right."""
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
+from pydantic.fields import FieldInfo
 
 MOVED = {
     "distill.seed": "select.seeds (a list)",
@@ -17,12 +18,13 @@ MOVED = {
 }  # keys of earlier versions
 
 
-def explained(error: ValidationError, known: Collection[str]) -> list[str]:
-    """One line a problem. `known`: every key there is, for the nearest right one."""
+def explained(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line a problem of a raw mapping that was held against `model`."""
+    known, tags = keys(model), _tags(model)
     found = error.errors()
     # What is said of a list's length counts the items that are right: it only hides what is said of the others.
     told = [p for p in found if p["type"] != "too_short" or not any(_within(each, p) for each in found)]
-    return [_explain(problem, known) for problem in told]
+    return [_explain(problem, known, tags) for problem in told]
 
 
 def _within(problem: Any, outer: Any) -> bool:
@@ -37,13 +39,13 @@ def _none_of(key: str, given: Any, right: Sequence[str]) -> str:
     return f"{key}: {given!r} is none of {', '.join(right)}" + (f": did you mean {near[0]!r}?" if near else "")
 
 
-def _explain(problem: Any, known: Collection[str]) -> str:
+def _explain(problem: Any, known: Collection[str], tags: Mapping[str, Sequence[str]]) -> str:
     location = [str(part) for part in problem["loc"]]
     given, message = problem.get("input"), problem["msg"].removeprefix("Value error, ")
     if not location:  # a rule between sections, which names its key itself
         return str(message)
     # Pydantic puts the tag of a union into the location; the person never wrote it.
-    written = [part for i, part in enumerate(location) if not (i >= 2 and part in _TAGS.get(location[i - 1], ()))]
+    written = [part for i, part in enumerate(location) if not (i >= 2 and part in tags.get(location[i - 1], ()))]
     key = ".".join(written)
     if problem["type"] == "extra_forbidden":
         if key in MOVED:
@@ -66,7 +68,7 @@ def _explain(problem: Any, known: Collection[str]) -> str:
         listed = told["expected_tags"] if tagged else told["expected"].replace(" or ", ", ")
         return _none_of(key, told["tag"] if tagged else given, [each.strip("'") for each in listed.split(", ")])
     if problem["type"] == "union_tag_not_found":
-        return f"{key}: missing {problem['ctx']['discriminator']}: one of {', '.join(_TAGS[location[-1]])}"
+        return f"{key}: missing {problem['ctx']['discriminator']}: one of {', '.join(tags[location[-1]])}"
     if problem["type"] == "tuple_type" and isinstance(given, str | int | float):
         return f"{key}: {given!r} is no list: write [{given}]"
     if problem["type"] == "json_invalid":
@@ -84,7 +86,24 @@ def _is_number(text: str) -> bool:
 
 def keys(model: type[BaseModel]) -> set[str]:
     """Every key that a person may write, of all sections and of what lies in them."""
-    found: set[str] = set()
+    return {info.alias or name for name, info in _fields(model)}
+
+
+def _tags(model: type[BaseModel]) -> dict[str, tuple[str, ...]]:
+    """By the name of each field that is one of several kinds: what tells them apart, as pydantic puts it into a location."""
+    found = {}
+    for name, info in _fields(model):
+        kinds = get_args(info.annotation)
+        if isinstance(info.discriminator, str):
+            told = [each.model_fields[info.discriminator].annotation for each in kinds]
+            found[name] = tuple(str(get_args(each)[0]) for each in told)
+        elif marks := [mark.tag for each in kinds for mark in get_args(each) if isinstance(mark, Tag)]:
+            found[name] = tuple(marks)
+    return found
+
+
+def _fields(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """Every field of a model and of all models in it, by its name."""
     waiting: list[Any] = [model]
     seen: list[Any] = []
     while waiting:
@@ -94,9 +113,5 @@ def keys(model: type[BaseModel]) -> set[str]:
         seen.append(kind)
         waiting += get_args(kind)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found |= {info.alias or name for name, info in kind.model_fields.items()}
+            yield from kind.model_fields.items()
             waiting += [info.annotation for info in kind.model_fields.values()]
-    return found
-
-
-_TAGS = {"model": ("package", "gguf", "local", "hub"), "data": ("local", "hub"), "metric": ("name", "own")}

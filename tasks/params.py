@@ -235,7 +235,7 @@ def check(raw: dict[str, Any], where: str) -> Params:
         # JSON mode is strict about types yet takes lists for tuples and text for paths.
         return Params.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
-        lines = param_errors.explained(error, param_errors.keys(Params))
+        lines = param_errors.explained(error, Params)
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise ConfigError(f"{where} has {count}:\n  " + "\n  ".join(lines)) from None
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tasks.quantize.options import ModelBuilder
+import tasks.quantize.options as options
 from tasks.schema import Section
 
 
@@ -23,9 +23,10 @@ class Runtime:
     distribution: str  # the Python package whose version is recorded
     weights: str  # in a variant's folder: a file, or a folder
     mark: str  # a file there that shows that the weights are this runtime's
-    package: str  # of Python, whose folder holds the native code that proves itself; "": there is none
-    beside: tuple[str, ...]  # distributions that the result of this proof depends on, too
-    remedy: str  # where the proof fails
+    # Where it has native code of its own, which proves itself by the module of this name in `tasks/selftest`:
+    package: str = ""  # of Python, whose folder holds that code
+    beside: tuple[str, ...] = ()  # distributions that the result of this proof depends on, too
+    remedy: str = ""  # where the proof fails
 
     @property
     def module(self) -> Any:
@@ -70,23 +71,29 @@ _PORTABLE = (
     "`CMAKE_ARGS=-DGGML_NATIVE=OFF infra/setup.sh` compiles it without the newest instructions of this processor, slower "
     "but right elsewhere"
 )
-LLAMA = Runtime(
-    "llama", "llama.cpp", "llama-cpp-python", "model.gguf", "model.gguf", "llama_cpp", ("gguf", "torch", "transformers"),
-    f"`infra/setup.sh` compiles it again if it was compiled for another processor; {_PORTABLE}",
-)  # fmt: skip
-ONNX_GENAI = Runtime(
-    "onnx_genai", "ONNX Runtime GenAI", "onnxruntime-genai", "model", "model/genai_config.json", "onnxruntime_genai",
-    ("onnxruntime", "onnx", "torch", "transformers"),
-    "install it again (`pip install --force-reinstall -c constraints.txt onnxruntime onnxruntime-genai`), or leave "
-    "its variants out of quantize.variants",
-)  # fmt: skip
-RUNTIMES: Mapping[str, Runtime] = {each.name: each for each in (LLAMA, ONNX_GENAI)}
+RUNTIMES: Mapping[str, Runtime] = {
+    each.name: each
+    for each in (
+        Runtime(
+            "llama", "llama.cpp", "llama-cpp-python", "model.gguf", "model.gguf", "llama_cpp",
+            ("gguf", "torch", "transformers"),
+            f"`infra/setup.sh` compiles it again if it was compiled for another processor; {_PORTABLE}",
+        ),
+        Runtime(
+            "onnx_genai", "ONNX Runtime GenAI", "onnxruntime-genai", "model", "model/genai_config.json",
+            "onnxruntime_genai", ("onnxruntime", "onnx", "torch", "transformers"),
+            "install it again (`pip install --force-reinstall -c constraints.txt onnxruntime onnxruntime-genai`), or "
+            "leave its variants out of quantize.variants",
+        ),
+    )
+}  # fmt: skip
+LLAMA = RUNTIMES["llama"]  # that of the F16 files, with which all others are compared
 
 QUANTIZERS: Mapping[str, Quantizer] = {
     each.name: each
     for each in (
-        Quantizer("ggml_types", LLAMA, ("f16", "q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0")),
-        Quantizer("model_builder", ONNX_GENAI, ("onnx-int4",), ModelBuilder),
+        Quantizer("ggml_types", RUNTIMES["llama"], ("f16", "q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0")),
+        Quantizer("model_builder", RUNTIMES["onnx_genai"], ("onnx-int4",), options.ModelBuilder),
     )
 }
 

@@ -10,15 +10,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import gguf
 import pytest
 from conftest import ROOMS, tiny_rows, write_jsonl
 
 from tasks import params
-from tasks.acquire import data_sources, dequantise, gguf_check, model_sources, safe_weights
-from tasks.acquire.params import Acquire, GgufModel, LocalModel, PackageModel
+from tasks.acquire import dequantise, gguf_check, model_sources, safe_weights
+from tasks.acquire.params import GgufModel, LocalModel, PackageModel
 from tasks.errors import ArtifactError, ConfigError
 from tasks.frame import manifest, stage
 from tasks.models import chat, loading, sizes
@@ -43,14 +43,6 @@ def edit(path: Path, **fields: object) -> None:
 
 
 # --- sources -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("table", "field"), [(model_sources.SOURCES, "model"), (data_sources.SOURCES, "data")], ids=["model", "data"]
-)
-def test_every_source_of_the_params_has_its_function(table: dict, field: str) -> None:
-    union = Acquire.model_fields[field].annotation
-    assert set(table) == {get_args(each.model_fields["source"].annotation)[0] for each in get_args(union)}
 
 
 def test_the_bundled_package_is_found_with_its_licence(tmp_path: Path) -> None:

@@ -1,19 +1,24 @@
 """The rules that keep the parts apart, and dvc.yaml in step with tasks/stages.py."""
 
 import ast
+import importlib
+import inspect
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from test_report import sample
 
 from tasks import params
-from tasks.acquire.params import Acquire
+from tasks.acquire.params import DATA_SOURCES, MODEL_SOURCES, Source
+from tasks.metrics import METRICS
+from tasks.models import scoring
 from tasks.models.params import Metric
-from tasks.package.params import Package
+from tasks.package.params import TARGETS
 from tasks.stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +40,7 @@ HEAVY = (
 FLOORS = {
     "tasks": (
         ("errors", "metrics"), ("schema",), ("options",), ("variants",), ("sections", "param_errors"), ("params",), ("frame",), ("models",), ("learning", "runtimes"),
-        ("acquire", "finetune", "teach", "prune", "distill", "select", "convert", "quantize", "validate", "judge", "package", "selftest"),
+        (*STAGES, "selftest"),
         ("stages",), ("__main__",),
     ),
     "flows": (
@@ -167,28 +172,24 @@ print(*sorted({name.split(".")[0] for name in sys.modules if getattr(sys.modules
     assert not {name for name in foreign if name not in sys.stdlib_module_names and not name.startswith("_")}
 
 
-def test_plug_in_tables_hold_what_the_params_name() -> None:
-    from typing import get_args
-
-    from tasks.acquire import data_sources, model_sources
-
-    def tags(field: str) -> set[str]:
-        union = Acquire.model_fields[field].annotation
-        return {get_args(each.model_fields["source"].annotation)[0] for each in get_args(union)}
-
-    assert set(model_sources.SOURCES) == tags("model")
-    assert set(data_sources.SOURCES) == tags("data")
+@pytest.mark.parametrize("table", [MODEL_SOURCES, DATA_SOURCES], ids=["models", "data"])
+def test_every_source_has_its_function(table: dict[str, Source]) -> None:
+    for source in table.values():
+        assert len(inspect.signature(source.find).parameters) == 3, source.name  # params, root, scratch
 
 
-def test_scoring_and_targets_hold_what_the_params_name() -> None:
-    from typing import get_args
+def test_every_target_has_its_function() -> None:
+    for target in TARGETS.values():
+        assert len(inspect.signature(target.write).parameters) == 2, target.name  # release, out
 
-    from tasks.models import scoring
-    from tasks.package import stage as package
 
-    targets = get_args(Package.model_fields["targets"].annotation)[0]
+def test_every_metric_has_its_function() -> None:
+    for module in {metric.computed_by for metric in METRICS.values()}:
+        assert callable(importlib.import_module(f"tasks.validate.{module}").evaluate), module
+
+
+def test_scoring_holds_what_the_params_name() -> None:
     assert set(scoring.METRICS) == set(get_args(Metric))
-    assert set(package.TARGETS) == set(get_args(targets))
 
 
 # --- dvc.yaml --------------------------------------------------------------------------------------

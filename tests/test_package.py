@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -15,8 +14,7 @@ from tasks.frame import stage
 from tasks.models import loading
 from tasks.package import bundle
 from tasks.package.choose import candidates, choose
-from tasks.package.params import Package
-from tasks.package.stage import TARGETS, package
+from tasks.package.stage import package
 from tasks.runtimes import llama, onnx_genai
 from tasks.stages import STAGES
 
@@ -129,10 +127,6 @@ def test_a_variant_that_was_not_validated_is_named(tmp_path: Path):
 
 
 # --- the bundles -----------------------------------------------------------------------------------------
-
-
-def test_targets_are_those_that_params_allow():
-    assert set(TARGETS) == set(get_args(get_args(Package.model_fields["targets"].annotation)[0]))
 
 
 def test_a_bundle_of_the_smallest(folders: dict[str, Path], tiny_params: dict, tmp_path: Path, model: Path):

@@ -28,7 +28,7 @@ from flows.run.stage_task import StageRun
 from flows.workspace import files, locks, paths, versioning, worktrees
 from flows.workspace.paths import MainCheckout, Workspace
 from tasks import params
-from tasks.acquire.params import GgufModel, HubData, HubModel, LocalData, LocalModel, PackageModel
+from tasks.acquire.params import AnyData, AnyModel
 from tasks.errors import ConfigError
 from tasks.quantize.params import VariantName
 from tasks.schema import Seed, Share
@@ -62,8 +62,8 @@ BUDGET = {
 
 @flow(name="train-and-release", persist_result=True, validate_parameters=False)
 def train_and_release(
-    model: PackageModel | GgufModel | LocalModel | HubModel | None = None,
-    data: LocalData | HubData | None = None,
+    model: AnyModel | None = None,
+    data: AnyData | None = None,
     variants: Variants = None,
     gates: Gates = None,
     budget: Budget | None = None,

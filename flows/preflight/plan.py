@@ -18,6 +18,7 @@ from flows.preflight import checks, planned_model
 from flows.workspace.paths import Workspace
 from tasks import params
 from tasks.acquire import data_sources, rows, watched
+from tasks.acquire.params import LocalData
 from tasks.errors import PipelineError
 from tasks.judge import gates
 from tasks.learning.params import Training
@@ -295,7 +296,7 @@ def _rows(root: Workspace, checked: params.Params) -> _Rows:
         ConfigError: a file is missing, or rows are not as they must be.
     """
     data = checked.acquire.data
-    if data.source != "local":
+    if not isinstance(data, LocalData):
         return _Rows(GUESSED, TOKENS_A_ROW, TOKENS_A_ROW, exact=False)
     found = data_sources.local(data, root, root)
     metric = checked.task.metric

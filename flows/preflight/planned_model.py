@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.workspace.paths import Workspace
-from tasks.acquire import gguf_check, model_sources
-from tasks.acquire.params import Acquire, HubModel
+from tasks.acquire import gguf_check
+from tasks.acquire.params import MODEL_SOURCES, Acquire, HubModel
 from tasks.errors import ArtifactError, ConfigError, PipelineError
 from tasks.frame.stage import folder, read_json
 from tasks.models import sizes
@@ -15,11 +15,11 @@ from tasks.models.loading import load_config
 
 def architecture(acquire: Acquire, root: Workspace) -> str | None:
     """The model_type of the model that params.yaml names; None where only `acquire` can tell."""
-    if acquire.model.source == "hub":
+    if isinstance(acquire.model, HubModel):
         model = _fetched(root, acquire.model)
         return str(model["architecture"]) if model else None
     try:
-        path = model_sources.SOURCES[acquire.model.source](acquire.model, root, root).path
+        path = MODEL_SOURCES[acquire.model.source].find(acquire.model, root, root).path
         if path.is_file():
             found = gguf_check.check(path).metadata.get("general.architecture")
         else:
@@ -36,13 +36,13 @@ def shape(acquire: Acquire, root: Workspace) -> sizes.Shape:
         ConfigError: the model is not there, or only the Hub knows it.
         ArtifactError: its header or config is damaged, or not a causal language model's.
     """
-    if acquire.model.source == "hub":
+    if isinstance(acquire.model, HubModel):
         if not _fetched(root, acquire.model):
             raise ConfigError(
                 f"{acquire.model.repo} is on the Hub and a plan fetches nothing: run `slmops stage acquire` with the same --set first"
             )
         return of_folder(folder(root, "acquire") / "model")
-    path = model_sources.SOURCES[acquire.model.source](acquire.model, root, root).path
+    path = MODEL_SOURCES[acquire.model.source].find(acquire.model, root, root).path
     return of_gguf(path) if path.is_file() else of_folder(path)
 
 

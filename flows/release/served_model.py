@@ -129,11 +129,18 @@ def _sha256(path: Path) -> str:
 
 
 def answerer(folder: Path, bundle: Mapping[str, Any]) -> Callable[[Messages], str]:
-    """What answers a conversation with the weights of a checked bundle, greedily, by its own template."""
-    length = bundle["targets"][bundle["variants"][bundle["chosen"]][0]]["context_length"]
-    found = weights(bundle)
-    load = _gguf if found.endswith(".gguf") else _onnx
-    return load(folder / found, length)
+    """What answers a conversation with the weights of a checked bundle, greedily, by its own template.
+
+    Raises:
+        ValueError: they are for a runtime that this code does not know.
+    """
+    name = bundle["variants"][bundle["chosen"]][0]
+    target, found = bundle["targets"][name], weights(bundle)
+    if found.endswith(".gguf"):
+        return _gguf(folder / found, target["context_length"])
+    if target["runtime"] == "onnxruntime-genai":
+        return _onnx(folder / found, target["context_length"])
+    raise ValueError(f"nothing here runs {target['runtime']}: run the bundle as {folder / name} tells")
 
 
 def _gguf(path: Path, context: int) -> Callable[[Messages], str]:

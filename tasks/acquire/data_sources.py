@@ -2,10 +2,9 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tasks.acquire import containers, hub, rows
 from tasks.acquire.model_sources import card_licence
@@ -118,6 +117,3 @@ def _roles(names: Iterable[str], shown: str, advice: str) -> dict[str, str]:
             f"({', '.join(containers.ENDINGS)}); {advice}"
         )
     return {role: found[role][0] for role in (*rows.SPLITS, rows.UNLABELLED) if role in found}
-
-
-SOURCES: Mapping[str, Callable[[Any, Path, Path], FoundData]] = {"local": local, "hub": from_hub}

@@ -1,10 +1,9 @@
-"""Where a model comes from: one function a source, found by its tag in params.yaml."""
+"""Where a model comes from: one function a source. The table is in `params`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from tasks.acquire import cards, hub, safe_weights
 from tasks.acquire.params import GgufModel, HubModel, LocalModel, PackageModel
@@ -107,14 +106,6 @@ def from_hub(source: HubModel, root: Path, scratch: Path) -> Found:
         licence_text=licence_text(folder),
         finish=lambda: hub.download(repository, safe_weights.weight_names(folder), folder),
     )
-
-
-SOURCES: Mapping[str, Callable[[Any, Path, Path], Found]] = {
-    "package": package,
-    "gguf": gguf,
-    "local": local,
-    "hub": from_hub,
-}
 
 
 def card_licence(folder: Path) -> str | None:

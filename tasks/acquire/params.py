@@ -1,7 +1,10 @@
-"""The section `acquire`: where model and data come from."""
+"""The section `acquire`: where model and data come from. A source is a function of this room, its class here, and one row."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 from pydantic import Field, model_validator
 
@@ -12,7 +15,13 @@ _REPO = "Repository of the Hub, as owner/name."
 _CARD = "SPDX id of the licence, instead of the one that the repository's README.md names."
 
 
-class PackageModel(Section):
+class ModelSource(Section):
+    """What all sources of a model have."""
+
+    source: str
+
+
+class PackageModel(ModelSource):
     """A GGUF model inside an installed Python distribution."""
 
     source: Literal["package"] = Field(description=_SOURCE)
@@ -25,7 +34,7 @@ class PackageModel(Section):
     )
 
 
-class GgufModel(Section):
+class GgufModel(ModelSource):
     """A GGUF file, de-quantised."""
 
     source: Literal["gguf"] = Field(description=_SOURCE)
@@ -38,7 +47,7 @@ class GgufModel(Section):
     )
 
 
-class LocalModel(Section):
+class LocalModel(ModelSource):
     """A Hugging Face model folder on disk."""
 
     source: Literal["local"] = Field(description=_SOURCE)
@@ -50,7 +59,7 @@ class LocalModel(Section):
     )
 
 
-class HubModel(Section):
+class HubModel(ModelSource):
     """A model repository of the Hugging Face Hub at one commit. The token comes from HF_TOKEN."""
 
     source: Literal["hub"] = Field(description=_SOURCE)
@@ -59,15 +68,16 @@ class HubModel(Section):
     licence: str | None = Field(None, description=_CARD)
 
 
-class Splitting(Section):
-    """How a single file of rows is split; where there is a file per split these are not used."""
+class DataSource(Section):
+    """What all sources of data have: how a single file of rows is split. Where there is a file per split that is not used."""
 
+    source: str
     validation: Share = Field(0.1, description="Share of the rows that become the validation split.")
     test: Share = Field(0.15, description="Share of the rows that become the test split.")
     seed: int = Field(17, description="Seed that decides which rows go to which split.")
 
 
-class LocalData(Splitting):
+class LocalData(DataSource):
     """Rows as JSONL, JSON, CSV or Parquet: one file (split here) or a folder with train/validation/test[/unlabelled]."""
 
     source: Literal["local"] = Field(description=_SOURCE)
@@ -85,13 +95,57 @@ class LocalData(Splitting):
     )
 
 
-class HubData(Splitting):
+class HubData(DataSource):
     """A data set repository of the Hub at one commit, holding the same files as a local folder."""
 
     source: Literal["hub"] = Field(description=_SOURCE)
     repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] = Field(description=_REPO)
     revision: Commit
     licence: str | None = Field(None, description=_CARD)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the places that a model or data may come from. `found_by` is MODULE.FUNCTION of this room."""
+
+    params: type[Section]
+    found_by: str
+
+    @property
+    def name(self) -> str:
+        """What `source` says in params.yaml."""
+        return str(get_args(self.params.model_fields["source"].annotation)[0])
+
+    @property
+    def find(self) -> Callable[[Any, Path, Path], Any]:
+        """Takes these params, the workspace, and a folder for what it fetches or makes; returns `Found` or `FoundData`."""
+        module, name = self.found_by.split(".")
+        function: Callable[[Any, Path, Path], Any] = getattr(import_module(f"tasks.acquire.{module}"), name)
+        return function
+
+
+MODEL_SOURCES = {
+    each.name: each
+    for each in (
+        Source(PackageModel, "model_sources.package"),
+        Source(GgufModel, "model_sources.gguf"),
+        Source(LocalModel, "model_sources.local"),
+        Source(HubModel, "model_sources.from_hub"),
+    )
+}
+DATA_SOURCES = {
+    each.name: each
+    for each in (
+        Source(LocalData, "data_sources.local"),
+        Source(HubData, "data_sources.from_hub"),
+    )
+}
+if TYPE_CHECKING:
+    AnyModel = ModelSource
+    AnyData = DataSource
+else:
+    AnyModel = Union[tuple(each.params for each in MODEL_SOURCES.values())]  # noqa: UP007
+    AnyData = Union[tuple(each.params for each in DATA_SOURCES.values())]  # noqa: UP007
 
 
 class Most(Section):
@@ -111,10 +165,8 @@ class Acquire(Section):
     """Where the model and the data come from, and what of them is used."""
 
     watch: Path = Field(description="Folder or file that DVC watches for changes. Every local input lies in it.")
-    model: Annotated[PackageModel | GgufModel | LocalModel | HubModel, Field(discriminator="source")] = Field(
-        description="The open model to start from."
-    )
-    data: Annotated[LocalData | HubData, Field(discriminator="source")] = Field(description="The rows of the task.")
+    model: Annotated[AnyModel, Field(discriminator="source")] = Field(description="The open model to start from.")
+    data: Annotated[AnyData, Field(discriminator="source")] = Field(description="The rows of the task.")
     near_duplicate: Annotated[float, Field(ge=0.1, le=1)] = Field(
         0.95,
         description="Similarity from which on two prompts count as the same one: the Jaccard index of their character 5-grams. "

@@ -23,6 +23,7 @@ from tasks.acquire import (
     safe_weights,
     watched,
 )
+from tasks.acquire.params import DATA_SOURCES, MODEL_SOURCES
 from tasks.errors import ArtifactError, ConfigError, brief
 from tasks.frame import events, manifest
 from tasks.frame.stage import need_space
@@ -58,7 +59,7 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
     """
     settings = params.acquire
     watched.check(settings, root)
-    data = data_sources.SOURCES[settings.data.source](settings.data, root, scratch)
+    data: data_sources.FoundData = DATA_SOURCES[settings.data.source].find(settings.data, root, scratch)
     model_sources.check_licence(data.licence, settings.licences, "the data", required=False)
     splits = _splits(params, data)
 
@@ -66,7 +67,7 @@ def acquire(params: Params, *, root: Path, out: Path, scratch: Path) -> dict[str
         _copy_metric(params.task.metric, splits["test"], root, out / scoring.OWN)
 
     events.doing("read the model")
-    found = model_sources.SOURCES[settings.model.source](settings.model, root, scratch)
+    found: model_sources.Found = MODEL_SOURCES[settings.model.source].find(settings.model, root, scratch)
     licence_text = model_sources.read_licence(found.licence_text) if found.licence_text else None
     opened = _open_gguf(found, settings.licences) if found.path.is_file() else _open_folder(found, settings.licences)
     tokenizer, config = opened.tokenizer, opened.model.config

@@ -31,7 +31,7 @@ class Target(Value):
     """One folder of the bundle."""
 
     variant: str
-    runtime: str  # distribution whose version is under `runtimes`
+    runtime: str  # distribution whose version is under `runtimes`, or the program that serves this folder
     minimum_ram_bytes: int
     context_length: int
     conversations_checked: int  # prompts found equal between tokenizer and runtime

@@ -124,8 +124,6 @@ def _run(bundle: Bundle) -> str:
     lines = []
     for folder, target in bundle.targets.items():
         notes = "".join(f" Note: {note}" for note in target.notes)
-        runtime = (
-            f"{target.runtime} {bundle.runtimes[target.runtime]}" if target.runtime in bundle.runtimes else "Ollama"
-        )
+        runtime = f"{target.runtime} {bundle.runtimes.get(target.runtime, '')}".strip()
         lines.append(f"- `{folder}/` ({target.variant}, {runtime}): see its README.md.{notes}")
     return "\n".join(lines)

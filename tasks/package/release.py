@@ -14,7 +14,7 @@ class Release:
 
     name: str
     variant: str
-    weights: Path  # a GGUF file, or an ONNX Runtime GenAI folder
+    weights: Path  # the file or folder that the runtime loads
     runtime_version: str
     conversations_checked: int  # prompts found equal between tokenizer and runtime
     adds_bos: bool  # the runtime would put the bos token before a rendered prompt

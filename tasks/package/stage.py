@@ -1,12 +1,10 @@
 """Choose the best variant that passed its gates and write it as bundles that runtimes take as they are.
 
-A target is one file and one row of TARGETS. A failed gate is data: with no passing variant the bundle holds
-no weights, and says why.
+A failed gate is data: with no passing variant the bundle holds no weights, and says why.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,35 +16,16 @@ from tasks.frame.stage import read_json
 from tasks.models import chat, dated, loading
 from tasks.package import bundle, card, parity
 from tasks.package.choose import Candidate, candidates, choose
-from tasks.package.params import Package
+from tasks.package.params import TARGETS, Package
 from tasks.package.prompt_format import probe
 from tasks.package.release import Release, write
-from tasks.package.target_llama_server import llama_server
-from tasks.package.target_ollama import ollama
-from tasks.package.target_onnx_genai import onnx_genai
 from tasks.params import Params
 from tasks.runtimes.protocol import PromptReader
-from tasks.variants import LLAMA, ONNX_GENAI, Runtime
 
 COMPOSE = (
     "This model learned letters joined with their accents (Unicode NFC), and this runtime does not join them: "
     "normalise texts that may hold them apart, such as file names from macOS."
 )
-
-
-@dataclass(frozen=True)
-class Target:
-    """A kind of bundle: which files it carries, and the function that writes its folder and returns notes."""
-
-    runtime: Runtime  # in which parity is checked
-    write: Callable[[Release, Path], list[str]]
-
-
-TARGETS: Mapping[str, Target] = {
-    "ollama": Target(LLAMA, ollama),
-    "llama-server": Target(LLAMA, llama_server),
-    "onnx-genai": Target(ONNX_GENAI, onnx_genai),
-}
 
 
 def package(
@@ -59,8 +38,9 @@ def package(
         StageError: a packaged runtime would not see the prompts that the model was trained on.
     """
     settings, model = params.package, student / "model"
+    wanted = [TARGETS[name] for name in settings.targets]
     found = candidates(artifacts, validated, verdicts, params.quantize.variants)
-    choice = choose(found, settings.choose, {TARGETS[name].runtime.name for name in settings.targets})
+    choice = choose(found, settings.choose, {target.runtime.name for target in wanted})
     lineage = read_json(source / "lineage.json")
     names = bundle.Licence(model=_named(lineage, "model"), data=_named(lineage, "data"))
     licence = _licence(source, names.model)
@@ -68,19 +48,19 @@ def package(
     targets: dict[str, bundle.Target] = {}
     with progress("package", len(settings.targets), "targets") as advance:
         releases = {name: _release(settings, best, model, source, licence) for name, best in choice.best.items()}
-        for name in settings.targets:
-            if release := releases.get(TARGETS[name].runtime.name):
-                notes = TARGETS[name].write(release, out / name) + ([COMPOSE] if release.needs_composed else [])
+        for target in wanted:
+            if release := releases.get(target.runtime.name):
+                notes = target.write(release, out / target.name) + ([COMPOSE] if release.needs_composed else [])
                 notes += [dated.NOTE] if release.dated else []
-                targets[name] = bundle.Target(
+                targets[target.name] = bundle.Target(
                     variant=release.variant,
-                    runtime="ollama" if name == "ollama" else TARGETS[name].runtime.distribution,
+                    runtime=target.served_by or target.runtime.distribution,
                     minimum_ram_bytes=release.minimum_ram_bytes,
                     context_length=release.context_length,
                     conversations_checked=release.conversations_checked,
                     notes=notes,
                 )
-            advance(note=name)
+            advance(note=target.name)
 
     chosen = choice.chosen
     left = [name for name in settings.targets if name not in targets]

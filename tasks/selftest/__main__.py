@@ -4,9 +4,10 @@ import argparse
 import faulthandler
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
-from tasks.variants import LLAMA, RUNTIMES, VARIANTS
+from tasks.variants import RUNTIMES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,16 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     def say(**fields: object) -> None:
         print(json.dumps(fields), file=answers, flush=True)
 
-    if args.library == LLAMA.name:
-        from tasks.selftest import llama
-
-        say(kernels=llama.kernels())
-        steps = llama.steps([name for name, each in VARIANTS.items() if each.runtime is LLAMA], args.folder)
-    else:
-        from tasks.selftest import onnx_genai
-
-        steps = onnx_genai.steps(args.folder)
-    for what, compute, limit in steps:
+    module = import_module(f"tasks.selftest.{args.library}")
+    say(kernels=module.kernels())
+    for what, compute, limit in module.steps(args.folder):
         say(what=what)
         say(what=what, distance=compute(), limit=limit)
     return 0

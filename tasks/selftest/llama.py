@@ -13,6 +13,7 @@ from typing import Any
 
 from tasks.frame.cores import threads
 from tasks.selftest import tiny
+from tasks.variants import LLAMA, VARIANTS
 
 Run = Callable[[Sequence[int], int], tiny.Array]  # of ids, so many tokens in a micro-batch: logits of each position
 MICRO = 48  # tokens of a micro-batch, as validation's answers have them
@@ -28,19 +29,18 @@ NAMES = {
 }  # fmt: skip
 
 
-def steps(types: Sequence[str], folder: Path) -> Iterator[tiny.Step]:
-    """All that is to be computed, in turn: each is to be done before the next is asked for. `types`: of
-    `quantize.variants`; those that are no plain type of llama.cpp's are left out.
+def steps(folder: Path) -> Iterator[tiny.Step]:
+    """All that is to be computed, in turn: each is to be done before the next is asked for. Variants that are no plain
+    type of llama.cpp's are left out.
     """
     import llama_cpp
 
+    types = [name for name, each in VARIANTS.items() if each.runtime is LLAMA and hasattr(llama_cpp, _type(name))]
     ids = tiny.tokens()
     for shape in tiny.SHAPES:
         made = tiny.model(shape)
         f16 = write(made, shape, folder / f"{shape.hidden}.gguf")
         for kind in types:
-            if not hasattr(llama_cpp, _type(kind)):
-                continue
             file = quantized(f16, kind) if kind != "f16" else f16
             wanted = tiny.reference(made, weights(file, shape), ids)
             limit = tiny.SIXTEEN_BITS if kind == "f16" else tiny.EIGHT_BITS

@@ -52,6 +52,11 @@ def _off(runtime: Any, ids: list[int], size: int, wanted: tiny.Array) -> tiny.Di
     return tiny.distance(np.concatenate(found), wanted[: len(ids)])
 
 
+def kernels() -> str:
+    """It does not tell what it was compiled for: it chooses kernels by the processor that it finds."""
+    return ""
+
+
 def build(made: object, folder: Path) -> Path:
     """The model as the runtime's own builder writes it."""
     from onnxruntime_genai.models.builder import create_model
