@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from tasks.stages import STAGES
+
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = ROOT / "tests" / "params.yaml"
 SLMOPS = Path(sys.executable).with_name("slmops")
@@ -199,8 +201,8 @@ def make_toy(root: Path) -> Path:
     (root / "data" / "rows").mkdir(parents=True)
     (root / "data" / "rows" / "train.jsonl").write_text("{}\n")
     make(root, raw)
-    for stage, body in BODIES.items():
-        (root / "tasks" / stage / "stage.py").write_text(TOY.format(stage=stage, body=body))
+    for stage in STAGES:
+        (root / "tasks" / stage / "stage.py").write_text(TOY.format(stage=stage, body=BODIES.get(stage, "")))
     commit(root)
     return root
 

@@ -7,8 +7,10 @@ import yaml
 from checkout import DEFAULTS, ROOT
 
 from tasks import params
-from tasks.acquire.params import HubModel
+from tasks.acquire.params import DATA_SOURCES, MODEL_SOURCES, HubModel
 from tasks.errors import ConfigError
+from tasks.package.params import TARGETS
+from tasks.variants import VARIANTS
 
 
 def problems(tmp_path: Path, *overrides: str) -> str:
@@ -62,12 +64,12 @@ def test_a_local_input_outside_the_watched_folder_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("override", "want"),
     [
-        ("quantize.variants=[q4_k_s]", "quantize.variants.0: 'q4_k_s' is none of f16, q8_0, q5_1, q5_0, q4_k_m, q4_0, onnx-int4: did you mean 'q4_k_m'?"),
-        ("quantize.variants=[q8_0, Q4_K_M]", "quantize.variants.1: 'Q4_K_M' is none of f16, q8_0, q5_1, q5_0, q4_k_m, q4_0, onnx-int4: did you mean 'q4_k_m'?"),
-        ("acquire.model.source=hubb", "acquire.model.source: 'hubb' is none of package, gguf, local, hub: did you mean 'hub'?"),
-        ("acquire.data={path: data}", "acquire.data: missing 'source': one of local, hub"),
+        ("quantize.variants=[q4_k_s]", f"quantize.variants.0: 'q4_k_s' is none of {', '.join(VARIANTS)}: did you mean 'q4_k_m'?"),
+        ("quantize.variants=[q8_0, Q4_K_M]", f"quantize.variants.1: 'Q4_K_M' is none of {', '.join(VARIANTS)}: did you mean 'q4_k_m'?"),
+        ("acquire.model.source=hubb", f"acquire.model.source: 'hubb' is none of {', '.join(MODEL_SOURCES)}: did you mean 'hub'?"),
+        ("acquire.data={path: data}", f"acquire.data: missing 'source': one of {', '.join(DATA_SOURCES)}"),
         ("task.metric=xml", "task.metric: 'xml' is none of json, text"),
-        ("package.targets=[olama]", "package.targets.0: 'olama' is none of ollama, llama-server, onnx-genai: did you mean 'ollama'?"),
+        ("package.targets=[olama]", f"package.targets.0: 'olama' is none of {', '.join(TARGETS)}: did you mean 'ollama'?"),
         ("package.targets=ollama", "package.targets: 'ollama' is no list: write [ollama]"),
         ("quantize.options.model_builder.block_size=33", "quantize.options.model_builder.block_size: 33 is none of 16, 32, 64, 128"),
     ],

@@ -341,7 +341,3 @@ def test_an_address_with_a_password_is_refused_and_not_repeated(
     with pytest.raises(ConfigError, match="into MLFLOW_TRACKING_USERNAME") as caught:
         mlflow_store.uri(tmp_path)
     assert "planted" not in str(caught.value)
-
-
-def test_the_run_of_a_pipeline_has_the_parameters_of_all_stages() -> None:
-    assert set(mlflow_runs.SECTIONS) == {name.split(".")[0] for stage in STAGES.values() for name in stage.sections}

@@ -22,10 +22,11 @@ from tasks.frame import manifest
 from tasks.frame.stage import Stage
 from tasks.frame.stage import folder as stage_folder
 from tasks.params import Params
+from tasks.stages import STAGES
 
 FLUSH_S = 2.0
 VIEW = "workflowType=machine_learning"  # in addresses: else MLflow's pages open on traces, which are not ours
-SECTIONS = ("acquire", "task", "finetune", "teach", "prune", "distill", "select", "quantize", "validate", "package")
+SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for stage in STAGES.values() for name in stage.sections))
 ARTIFACTS = ("history.json", "models.json", "pruning.json", "students.json", "metrics.json", "measurements.json", "intervals.json",
              "verdict.json", "lineage.json", "bundle.json", "report.json", "MODEL_CARD.md")  # fmt: skip
 RETRY_S = 2.0  # between two attempts to reach an MLflow that is away
