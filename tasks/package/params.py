@@ -56,7 +56,7 @@ class Package(Section):
     )
     targets: Annotated[tuple[TargetName, ...], Field(min_length=1)] = Field(
         description="What bundles are written for: "
-        + ", ".join(f"`{each.name}` with a file for {each.runtime.label}" for each in TARGETS.values())
+        + ", ".join(f"`{each.name}` ({each.runtime.label})" for each in TARGETS.values())
         + "."
     )
     context_length: Annotated[int, Field(ge=128)] = Field(
