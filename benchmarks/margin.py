@@ -101,9 +101,9 @@ def one_run(root: Path, values: params.Params, settings: list[str]) -> dict[str,
     if not (root / "data").exists():
         (root / "data").symlink_to(ROOT / "data")
     for stage in measured():
-        for item in stage.items(values) or (None,):
-            if not (folder(root, stage.name, item) / manifest.NAME).is_file():
-                run_stage(root, settings, stage.name, *filter(None, [item]))
+        for item in stage.items(values):
+            if not (folder(root, stage.name, *item.words) / manifest.NAME).is_file():
+                run_stage(root, settings, stage.name, *item.words)
     (seed,) = values.select.seeds
     student = manifest.load(folder(root, "distill", str(seed))).metrics
     made = {name: student[name] for name in ("retention", "accuracy", "parameters_ratio", "validation_loss")}

@@ -25,6 +25,7 @@ from checkout import DEFAULTS, ask, make_toy  # noqa: E402 (the toy checkout of 
 from test_deployments import Servers  # noqa: E402
 from test_servers import start, stop  # noqa: E402
 
+from flows.run.graph import title  # noqa: E402
 from flows.run.pipeline import covered  # noqa: E402
 from tasks import params  # noqa: E402
 from tasks.frame import jsonl  # noqa: E402
@@ -41,11 +42,7 @@ def main() -> int:
         make_toy(root)
         defaults = params.load(DEFAULTS)
         variants = defaults.quantize.variants
-        names = [
-            f"{stage.name}-{item}" if item else stage.name
-            for stage in STAGES.values()
-            for item in stage.items(defaults) or ("",)
-        ]
+        names = [title((stage.name, item)) for stage in STAGES.values() for item in stage.items(defaults)]
         waits = dict.fromkeys(names, work_s)
         up = start(root, TOY_WAIT=json.dumps(waits))
         try:

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--commit", default="HEAD", help="what a worktree starts from (default: HEAD)")
     sub = add("stage", stage, "run one stage alone, without DVC, Prefect and MLflow")
     sub.add_argument("stage")
-    sub.add_argument("item", nargs="?")
+    sub.add_argument("item", nargs="*")
     shown(add("plan", plan, "predict sizes, memory and time before any work"))
     shown(add("doctor", doctor, "check that this machine has what is needed"))
     add("report", report, "write report.html from the finished stages")
@@ -248,7 +248,7 @@ def _summary(result: "pipeline.Result", wall_s: float) -> str:
 
     lines = []
     for (stage, item), outcome in result.outcomes.items():
-        name = f"{stage} {item}" if item else stage
+        name = " ".join((stage, *item.words))
         lines.append(f"  {name:<22}{outcome.total_s:8.1f} s  {HOW[outcome.how]}")
     rest = wall_s - result.work_s
     lines.append(f"  {'total':<22}{wall_s:8.1f} s  of it {rest:.1f} s ({rest / wall_s:.0%}) orchestration")
@@ -257,11 +257,11 @@ def _summary(result: "pipeline.Result", wall_s: float) -> str:
 
 
 def stage(args: argparse.Namespace) -> int:
-    """`slmops stage NAME [ITEM]`."""
+    """`slmops stage NAME [ITEM ...]`."""
     from flows.workspace import worktrees
     from tasks.__main__ import main as tasks_main
 
-    argv = [args.stage, *([args.item] if args.item else []), "--root", str(worktrees.find(Path()))]
+    argv = [args.stage, *args.item, "--root", str(worktrees.find(Path()))]
     if args.params:
         argv += ["--params", str(args.params)]
     return tasks_main([*argv, *(word for override in args.overrides for word in ("--set", override))])

@@ -1,4 +1,4 @@
-"""`python -m tasks STAGE [ITEM]`: the one command behind every way in."""
+"""`python -m tasks STAGE [ITEM ...]`: the one command behind every way in."""
 
 import argparse
 import faulthandler
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument(
-        "item", nargs="?", help="for quantize, validate and judge a variant, for distill a seed of params.yaml"
+        "item", nargs="*", help="for quantize, validate and judge a variant, for distill a seed of params.yaml"
     )
     parser.add_argument("--params", type=Path, help="parameters to use instead of params.yaml")
     parser.add_argument(
@@ -46,8 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         values = params.load(args.params or args.root / "params.yaml", params.expanded(args.overrides))
         if bound := STAGES[args.stage].limits:
             bounded.watch(lambda: bound(values, args.root), args.stage)
-        selftest.ensure(selftest.used(args.stage, args.item))
-        stage.run(STAGES[args.stage], STAGES, values, args.root, args.item)
+        item = STAGES[args.stage].item(values, args.item)
+        selftest.ensure(selftest.used(args.stage, item.get("variant")))
+        stage.run(STAGES[args.stage], STAGES, values, args.root, *item.words)
         events.finished(time.monotonic() - began)
     except PipelineError as error:
         return _failed(error)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.frame.bounded import Limits
+from tasks.frame.items import AXES
 from tasks.frame.stage import Stage
 from tasks.params import Params
 
@@ -40,19 +41,19 @@ _ROWS = (
     ),
     Stage(
         "distill", _late("distill"), ("distill", "task", "teach.temperature"),
-        {"source": "acquire", "taught": "teach", "pruned": "prune"}, per="seed", scratch=True, alone=True,
+        {"source": "acquire", "taught": "teach", "pruned": "prune"}, per=("seed",), scratch=True, alone=True,
     ),
     Stage("select", _late("select"), ("select",), {"students": "distill"}),
     # HF -> F16 GGUF, once for all variants; the teacher's file is the yardstick of size and speed.
     Stage("convert", _late("convert"), (), {"teacher": "finetune", "student": "select"}),
-    Stage("quantize", _late("quantize"), ("quantize.options",), {"student": "select", "converted": "convert"}, per="variant"),
+    Stage("quantize", _late("quantize"), ("quantize.options",), {"student": "select", "converted": "convert"}, per=("variant",)),
     Stage(
         "validate", _late("validate"), ("validate.context", "validate.windows", "validate.repeats", "task"),
         {"source": "acquire", "distilled": "select", "converted": "convert", "artifact": "quantize"},
-        per="variant", measured=("measurements.json",),
+        per=("variant",), measured=("measurements.json",),
     ),
     # Apart from `validate`, so that another gate runs no model again. Its verdict may rest on what was measured.
-    Stage("judge", _late("judge"), ("validate",), {"validated": "validate"}, per="variant", measured=("verdict.json",)),
+    Stage("judge", _late("judge"), ("validate",), {"validated": "validate"}, per=("variant",), measured=("verdict.json",)),
     Stage(
         "package", _late("package"), ("package", "quantize.variants"),
         {"source": "acquire", "student": "select", "artifacts": "quantize", "validated": "validate", "verdicts": "judge"},
@@ -61,13 +62,12 @@ _ROWS = (
 )  # fmt: skip
 
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _ROWS}
-LISTS = {"variant": "quantize.variants", "seed": "select.seeds"}  # what dvc.yaml takes a stage's items from
 
 
 def unnamed(raw: Mapping[str, Any], checked: Params) -> list[str]:
     """What dvc.yaml names and a raw params mapping lacks, with the value that the code would take (`task: {...}`)."""
     wanted = {key for stage in STAGES.values() for key in stage.sections}
-    wanted |= {LISTS[stage.per] for stage in STAGES.values() if stage.per}
+    wanted |= {AXES[axis] for stage in STAGES.values() for axis in stage.per}
     values = checked.model_dump(mode="json", by_alias=True)
 
     def lacks(key: str) -> bool:

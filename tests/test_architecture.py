@@ -15,6 +15,7 @@ from test_report import sample
 
 from tasks import params
 from tasks.acquire.params import DATA_SOURCES, MODEL_SOURCES, Source
+from tasks.frame.items import AXES
 from tasks.metrics import METRICS
 from tasks.models import scoring
 from tasks.models.params import Metric
@@ -207,14 +208,15 @@ def test_dvc_has_the_stages_in_order(dvc: dict) -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_dvc_says_what_the_stage_says(dvc: dict, name: str) -> None:
     stage, written = STAGES[name], dvc["stages"][name]
-    lists = {"variant": "${quantize.variants}", "seed": "${select.seeds}"}
-    item = f"${{item.{stage.per}}}"
-    assert written["cmd"] == f"infra/python -m tasks {name}" + (f" {item}" if stage.per else "")
-    assert written.get("matrix") == ({stage.per: lists[stage.per]} if stage.per else None)
-    assert written["outs"] == [f"build/{name}/{item}" if stage.per else f"build/{name}"]
+    words = {axis: f"${{item.{axis}}}" for axis in stage.per}
+    assert written["cmd"] == " ".join(["infra/python -m tasks", name, *words.values()])
+    assert written.get("matrix", {}) == {axis: f"${{{AXES[axis]}}}" for axis in stage.per}
+    assert written["outs"] == ["/".join(["build", name, *words.values()])]
     assert written.get("params", []) == list(stage.sections)
-    ours = f"/{item}" if stage.per else ""
-    folders = {f"build/{s}" + (ours if STAGES[s].per == stage.per else "") for s in stage.inputs.values()}
+    folders = {
+        "/".join(["build", source, *(words[axis] for axis in STAGES[source].per if axis in words)])
+        for source in stage.inputs.values()
+    }
     deps = set(written["deps"])
     assert {dep for dep in deps if dep.startswith("build/")} == folders
     assert ("${acquire.watch}" in deps) == stage.sources

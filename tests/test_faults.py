@@ -16,7 +16,7 @@ from tasks.stages import STAGES
 
 DEADLINE_S = 300
 VARIANT = "q8_0"
-ITEMS = {"variant": VARIANT, "seed": "17", None: None}
+ITEMS = {"variant": VARIANT, "seed": "17"}
 OVERRIDES = ["--set", f"quantize.variants=[{VARIANT}]"]
 
 
@@ -26,7 +26,7 @@ def command(root: Path, stage: str) -> list[str]:
         "-m",
         "tasks",
         stage,
-        *filter(None, [ITEMS[STAGES[stage].per]]),
+        *(ITEMS[axis] for axis in STAGES[stage].per),
         "--root",
         str(root),
         *OVERRIDES,
@@ -38,7 +38,7 @@ def run(root: Path, stage: str) -> subprocess.CompletedProcess[str]:
 
 
 def output(root: Path, stage: str) -> Path:
-    return folder(root, stage, ITEMS[STAGES[stage].per])
+    return folder(root, stage, *(ITEMS[axis] for axis in STAGES[stage].per))
 
 
 def killed(root: Path, stage: str) -> None:

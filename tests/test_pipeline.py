@@ -32,6 +32,7 @@ from flows.workspace import versioning
 from tasks import params
 from tasks.errors import BrokenRuntimeError, ConfigError, PipelineError, StageError
 from tasks.frame import jsonl
+from tasks.frame.items import Item
 from tasks.stages import STAGES
 
 DEADLINE_S = 300
@@ -68,7 +69,7 @@ def test_params_that_are_edited_during_a_run_end_it_at_the_first_stage_that_read
     began = params.load(path)
 
     def work(stage: str) -> stage_task.StageRun:
-        return stage_task.StageRun(toy, "r", stage, None, False, began.digest(STAGES[stage].sections))
+        return stage_task.StageRun(toy, "r", stage, Item(), False, began.digest(STAGES[stage].sections))
 
     monkeypatch.setenv("TOY_LOG", str(toy / "toy.log"))
     monkeypatch.setattr(stage_task, "_artifact", lambda name: lambda event: None)  # Prefect's part needs its server

@@ -1,7 +1,9 @@
 """Running a stage: inputs verified, all or nothing, one at a time, resumable scratch."""
 
+import copy
 import errno
 import fcntl
+import itertools
 import json
 import os
 from pathlib import Path
@@ -118,10 +120,43 @@ def test_scratch_survives_a_failure_and_is_dropped_when_params_or_inputs_change(
 
 
 def test_a_variant_stage_needs_a_known_variant(tmp_path: Path) -> None:
-    rows = {"quantize": Stage("quantize", write, ("quantize",), per="variant")}
-    for variant in (None, "q9_9"):
+    rows = {"quantize": Stage("quantize", write, ("quantize",), per=("variant",))}
+    for words in ((), ("q9_9",), ("q8_0", "17")):
         with pytest.raises(ConfigError, match="q8_0"):
-            stage.run(rows["quantize"], rows, VALUES, tmp_path, variant)
+            stage.run(rows["quantize"], rows, VALUES, tmp_path, *words)
+
+
+def test_items_of_two_axes_meet_those_of_one(tmp_path: Path) -> None:
+    """A stage for each of a variant and a seed reads what was made for its variant, and feeds the stage for each variant."""
+    seen: dict[tuple[object, ...], list[str]] = {}
+
+    def note(_: object, *, out: Path, variant: str = "", seed: int = 0, made: Path | None = None) -> dict[str, float]:
+        seen[variant, seed] = sorted(path.name for path in made.iterdir()) if made else []
+        return write(_, out=out)
+
+    rows = {
+        each.name: each
+        for each in (
+            Stage("quantize", note, ("quantize",), per=("variant",)),
+            Stage("measure", note, ("quantize",), {"made": "quantize"}, per=("variant", "seed")),
+            Stage("judge", note, ("quantize",), {"made": "measure"}, per=("variant",)),
+            Stage("package", note, ("quantize",), {"made": "measure"}),
+        )
+    }
+    variants, seeds = VALUES.quantize.variants, VALUES.select.seeds
+    for row in rows.values():
+        for item in row.items(VALUES):
+            there = copy.copy(item)  # by __reduce_ex__, as to another process
+            assert (there, hash(there)) == (item, hash(item))
+            made = stage.run(row, rows, VALUES, tmp_path, *item.words)
+    assert set(seen) == {("", 0), *((variant, 0) for variant in variants), *itertools.product(variants, seeds)}
+    assert set(made.inputs) == {f"made/{variant}/{seed}" for variant in variants for seed in seeds}
+    judged = manifest.load(stage.folder(tmp_path, "judge", variants[0]))
+    assert set(judged.inputs) == {f"made/{seed}" for seed in seeds}
+    measured = manifest.load(stage.folder(tmp_path, "measure", variants[0], str(seeds[0])))
+    assert measured.inputs == {"made": manifest.digest(stage.folder(tmp_path, "quantize", variants[0]))}
+    with pytest.raises(ConfigError, match=f"{variants[0]} {seeds[0]}"):
+        stage.run(rows["measure"], rows, VALUES, tmp_path, variants[0])
 
 
 def test_a_full_disk_is_foreseen(tmp_path: Path) -> None:

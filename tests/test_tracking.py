@@ -22,6 +22,7 @@ from flows.workspace.versioning import Outcome
 from tasks import params
 from tasks.errors import ArtifactError, ConfigError, StageError
 from tasks.frame import manifest
+from tasks.frame.items import Item
 from tasks.stages import STAGES
 
 PARAMS = params.load(DEFAULTS)
@@ -52,10 +53,10 @@ def found(main: Path) -> dict[str, Any]:
 
 def test_a_run_is_a_parent_with_a_nested_child_a_stage(main: Path) -> None:
     tracker = mlflow_runs.Tracker(main, "first", PARAMS, {"slmops.flow_run": "f1", "slmops.git_commit": "abc"})
-    tracker.begin(STAGES["quantize"], "q4_0")
+    tracker.begin(STAGES["quantize"], Item(variant="q4_0"))
     for step in range(2500):
-        tracker.point(STAGES["quantize"], "q4_0", "loss", 1 / (step + 1), step)
-    tracker.end(STAGES["quantize"], "q4_0", output(main, accuracy=0.5, odd=float("nan")), RAN)
+        tracker.point(STAGES["quantize"], Item(variant="q4_0"), "loss", 1 / (step + 1), step)
+    tracker.end(STAGES["quantize"], Item(variant="q4_0"), output(main, accuracy=0.5, odd=float("nan")), RAN)
     tracker.close("FINISHED", {"slmops.dvc_lock": "d"}, {"wall_s": 3.0}, (main / "out" / "verdict.json",))
 
     runs = found(main)
@@ -78,10 +79,10 @@ def test_a_run_is_a_parent_with_a_nested_child_a_stage(main: Path) -> None:
 def test_a_retry_opens_its_run_again(main: Path) -> None:
     stage = STAGES["convert"]
     tracker = mlflow_runs.Tracker(main, "r", PARAMS, {"slmops.flow_run": "f1"})
-    tracker.begin(stage, None)
-    tracker.fail(stage, None, "the disk is full", "FAILED")
-    tracker.begin(stage, None)
-    tracker.end(stage, None, output(main, answer=1.0), Outcome("restored", 0.0, 1.0))
+    tracker.begin(stage, Item())
+    tracker.fail(stage, Item(), "the disk is full", "FAILED")
+    tracker.begin(stage, Item())
+    tracker.end(stage, Item(), output(main, answer=1.0), Outcome("restored", 0.0, 1.0))
     tracker.close("FINISHED", {}, {}, ())
     child = found(main)["convert"]
     assert (len(found(main)), child.info.status) == (2, "FINISHED")
@@ -94,12 +95,13 @@ import os, signal, sys
 from pathlib import Path
 from flows.tracking import mlflow_store, spool, mlflow_runs
 from tasks import params
+from tasks.frame.items import Item
 from tasks.stages import STAGES
 tracker = mlflow_runs.Tracker(Path(sys.argv[1]), "dead", params.load(Path(sys.argv[2])), {"slmops.flow_run": "f1"})
-tracker.begin(STAGES["distill"], "17")
+tracker.begin(STAGES["distill"], Item(seed=17))
 if sys.argv[3] == "told":
     tracker.settle(300)
-tracker.point(STAGES["distill"], "17", "loss", 0.5, 1)
+tracker.point(STAGES["distill"], Item(seed=17), "loss", 0.5, 1)
 tracker._flush("distill@17")
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -137,8 +139,8 @@ def test_what_a_killed_run_left_is_told_and_closed_by_the_next(main: Path, told:
 def test_a_killed_run_that_is_taken_up_again_is_not_closed(main: Path) -> None:
     kill_a_run(main, "told")
     tracker = mlflow_runs.Tracker(main, "dead", PARAMS, {"slmops.flow_run": "f1"})
-    tracker.begin(STAGES["distill"], "17")
-    tracker.end(STAGES["distill"], "17", output(main, answer=1.0), RAN)
+    tracker.begin(STAGES["distill"], Item(seed=17))
+    tracker.end(STAGES["distill"], Item(seed=17), output(main, answer=1.0), RAN)
     tracker.close("FINISHED", {}, {}, ())
     runs = found(main)
     assert {name: run.info.status for name, run in runs.items()} == {"dead": "FINISHED", "distill@17": "FINISHED"}
@@ -247,9 +249,9 @@ def test_a_run_goes_on_without_mlflow_and_tells_it_later(main: Path, monkeypatch
     monkeypatch.setattr(mlflow_runs, "PATIENCE_S", 0.1)
     said: list[str] = []
     tracker = mlflow_runs.Tracker(main, "r", PARAMS, {"slmops.flow_run": "f1"}, said.append)
-    tracker.begin(STAGES["convert"], None)
-    tracker.point(STAGES["convert"], None, "loss", 0.5, 1)
-    tracker.end(STAGES["convert"], None, output(main), RAN)
+    tracker.begin(STAGES["convert"], Item())
+    tracker.point(STAGES["convert"], Item(), "loss", 0.5, 1)
+    tracker.end(STAGES["convert"], Item(), output(main), RAN)
     (main / "out" / "verdict.json").unlink()  # what was told is kept as it was
     tracker.close("FINISHED", {}, {}, ())
     assert [text.split(":")[0] for text in said] == ["warning", "warning"]
@@ -270,9 +272,9 @@ def test_a_run_goes_on_without_mlflow_and_tells_it_later(main: Path, monkeypatch
 
 def test_what_mlflow_refuses_fails_the_run(main: Path) -> None:
     tracker = mlflow_runs.Tracker(main, "r", PARAMS, {"slmops.flow_run": "f1"})
-    tracker.begin(STAGES["convert"], None)
-    tracker.point(STAGES["convert"], None, "no/such//name", 0.5, 1)
-    tracker.end(STAGES["convert"], None, output(main), RAN)
+    tracker.begin(STAGES["convert"], Item())
+    tracker.point(STAGES["convert"], Item(), "no/such//name", 0.5, 1)
+    tracker.end(STAGES["convert"], Item(), output(main), RAN)
     with pytest.raises(StageError, match=r"MLflow at .* refused a record of this run: .*no/such//name"):
         tracker.close("FINISHED", {}, {}, ())
     assert found(main)["convert"].info.status == "FINISHED"

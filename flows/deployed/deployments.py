@@ -32,6 +32,7 @@ from tasks.acquire.params import AnyData, AnyModel
 from tasks.errors import ConfigError
 from tasks.quantize.params import VariantName
 from tasks.schema import Seed, Share
+from tasks.stages import STAGES
 from tasks.validate.params import Gate
 
 LOOK_S = 60  # from one look of a waiting run to the next
@@ -177,10 +178,8 @@ def validate_only(
             approval.logged(pulled)
         with pipeline.opened(place, name, checked) as monitor, monitor:
             for stage in ("validate", "judge"):
-                for variant in chosen:
-                    pipeline.one(
-                        monitor, StageRun(place, name, stage, variant, up_to_date=False), checked.machine.retries
-                    )
+                for item in STAGES[stage].items(checked):
+                    pipeline.one(monitor, StageRun(place, name, stage, item, up_to_date=False), checked.machine.retries)
         monitor.tracker.close("FINISHED", {"slmops.validated": run}, {}, ())
         done = [versioning.address(stage, each) for stage in ("validate", "judge") for each in chosen]
         approval.logged(versioning.push(place, *done))

@@ -20,6 +20,7 @@ from tasks import params
 from tasks.acquire import data_sources, rows, watched
 from tasks.acquire.params import LocalData
 from tasks.errors import PipelineError
+from tasks.frame.items import Item
 from tasks.judge import gates
 from tasks.learning.params import Training
 from tasks.models import loading, sizes
@@ -27,6 +28,7 @@ from tasks.models.sizes import Shape
 from tasks.prune import width as width_pruning
 from tasks.prune.params import Prune
 from tasks.prune.plan import pruned
+from tasks.stages import STAGES
 from tasks.validate.params import Validate
 from tasks.variants import VARIANTS
 
@@ -175,8 +177,8 @@ def predict(root: Workspace, checked: params.Params, training: float, plain: flo
     return Plan(base, student, predicted, ram, work, int(1.1 * (folders + files)), _doubts(checked, counted))
 
 
-def expected(root: Workspace, checked: params.Params, keys: Iterable[tuple[str, str | None]]) -> dict[str, float]:
-    """Minutes that each stage is expected to take, `keys` being what is to be done: stage, and variant or seed. Empty where
+def expected(root: Workspace, checked: params.Params, keys: Iterable[tuple[str, Item]]) -> dict[str, float]:
+    """Minutes that each stage is expected to take, `keys` being what is to be done. Empty where
     that cannot be told (a model that is still to be fetched, rows that acquire will refuse) and where no model runs.
     """
     wanted = Counter(stage for stage, _ in keys)
@@ -189,11 +191,7 @@ def expected(root: Workspace, checked: params.Params, keys: Iterable[tuple[str, 
         work = _work(checked, base, *_student(checked, base), counted, training, rates["float32"])
     except (PipelineError, OSError, ValueError, LookupError, ArithmeticError):
         return {}  # the run itself says what is wrong, if anything is
-    items = {
-        "distill": checked.select.seeds,
-        **dict.fromkeys(("quantize", "validate", "judge"), checked.quantize.variants),
-    }
-    share = {stage: count / len(items.get(stage, [None])) for stage, count in wanted.items()}
+    share = {stage: count / len(STAGES[stage].items(checked)) for stage, count in wanted.items()}
     return {each.stage: each.seconds * share[each.stage] / 60 for each in work if each.stage in wanted}
 
 

@@ -3,35 +3,31 @@
 from collections.abc import Collection
 
 from flows.workspace.versioning import address
+from tasks.frame.items import Item
 from tasks.params import Params
 from tasks.stages import STAGES
 
-Key = tuple[str, str | None]  # stage; variant or seed, where it is done once for each
+Key = tuple[str, Item]  # stage, and what it is done for
 
 
 def keys(checked: Params) -> list[Key]:
     """Everything that a run does, in order."""
-    return [(stage.name, item) for stage in STAGES.values() for item in stage.items(checked) or (None,)]
+    return [(stage.name, item) for stage in STAGES.values() for item in stage.items(checked)]
 
 
 def inputs(key: Key, checked: Params) -> list[Key]:
     """What must be done before."""
     name, item = key
     stage = STAGES[name]
-    found: list[Key] = []
-    for source in stage.inputs.values():
-        if stage.per == STAGES[source].per:
-            found.append((source, item))
-        else:
-            found += [(source, each) for each in STAGES[source].items(checked) or (None,)]
-    return found
+    sources = stage.inputs.values()
+    return [(source, each) for source in sources for each in stage.feeding(STAGES[source], item, checked)]
 
 
 def behind(changed: Collection[str], checked: Params) -> set[Key]:
     """What is out of date, or follows from what is. `changed`: DVC's names. All else needs no call of DVC."""
     found: set[Key] = set()
     for key in keys(checked):
-        if address(*key) in changed or found & set(inputs(key, checked)):
+        if address(key[0], *key[1].words) in changed or found & set(inputs(key, checked)):
             found.add(key)
     return found
 
@@ -39,4 +35,4 @@ def behind(changed: Collection[str], checked: Params) -> set[Key]:
 def title(key: Key) -> str:
     """`distill-17`, `quantize-q4_0`: of the task, its log and its line on the terminal."""
     stage, item = key
-    return f"{stage}-{item}" if item else stage
+    return "-".join((stage, *item.words))

@@ -65,7 +65,7 @@ class Monitor:
                 self.spans.append((began, began + outcome.stage_s))
             self.done[work.key] = outcome
             self.display.end(work.name, outcome)
-            made = folder(self.root, work.stage, work.item)
+            made = folder(self.root, work.stage, *work.item.words)
             self.tracker.end(STAGES[work.stage], work.item, made, outcome)
 
     def fail(self, work: StageRun, text: str, status: str = "FAILED") -> None:

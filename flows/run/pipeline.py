@@ -133,7 +133,7 @@ def stage_runs(root: Workspace, run: str, checked: params.Params, changed: froze
     return [
         StageRun(
             root, run, *key, key not in behind, checked.digest(STAGES[key[0]].sections),
-            parallel if STAGES[key[0]].per == "variant" else 1, runners.remote(),
+            parallel if "variant" in key[1] else 1, runners.remote(),
         )
         for key in graph.keys(checked)
     ]  # fmt: skip

@@ -24,6 +24,7 @@ from flows.workspace.paths import Workspace
 from tasks import params
 from tasks.errors import BrokenRuntimeError, ConfigError, DiskFullError, PipelineError, StageError
 from tasks.frame import cores, manifest
+from tasks.frame.items import Item
 from tasks.frame.stage import folder
 from tasks.stages import STAGES
 
@@ -38,7 +39,7 @@ class StageRun:
     root: Workspace
     run: str
     stage: str
-    item: str | None
+    item: Item
     up_to_date: bool  # as `dvc status` found when the run began
     params: str = ""  # digest of the sections that the stage reads, as they were then; "": not held against
     parallel: int = 1  # so many of its kind share a machine
@@ -93,7 +94,7 @@ def reproduce(work: StageRun) -> versioning.Outcome:
             outcome = versioning.repro(
                 work.root,
                 work.stage,
-                work.item,
+                *work.item.words,
                 log=work.log,
                 events=work.events,
                 on_event=_artifact(work.name),
@@ -101,7 +102,7 @@ def reproduce(work: StageRun) -> versioning.Outcome:
                 keep_open=descriptors,
             )
         if outcome.how == "ran":
-            _hold_params(work, manifest.load(folder(work.root, work.stage, work.item)).params)
+            _hold_params(work, manifest.load(folder(work.root, work.stage, *work.item.words)).params)
         return outcome
     except versioning.Stopped:
         raise  # whoever stopped the run tells it

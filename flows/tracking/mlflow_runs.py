@@ -19,6 +19,7 @@ from flows.workspace.paths import MainCheckout, Workspace
 from flows.workspace.versioning import Outcome, address
 from tasks.errors import StageError
 from tasks.frame import manifest
+from tasks.frame.items import Item
 from tasks.frame.stage import Stage
 from tasks.frame.stage import folder as stage_folder
 from tasks.params import Params
@@ -71,27 +72,27 @@ class Tracker:
         self._deliverer = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
         self._deliverer.start()
 
-    def begin(self, stage: Stage, item: str | None) -> None:
+    def begin(self, stage: Stage, item: Item) -> None:
         """Open the child run of a stage, or open it again on a retry."""
-        name = address(stage.name, item)
+        name = address(stage.name, *item.words)
         self._points[name], self._flushed[name] = [], time.monotonic()
-        self._start(name, name, {f"slmops.{stage.per}": item} if stage.per and item else {})
+        self._start(name, name, {f"slmops.{axis}": str(value) for axis, value in item.items()})
         self._write(name, params=self._section_params(stage.sections))
 
-    def point(self, stage: Stage, item: str | None, metric: str, value: float, step: int) -> None:
+    def point(self, stage: Stage, item: Item, metric: str, value: float, step: int) -> None:
         """One point of a curve; sent in batches."""
-        name = address(stage.name, item)
+        name = address(stage.name, *item.words)
         self._points[name].append((metric, value, step, mlflow_store.now()))
         if time.monotonic() - self._flushed[name] > FLUSH_S:
             self._flush(name)
 
-    def end(self, stage: Stage, item: str | None, folder: Path, outcome: Outcome) -> None:
+    def end(self, stage: Stage, item: Item, folder: Path, outcome: Outcome) -> None:
         """Close the child run of a finished stage with its metrics and small files.
 
         Raises:
             StageError: MLflow refused something that this run told it.
         """
-        name = address(stage.name, item)
+        name = address(stage.name, *item.words)
         self._flush(name)
         made = manifest.load(folder)
         self._write(
@@ -105,9 +106,9 @@ class Tracker:
         self._spool.add(do="end", run=name, status="FINISHED", at=mlflow_store.now())
         self._raise_refusal()
 
-    def fail(self, stage: Stage, item: str | None, text: str, status: str) -> None:
+    def fail(self, stage: Stage, item: Item, text: str, status: str) -> None:
         """Close the child run of a stage that failed (FAILED) or was stopped (KILLED)."""
-        name = address(stage.name, item)
+        name = address(stage.name, *item.words)
         self._flush(name)
         self._write(name, tags={"slmops.error": text[:5000]})
         self._spool.add(do="end", run=name, status=status, at=mlflow_store.now())

@@ -51,9 +51,9 @@ class Outcome:
     total_s: float
 
 
-def address(stage: str, item: str | None = None) -> str:
-    """DVC's name of a stage: `quantize@q4_0`."""
-    return f"{stage}@{item}" if item else stage
+def address(stage: str, *item: str) -> str:
+    """DVC's name of a stage, of whose item it takes the words: `quantize@q4_0`."""
+    return f"{stage}@{'-'.join(item)}" if item else stage
 
 
 def stage_environment() -> dict[str, str]:
@@ -64,8 +64,7 @@ def stage_environment() -> dict[str, str]:
 def repro(
     root: Workspace,
     stage: str,
-    item: str | None = None,
-    *,
+    *item: str,
     log: Path,
     events: Path | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
@@ -84,7 +83,7 @@ def repro(
         StageError: the stage died without a word; of its own family, where to run it again will not help.
         ArtifactError: DVC's own state is damaged.
     """
-    name = address(stage, item)
+    name = address(stage, *item)
     log.parent.mkdir(parents=True, exist_ok=True)
     events = events or log.with_suffix(".jsonl")
     events.touch()

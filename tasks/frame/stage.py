@@ -10,15 +10,16 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tasks.errors import ArtifactError, ConfigError, DiskFullError, StageError
-from tasks.frame import events, manifest
+from tasks.frame import events, items, manifest
 from tasks.frame.bounded import Limits
+from tasks.frame.items import Item
 from tasks.params import Params
 
 
@@ -26,69 +27,79 @@ from tasks.params import Params
 class Stage:
     """One row of the pipeline.
 
-    `function(params, *, <role>: Path, ..., out: Path[, variant: str | seed: int][, scratch: Path][, root: Path])`
-    returns the stage's metrics. `inputs` maps a role to a stage name; the role of a stage done once per variant or seed
-    is that item's folder for a stage done per the same, and the parent of all items' folders otherwise.
+    `function(params, *, <role>: Path, ..., out: Path[, <axis>: value][, scratch: Path][, root: Path])` returns the stage's
+    metrics. `inputs` maps a role to a stage name; a role is the folder of that stage's item where both are done for each of
+    the same, and the parent of all items' folders otherwise.
     """
 
     name: str
     function: Callable[..., Mapping[str, float]]
     sections: tuple[str, ...]  # of the params: `section` or `section.key`
     inputs: Mapping[str, str] = field(default_factory=dict)
-    per: Literal["variant", "seed"] | None = None
+    per: tuple[str, ...] = ()  # axes of its items; those that it shares with a stage it feeds come first
     scratch: bool = False  # wants a folder that survives a kill
     alone: bool = False  # takes a machine whole: beside anything, its threads would fight for the cores
     sources: bool = False  # reads files outside build/: gets the workspace root
     measured: tuple[str, ...] = ()  # files whose bytes differ from run to run
     limits: Callable[[Params, Path], Limits] | None = None  # what it may use, where its inputs are not trusted
 
-    def items(self, params: Params) -> tuple[str, ...]:
-        """What the stage is done once for each of; empty where it is done once."""
-        if self.per == "variant":
-            return params.quantize.variants
-        return tuple(map(str, params.select.seeds)) if self.per == "seed" else ()
+    def items(self, params: Params) -> tuple[Item, ...]:
+        """What the stage is done once for each of; the empty one alone where it is done once."""
+        return items.every(self.per, params)
+
+    def item(self, params: Params, words: Sequence[str]) -> Item:
+        """The item that a command names.
+
+        Raises:
+            ConfigError: it names none, or not one of the params.
+        """
+        known = {each.words: each for each in self.items(params)}
+        if found := known.get(tuple(words)):
+            return found
+        if self.per:
+            names = ", ".join(" ".join(each) for each in known)
+            raise ConfigError(f"{self.name} works on one {' and '.join(self.per)}: name one of {names}")
+        if words:
+            raise ConfigError(f"{self.name} is done once, for no variant or seed, but was given {' '.join(words)!r}")
+        return Item()
+
+    def feeding(self, source: "Stage", item: Item, params: Params) -> tuple[Item, ...]:
+        """The items of the stage `source` that this stage's `item` is made from: those that agree on the axes of both."""
+        return tuple(each for each in source.items(params) if each.only(self.per) == item.only(source.per))
 
 
-def folder(root: Path, stage: str, item: str | None = None) -> Path:
-    """Where a stage's output lies, or that of one of its items."""
-    return root / "build" / stage / item if item else root / "build" / stage
+def folder(root: Path, stage: str, *item: str) -> Path:
+    """Where a stage's output lies, or that of one of its items, of which it takes the words."""
+    return root.joinpath("build", stage, *item)
 
 
-def run(
-    stage: Stage, stages: Mapping[str, Stage], params: Params, root: Path, item: str | None = None
-) -> manifest.Manifest:
-    """Run one stage in the workspace `root` and return its manifest.
+def run(stage: Stage, stages: Mapping[str, Stage], params: Params, root: Path, *words: str) -> manifest.Manifest:
+    """Run one stage in the workspace `root`, for the item that `words` name, and return its manifest.
 
     Raises:
-        ConfigError: the stage's variant or seed is missing, or not among those of the params.
+        ConfigError: there is no such item.
         ArtifactError: an input is missing or does not match its manifest.
         StageError: another process runs this stage here, or the disk is full.
     """
-    items = stage.items(params)
-    if stage.per and item not in items:
-        raise ConfigError(f"{stage.name} works on one {stage.per}: name one of {', '.join(items)}")
-    if item and not stage.per:
-        raise ConfigError(f"{stage.name} is done once, for no variant or seed, but was given {item!r}")
-
+    item = stage.item(params, words)
     events.doing("check inputs")
     paths: dict[str, Path] = {}
     digests: dict[str, str] = {}
     for role, source in stage.inputs.items():
-        shared = stages[source].per == stage.per
-        paths[role] = folder(root, source, item if shared else None)
-        for each in (None,) if shared else stages[source].items(params) or (None,):
-            one = paths[role] / each if each else paths[role]
+        shared = item.only(stages[source].per).words
+        paths[role] = folder(root, source, *shared)
+        for each in stage.feeding(stages[source], item, params):
+            rest = each.words[len(shared) :]
+            one = paths[role].joinpath(*rest)
             manifest.verify(one)
-            digests[f"{role}/{each}" if each else role] = manifest.digest(one)
+            digests["/".join((role, *rest))] = manifest.digest(one)
 
-    out = folder(root, stage.name, item)
+    out = folder(root, stage.name, *item.words)
     partial = out.with_name(f".{out.name}.partial")
-    with _only_one(out.with_name(f".{out.name}.lock"), f"{stage.name} {item or ''}".strip(), root):
+    with _only_one(out.with_name(f".{out.name}.lock"), " ".join((stage.name, *item.words)), root):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        extra: dict[str, object] = {}
-        if item:
-            extra = {"variant": item} if stage.per == "variant" else {"seed": int(item)}
+        extra: dict[str, object] = dict(item)
         identity = params.digest(stage.sections)
         scratch = out.with_name(f".{out.name}.scratch")
         if stage.scratch:

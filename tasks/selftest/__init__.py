@@ -30,11 +30,11 @@ LIMIT_S = 900.0
 _ROOT = Path(__file__).resolve().parents[2]  # where `tasks` is importable from
 
 
-def used(stage: str, item: str | None) -> tuple[Runtime, ...]:
+def used(stage: str, variant: str | None) -> tuple[Runtime, ...]:
     """The runtimes whose arithmetic a stage relies on, of those that have native code."""
-    if stage not in ("quantize", "validate") or item is None or item not in VARIANTS:
+    if stage not in ("quantize", "validate") or variant is None:
         return ()
-    own = VARIANTS[item].runtime
+    own = VARIANTS[variant].runtime
     wanted = (LLAMA, own) if stage == "validate" and own is not LLAMA else (own,)  # held against the F16 file
     return tuple(each for each in wanted if each.package)
 
