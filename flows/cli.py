@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
             if args.params or args.overrides:
                 print("note: params.yaml now holds the effective values of this run", file=sys.stderr)
             with locks.one_at_a_time(main, checked.package.name, name):
-                _go(here, name, checked, started)
+                _go(here, name, checked, started, always=False)
         return 0
     changed = worktrees.uncommitted(main)
     if changed:
@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
         locks.one_at_a_time(main, planned.params.package.name, name),
         worktrees.worktree(main, name, args.commit, planned) as root,
     ):
-        said = _go(root, name, planned.params, started)
+        said = _go(root, name, planned.params, started, always=True)
         commit = worktrees.finish(root, name, f"Run {name}\n\n{said}")
     worktrees.retire(main, planned.params.machine.keep_runs)
     print(f"commit {commit[:12]} on branch runs/{name}; its files are in {root} until `slmops prune`")
@@ -225,20 +225,32 @@ def _terminated(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _go(root: Workspace, name: str, checked: "params.Params", started: float) -> str:
-    """Run the flow in a workspace that is locked, print what it came to, and say what was registered."""
-    from flows.servers import prefect_api
+def _go(root: Workspace, name: str, checked: "params.Params", started: float, *, always: bool) -> str:
+    """Run the flow in a workspace that is locked (`always`: though nothing is to be done), print what it came to, and say
+    what was registered.
+    """
     from flows.tracking import mlflow_store
     from flows.workspace import versioning, worktrees
 
     # What would stop the run later is asked before Prefect's server takes its seconds to start.
     mlflow_store.check_server(mlflow_store.uri(worktrees.main_root(root)))
     versioning.check_state(root)
+    changed = versioning.status(root)
+    if not changed and not always:
+        from flows.run import nothing_to_do
+
+        if not nothing_to_do.left_by_a_run(root):
+            said = nothing_to_do.end(root, checked)
+            print(f"everything is up to date: no stage ran ({time.monotonic() - started:.1f} s)")
+            print(f"{said}\nreport: {paths.report(root)}")
+            return said
+    from flows.servers import prefect_api
+
     prefect_api.ready()
 
     from flows.run import pipeline
 
-    result = pipeline.run(root, name, checked)
+    result = pipeline.run(root, name, checked, changed=frozenset(changed))
     print(_summary(result, time.monotonic() - started))
     return result.said
 

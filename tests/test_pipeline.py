@@ -186,11 +186,16 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
     assert "planted" not in done.stdout + done.stderr
     assert [*holding(toy, b"planted"), *holding(Path(environment(toy)["PREFECT_HOME"]), b"planted")] == []
 
-    again = run_toy(toy, "--name", "two")
+    # Where nothing is to be done no server is asked, and nothing is recorded; a report that is gone is written again.
+    (toy / "report.html").unlink()
+    again = slmops(toy, "run", "--name", "two", PREFECT_API_URL="http://127.0.0.1:9/api")
     assert again.returncode == 0, again.stderr
     assert len(started(toy)) == 14
-    assert again.stdout.count("up to date") == 14
+    assert "everything is up to date" in again.stdout
     assert "version 1 was registered before" in again.stdout
+    assert "q4_0" in again.stderr
+    assert (toy / "report.html").is_file()
+    assert dict(runs(toy)) == names
 
 
 def test_work_that_failed_is_tried_again(toy: Path) -> None:

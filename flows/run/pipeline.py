@@ -46,9 +46,11 @@ class Result:
     page: str | None = None  # MLflow's, of the run
 
 
-def run(root: Workspace, name: str, checked: params.Params, by: str | None = None) -> Result:
+def run(
+    root: Workspace, name: str, checked: params.Params, by: str | None = None, *, changed: frozenset[str] | None = None
+) -> Result:
     """Run the pipeline under Prefect in the workspace `root`, which the caller has locked. `checked`: its params.yaml; `by`:
-    who started it, by default this login.
+    who started it, by default this login; `changed`: DVC's names of what is out of date, where the caller has asked.
 
     Raises:
         PipelineError: what the first failing stage raised.
@@ -58,13 +60,13 @@ def run(root: Workspace, name: str, checked: params.Params, by: str | None = Non
     @flow(name="slmops", flow_run_name="{name}", task_runner=runner, persist_result=False, validate_parameters=False)
     def slmops(root: str, name: str, by: str | None = None) -> Result:
         """From an open model to a packaged and registered edge model, in the workspace `root`."""
-        return _run(Workspace(Path(root)), name, checked, by)
+        return _run(Workspace(Path(root)), name, checked, by, changed)
 
     result: Result = slmops(str(root), name, by)
     return result
 
 
-def _run(root: Workspace, name: str, checked: params.Params, by: str | None) -> Result:
+def _run(root: Workspace, name: str, checked: params.Params, by: str | None, changed: frozenset[str] | None) -> Result:
     started = time.monotonic()
     artifacts.plain_errors()
     main = worktrees.main_root(root)
@@ -72,7 +74,7 @@ def _run(root: Workspace, name: str, checked: params.Params, by: str | None) -> 
     checks.check(root, checked)
     with opened(root, name, checked) as monitor:
         with monitor:
-            _stages(monitor, name, checked)
+            _stages(monitor, name, checked, frozenset(versioning.status(root)) if changed is None else changed)
             rows = results.rows(root, checked)
             monitor.display.table(rows)
         report = paths.report(root)
@@ -139,14 +141,14 @@ def stage_runs(root: Workspace, run: str, checked: params.Params, changed: froze
     ]  # fmt: skip
 
 
-def _stages(monitor: Monitor, run: str, checked: params.Params) -> None:
+def _stages(monitor: Monitor, run: str, checked: params.Params, changed: frozenset[str]) -> None:
     """Submit every stage as a task as soon as its inputs are there; variants go side by side, and so do students where
     there are machines for them: each takes one whole.
 
     Raises:
         PipelineError: what the first failing stage raised, in the pipeline's order.
     """
-    works = stage_runs(monitor.root, run, checked, frozenset(versioning.status(monitor.root)))
+    works = stage_runs(monitor.root, run, checked, changed)
     if minutes := plan.expected(monitor.root, checked, [work.key for work in works if not work.up_to_date]):
         monitor.display.expect(minutes)
     monitor.watch(works)
