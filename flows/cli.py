@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.workspace import paths
 from flows.workspace.paths import MainCheckout, Workspace
-from tasks.errors import PipelineError, of_disk
+from tasks.errors import ConfigError, PipelineError, of_disk
 from tasks.frame import utf8
 
 if TYPE_CHECKING:
@@ -25,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit code 1 with `error: ...` for anything a person can act on, 130 for Ctrl-C."""
     if argv is None:
         utf8.ensure()
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return 2
+    args = parser.parse_args(argv)
     from flows import environment
 
     environment.apply()
@@ -185,9 +189,9 @@ def run(args: argparse.Namespace) -> int:
             with locks.one_at_a_time(main, checked.package.name, name):
                 _go(here, name, checked, started, always=False)
         return 0
-    changed = worktrees.uncommitted(main)
-    if changed:
-        print(f"note: not in this run, since not committed: {', '.join(changed)}", file=sys.stderr)
+    if unseen := [*worktrees.uncommitted(main), *worktrees.new_files(main)]:
+        shown = ", ".join(unseen[:8]) + (f" and {len(unseen) - 8} more" if len(unseen) > 8 else "")
+        print(f"note: not in this run, since not committed: {shown}", file=sys.stderr)
     planned = worktrees.planned(main, name, args.commit, args.params, args.overrides)
     print(f"run {name}: should it stop, `slmops run --worktree --name {name}` takes it up again", file=sys.stderr)
     with (
@@ -263,7 +267,7 @@ def _summary(result: "pipeline.Result", wall_s: float) -> str:
         name = " ".join((stage, *item.words))
         lines.append(f"  {name:<22}{outcome.total_s:8.1f} s  {HOW[outcome.how]}")
     rest = wall_s - result.work_s
-    lines.append(f"  {'total':<22}{wall_s:8.1f} s  of it {rest:.1f} s ({rest / wall_s:.0%}) orchestration")
+    lines.append(f"  {'total':<22}{wall_s:8.1f} s  of it {rest:.1f} s ({rest / wall_s:.0%}) around the stages: servers, checks, records")
     shown = [f"MLflow: {result.page}"] if result.page else []
     return "\n".join([*lines, result.said, f"report: {result.report}", *shown])
 
@@ -272,7 +276,10 @@ def stage(args: argparse.Namespace) -> int:
     """`slmops stage NAME [ITEM ...]`."""
     from flows.workspace import worktrees
     from tasks.__main__ import main as tasks_main
+    from tasks.stages import STAGES
 
+    if args.stage not in STAGES:
+        raise ConfigError(f"there is no stage {args.stage}: name one of {', '.join(STAGES)}")
     argv = [args.stage, *args.item, "--root", str(worktrees.find(Path()))]
     if args.params:
         argv += ["--params", str(args.params)]
@@ -281,11 +288,15 @@ def stage(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """`slmops plan`."""
+    from rich.console import Console
+
     from flows.preflight.plan import facts, show
     from flows.workspace import worktrees
 
     root = worktrees.find(Path())
-    _print(args, facts(root, args.params or paths.params_file(root), args.overrides), show)
+    with Console(stderr=True).status("reads the data, and measures how fast this machine is"):
+        found = facts(root, args.params or paths.params_file(root), args.overrides)
+    _print(args, found, show)
     return 0
 
 
@@ -332,6 +343,11 @@ def ask(args: argparse.Namespace) -> int:
         place = decisions.registered_bundle(*_model(args), str(args.version))
     else:
         place = folder(worktrees.find(Path()), "package")
+        if not place.exists():
+            raise ConfigError(
+                "nothing is packaged here yet: `slmops run` does it; a registered model is asked by --version N or "
+                "--champion, one of another name with --model NAME"
+            )
     print(answer(place, args.text, args.system))
     return 0
 

@@ -149,7 +149,7 @@ def _before_ldtilecfg(command: list[str]) -> list[str] | None:
 def decide(source: str, compiler_with_amx: str) -> tuple[str, str, str]:
     """The text of `mmq.cpp` to compile, what becomes of AMX, and why."""
     if compiler_with_amx == UNUSED:
-        return source, LEFT_OUT, "no processor that this is compiled for has it"
+        return source, LEFT_OUT, "not needed: this build is for processors without it"
     if compiler_with_amx not in (GOOD, DROPS):
         return source, LEFT_OUT, f"the compiler {compiler_with_amx}"
     right = compiler_with_amx == GOOD

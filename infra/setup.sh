@@ -15,6 +15,16 @@ llama_version=$(pin llama-cpp-python)
 say() { printf '== %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 step='set-up'
+# Run a command that takes minutes, and say each minute that it still does.
+slowly() {
+    local what=$1 code=0
+    shift
+    (for ((minute = 1; ; minute++)); do sleep 60 >&- 2>&-; kill -0 $$ 2>/dev/null || exit; say "still $what, $minute min"; done) &
+    local clock=$!
+    "$@" || code=$?
+    kill "$clock" 2>/dev/null && wait "$clock" 2>/dev/null || true
+    return "$code"
+}
 trap 'printf "error: %s failed, see above; mend it and call make again: it goes on from here\n" "$step" >&2' ERR
 
 step='looking for what is needed'
@@ -58,11 +68,11 @@ fi
 
 step='compiling llama-cpp-python'
 say 'llama-cpp-python: about 7 minutes on 2 cores where it is to be compiled'
-"$venv/bin/python" infra/build_llama.py "$tarball"
+slowly "$step" "$venv/bin/python" infra/build_llama.py "$tarball"
 
 step='installing the packages'
-say 'packages, 2.7 GB in all'
-pip install --quiet -c constraints.txt -e ".[${SLMOPS_EXTRAS:-all,dev}]" "torch==$(pin torch)"
+say 'packages, 3 GB in all'
+slowly "$step" pip install --quiet -c constraints.txt -e ".[${SLMOPS_EXTRAS:-all,dev}]" "torch==$(pin torch)"
 step='checking what was installed'
 say 'checking, with a self-test of the runtimes'
 "$venv/bin/slmops" doctor >"$cache/doctor.txt" || { cat "$cache/doctor.txt"; die 'slmops doctor found something missing, see above'; }

@@ -50,7 +50,9 @@ def _explain(problem: Any, known: Collection[str], tags: Mapping[str, Sequence[s
     if problem["type"] == "extra_forbidden":
         if key in MOVED:
             return f"{key}: unknown key: {MOVED[key]} has taken its place"
-        near = difflib.get_close_matches(location[-1], sorted(set(known) - {location[-1]}), n=1)
+        if location[-1] in known:
+            return f"{key}: unknown key: it belongs elsewhere (docs/parameters.md), so remove it here"
+        near = difflib.get_close_matches(location[-1], sorted(known), n=1)
         return f"{key}: unknown key" + (f": did you mean {near[0]!r}?" if near else ": remove it")
     newest = "`git ls-remote https://huggingface.co/OWNER/NAME HEAD` tells the newest"
     if (location[-1] == "revision" and not given) or problem["type"] == "missing":

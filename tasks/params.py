@@ -142,7 +142,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Params:
     Raises:
         ConfigError: lists every problem with its key path.
     """
-    return check(read(path, overrides), str(path))
+    return check(read(path, overrides), shown(str(path), overrides))
+
+
+def shown(where: str, overrides: Sequence[str]) -> str:
+    """How errors call a file of parameters that a command may have changed."""
+    return f"{where} with what --set changes" if overrides else where
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -165,7 +170,9 @@ def parsed(source: bytes, where: str, overrides: Sequence[str] = ()) -> dict[str
         ConfigError: it is no YAML, holds no sections, or an override is malformed.
     """
     try:
-        raw = yaml.safe_load(source.decode("utf-8"))
+        raw = yaml.load(source.decode("utf-8"), _Loader)
+    except _Twice as error:
+        raise ConfigError(f"{where}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
@@ -173,6 +180,25 @@ def parsed(source: bytes, where: str, overrides: Sequence[str] = ()) -> dict[str
     for text in overrides:
         put(raw, text, yaml.safe_load)
     return raw
+
+
+class _Twice(Exception):
+    """A key stands twice in one mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader that takes no key twice: of two sections of a name it would silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                raise _Twice(
+                    f"{key.value} stands in line {lines[key.value]} and again in line {line}: change the first, and remove "
+                    "the second"
+                )
+        return super().construct_mapping(node, deep)
 
 
 def put(raw: Any, override: str, read_value: Callable[[str], Any]) -> None:

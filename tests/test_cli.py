@@ -64,8 +64,16 @@ def test_every_command_takes_params_and_overrides(command: list[str], capsys: py
         (["run", "--worktree", "--commit", "nowhere"], "invalid object name 'nowhere'"),
         (["stage", "quantize"], "name one of q8_0, q4_0"),
         (["stage", "distill", "17"], "build/acquire/manifest.json is missing: run that stage first"),
-        (["register"], "bundle.json is missing: run `package` first"),
+        (["register"], "bundle.json is missing: nothing is packaged here yet"),
         (["report"], "bundle.json is missing"),
+        (["ask", "hello"], "nothing is packaged here yet"),
+        (["stage", "quantise"], "there is no stage quantise: name one of acquire, finetune"),
+        (
+            ["plan", "--set", "acquire.model={source: local, path: data/none}"],
+            "data/none does not exist: name the folder",
+        ),
+        (["plan", "--set", "acquire.model={source: local, path: data/rows/train.jsonl}"], "is a file: name the folder"),
+        (["plan", "--set", "acquire.model={source: gguf, path: data/none.gguf}"], "data/none.gguf is no file"),
         (["approve", "1", "--by", "Ada", "--reason", ""], "must not be empty"),
         (["prune", "nothing"], "no run named nothing"),
     ],
@@ -97,6 +105,8 @@ def test_version_and_completion_are_told(capsys: pytest.CaptureFixture[str]) -> 
         main(["--version"])
     assert end.value.code == 0
     assert capsys.readouterr().out.split() == ["slmops", metadata.version("slmops")]
+    assert main([]) == 2
+    assert "usage: slmops" in capsys.readouterr().out
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0

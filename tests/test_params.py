@@ -35,6 +35,24 @@ def test_all_errors_come_at_once_with_key_paths_and_the_nearest_name(tmp_path: P
     assert "smallest" in text
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    text = DEFAULTS.read_text()
+    (tmp_path / "params.yaml").write_text(text + "\nacquire:\n  watch: elsewhere\n")
+    first, second = text.splitlines().index("acquire:") + 1, len(text.splitlines()) + 2
+    with pytest.raises(ConfigError, match=rf"acquire stands in line {first} and again in line {second}"):
+        params.load(tmp_path / "params.yaml")
+
+
+def test_a_key_of_another_section_is_not_taken_for_a_slip(tmp_path: Path) -> None:
+    assert "acquire.model.revision: unknown key: it belongs elsewhere" in problems(tmp_path, "acquire.model.revision=a")
+
+
+def test_what_set_gave_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    assert problems(tmp_path, "validate.windows=0").startswith(
+        f"{tmp_path / 'params.yaml'} with what --set changes has"
+    )
+
+
 def test_1e_4_without_a_dot_is_explained(tmp_path: Path) -> None:
     text = problems(tmp_path, "finetune.learning_rate=1e-4")
     assert "finetune.learning_rate: '1e-4' is text" in text

@@ -275,7 +275,7 @@ def test_approval_is_bound_to_the_bundle(root: Path) -> None:
 
 
 def test_approval_needs_a_version_a_name_and_a_reason(root: Path) -> None:
-    with pytest.raises(ConfigError, match="no version 1: register one"):
+    with pytest.raises(ConfigError, match="no model home-commands is registered"):
         decisions.approve(root, NAME, "1", "Ada", "good")
     write_bundle(root)
     decisions.register(root, root)
@@ -712,7 +712,7 @@ def test_lines_from_before_the_chain_still_count(root: Path) -> None:
 def test_a_model_made_anew_in_mlflow_takes_over_no_old_decision(root: Path) -> None:
     decisions.reject(root, NAME, registered(root, 0.8), "Ada", "rude answers")
     mlflow_store.client(root).delete_registered_model(NAME)
-    with pytest.raises(ConfigError, match="no version 1: register one"):
+    with pytest.raises(ConfigError, match="no model home-commands is registered"):
         decisions.compare(root, NAME, "1")
     with pytest.raises(ArtifactError, match="lines 1 to 2 are not known to MLflow"):
         decisions.verify_audit(root, NAME)

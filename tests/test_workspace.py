@@ -242,6 +242,11 @@ def test_changes_that_a_worktree_does_not_see_are_listed(root: Path) -> None:
     assert worktrees.uncommitted(root) == []
     (root / "params.yaml").write_text((root / "params.yaml").read_text() + "# mine\n")
     assert worktrees.uncommitted(root) == ["params.yaml"]
+    assert worktrees.new_files(root) == []
+    (root / "data" / "mine.jsonl").write_text("{}\n")
+    (root / "notes").mkdir()
+    (root / "notes" / "a.txt").write_text("a")
+    assert worktrees.new_files(root) == ["data/mine.jsonl", "notes/"]
 
 
 # --- DVC's own files ---------------------------------------------------------------------------------

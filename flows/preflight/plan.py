@@ -20,6 +20,7 @@ from tasks import params
 from tasks.acquire import data_sources, rows, watched
 from tasks.acquire.params import LocalData
 from tasks.errors import PipelineError
+from tasks.frame import cores
 from tasks.frame.items import Item
 from tasks.judge import gates
 from tasks.learning.params import Training
@@ -117,6 +118,7 @@ def facts(root: Workspace, path: Path, overrides: Sequence[str]) -> dict[str, An
         "work": [asdict(work) for work in plan.work],
         "disk": {"needed_bytes": plan.disk, "free_bytes": shutil.disk_usage(root).free},
         "doubts": plan.doubts,
+        "busy": cores.others_work(),
     }
 
 
@@ -141,7 +143,8 @@ def show(plan: Mapping[str, Any]) -> None:
         megabytes = f"{file['bytes'] / 1e6:.1f}", f"{file['of_teacher_f16']:.0%}", f"{file['ram_bytes'] / 1e6:.0f}"
         table.add_row(file["variant"], *megabytes)
     console.print(table)
-    table = Table("stage", title="Work (times are estimates, on this machine)", title_justify="left")
+    console.print("Work (times are estimates, on this machine" + (f": {plan['busy']})" if plan["busy"] else ")"))
+    table = Table("stage")
     for heading in ("steps", "tokens", "minutes"):
         table.add_column(heading, justify="right")
     for work in plan["work"]:
@@ -163,8 +166,8 @@ def predict(root: Workspace, checked: params.Params, training: float, plain: flo
     """
     watched.check(checked.acquire, root)
     checks.check(root, checked)
-    counted = _rows(root, checked)
     base = planned_model.shape(checked.acquire, root)
+    counted = _rows(root, checked)
     student, predicted = _student(checked, base)
     ram: dict[str, int] = {
         variant: VARIANTS[variant].runtime.module.minimum_memory(size, student.config, checked.package.context_length)

@@ -62,8 +62,12 @@ def find_version(client: Any, name: str, version: str) -> Any:
     known = {str(found.version): found for found in client.search_model_versions(_called(name))}
     if version in known:
         return known[version]
+    if known:
+        raise ConfigError(f"{name} has no version {version}: it has {', '.join(sorted(known, key=int))}")
+    others = ", ".join(sorted(model.name for model in client.search_registered_models()))
     raise ConfigError(
-        f"{name} has no version {version}" + (f": it has {', '.join(sorted(known))}" if known else ": register one")
+        f"no model {name} is registered: "
+        + (f"choose with --model among {others}" if others else "a run that passes its gates registers one")
     )
 
 

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from flows.report.results import HEADINGS, Row
 from flows.workspace.versioning import Event, Outcome
+from tasks.frame import cores
 
 HOW = {"ran": "done", "restored": "restored from the cache", "unchanged": "up to date"}
 
@@ -87,7 +88,8 @@ class Display:
         """What each stage that is to be done is expected to take, and all of them."""
         from rich.table import Table
 
-        table = Table("stage", title="Expected on this machine", title_justify="left")
+        self._console.print("Expected on this machine" + (f" ({busy})" if (busy := cores.others_work()) else ""))
+        table = Table("stage")
         table.add_column("minutes", justify="right")
         for stage, expected in minutes.items():
             table.add_row(stage, f"{expected:.1f}")

@@ -167,7 +167,7 @@ def effective(source: bytes | None, where: str, overrides: Sequence[str]) -> Eff
     if source is None:
         raise ConfigError(f"{where} is not a file: name a readable one with --params")
     raw = params.parsed(source, where, overrides)
-    checked = params.check(raw, where)
+    checked = params.check(raw, params.shown(where, overrides))
     if missing := stages.unnamed(raw, checked):
         raise ConfigError(f"{where} must name {', '.join(missing)}: DVC watches each, and reads no defaults")
     text = source.decode()
@@ -280,6 +280,11 @@ def _holds(main: MainCheckout, commit: str, path: Path) -> bool:
 def uncommitted(main: MainCheckout) -> list[str]:
     """Tracked files with changes, which a worktree run does not see."""
     return git(main, "diff", "--name-only", "HEAD").splitlines()
+
+
+def new_files(main: MainCheckout) -> list[str]:
+    """What a worktree run does not see either: files that git neither tracks nor ignores; of a new folder, its name."""
+    return git(main, "ls-files", "--others", "--exclude-standard", "--directory", "--no-empty-directory").splitlines()
 
 
 def finish(root: Workspace, name: str, message: str) -> str:

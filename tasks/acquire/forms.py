@@ -90,8 +90,12 @@ def _message(turn: Any, unused: Counter[str]) -> dict[str, Any] | str:
     if not isinstance(turn, dict):
         return "is not an object of role and content"
     rest = {str(key): value for key, value in turn.items() if not missing(value)}
-    names = ("role", "content") if "role" in rest else ("from", "value")
+    names = ("from", "value") if rest.keys() & {"from", "value"} and "role" not in rest else ("role", "content")
+    given = ", ".join(sorted(rest)) or "nothing"
     role, content = rest.pop(names[0], None), rest.pop(names[1], None)
+    for name, value in zip(names, (role, content), strict=True):
+        if value is None:
+            return f"has no {name}, only {given}"[:200]
     if not isinstance(role, str) or role not in ROLES:
         return f"has the role {str(role)[:40]!r}, not system, user or assistant"
     text = content if isinstance(content, str) else _joined(content)

@@ -73,10 +73,13 @@ def gguf(source: GgufModel, root: Path, scratch: Path) -> Found:
     """A GGUF file on disk.
 
     Raises:
+        ConfigError: it is not there.
         ArtifactError: its sha256 is not the one in params.yaml.
     """
     path = root / source.path
-    if source.sha256 and path.is_file() and (actual := manifest.sha256(path)) != source.sha256:
+    if not path.is_file():
+        raise ConfigError(f"acquire.model.path: {source.path} is no file: name a GGUF file")
+    if source.sha256 and (actual := manifest.sha256(path)) != source.sha256:
         raise ArtifactError(
             f"{source.path} has sha256 {actual}, acquire.model.sha256 says {source.sha256}: fetch the file again, or "
             "correct the parameter"
@@ -85,8 +88,18 @@ def gguf(source: GgufModel, root: Path, scratch: Path) -> Found:
 
 
 def local(source: LocalModel, root: Path, scratch: Path) -> Found:
-    """A Hugging Face model folder on disk."""
+    """A Hugging Face model folder on disk.
+
+    Raises:
+        ConfigError: it is not there, or a file.
+    """
     folder = root / source.path
+    if folder.is_file():
+        raise ConfigError(
+            f"acquire.model.path: {source.path} is a file: name the folder of a Hugging Face model, or write `source: gguf`"
+        )
+    if not folder.is_dir():
+        raise ConfigError(f"acquire.model.path: {source.path} does not exist: name the folder of a Hugging Face model")
     licence = source.licence or card_licence(folder)
     return Found(folder, {"path": source.path.as_posix()}, licence, licence_text=licence_text(folder))
 

@@ -23,6 +23,12 @@ def threads() -> int:
     return int(asked) if asked.isdecimal() and int(asked) > 0 else available()
 
 
+def others_work() -> str:
+    """Says so, for a person, where other processes keep this machine busy: estimates made now are too long. Else empty."""
+    load = os.getloadavg()[0]  # over the last minute
+    return f"it is busy: load {load:.1f} on {available()} cores" if load > available() / 2 + 0.5 else ""
+
+
 @contextmanager
 def busy(folder: Path) -> Iterator[None]:
     """Work beside others, but not beside a measurement that locks the same folder."""

@@ -26,7 +26,8 @@ def load_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
-            f"{folder / 'config.json'}: {brief(error)}: a Hugging Face model folder has this file"
+            f"{folder / 'config.json'}: {error.strerror if isinstance(error, OSError) else brief(error)}: a Hugging Face "
+            "model folder has this file"
         ) from None
     if not isinstance(config, dict):
         raise ArtifactError(f"{folder / 'config.json'} is not a JSON object: take the model from its source again")

@@ -15,6 +15,7 @@ from tasks.errors import ArtifactError
 from tasks.frame import manifest
 
 NAME = "bundle.json"
+NONE_YET = "nothing is packaged here yet: `slmops run` does it, or `dvc pull` brings what another machine made"
 UNLISTED = (NAME, "report.json", manifest.NAME)
 
 
@@ -94,12 +95,12 @@ def load(folder: Path) -> Bundle:
     try:
         return Bundle.model_validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise ArtifactError(f"{path} is missing: run `package` first, or `dvc pull`") from None
+        raise ArtifactError(f"{path} is missing: {NONE_YET}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "file"
         raise ArtifactError(
-            f"{path} is damaged ({where}: {problem['msg']}): get the bundle again, or run `package` again"
+            f"{path} is damaged ({where}: {problem['msg']}): get the bundle again, or `slmops run` again"
         ) from None
 
 
@@ -116,7 +117,7 @@ def verify(folder: Path) -> Bundle:
     problems += [f"changed {name}" for name, want in bundle.files.items() if present.get(name, want) != want]
     if problems:
         raise ArtifactError(
-            f"{folder} does not match its bundle.json ({'; '.join(problems)}): get the bundle again, or run `package` again"
+            f"{folder} does not match its bundle.json ({'; '.join(problems)}): get the bundle again, or `slmops run` again"
         )
     return bundle
 
@@ -128,7 +129,7 @@ def bundle_digest(folder: Path) -> str:
         ArtifactError: there is no manifest.
     """
     if not (folder / NAME).is_file():
-        raise ArtifactError(f"{folder / NAME} is missing: run `package` first, or `dvc pull`")
+        raise ArtifactError(f"{folder / NAME} is missing: {NONE_YET}")
     return manifest.sha256(folder / NAME)
 
 
