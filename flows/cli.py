@@ -33,6 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from flows import environment
 
     environment.apply()
+    code = 1
+    try:
+        code = _carried_out(args)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+        raise
+    finally:
+        if argv is None and "prefect" in sys.modules:
+            from flows.servers import prefect_api
+
+            prefect_api.leave_soon(code)
+    return code
+
+
+def _carried_out(args: argparse.Namespace) -> int:
     command: Command = args.command
     try:
         args.overrides = _expanded(args.overrides)
@@ -252,10 +267,11 @@ def _go(root: Workspace, name: str, checked: "params.Params", started: float, *,
             return said
     from flows.servers import prefect_api
 
-    prefect_api.ready()
+    ready = prefect_api.started()
 
     from flows.run import pipeline
 
+    ready()
     result = pipeline.run(root, name, checked, changed=frozenset(changed))
     print(_summary(result, time.monotonic() - started))
     return result.said

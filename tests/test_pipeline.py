@@ -279,6 +279,25 @@ def test_a_run_that_is_stopped_ends_truly(toy: Path, number: signal.Signals) -> 
     assert started(toy).count("finetune") == 1
 
 
+def test_ctrl_c_at_a_terminal_ends_a_run_with_a_server_of_its_own(toy: Path) -> None:
+    """A terminal sends it to all processes of the run at once: Prefect's server must still be there to hear how it ended."""
+    command = ["env", "--default-signal=INT", SLMOPS, "run", "--name", "stopped"]
+    env = environment(toy, TOY_WAIT=json.dumps({"finetune": 600}))
+    with subprocess.Popen(
+        command, cwd=toy, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        wait_for(lambda: "finetune" in started(toy))
+        os.killpg(run.pid, signal.SIGINT)
+        _, said = run.communicate(timeout=DEADLINE_S)
+    assert run.returncode == 130
+    assert said.splitlines()[-1].startswith("error: stopped by hand: run it again")
+    assert "they are lost" not in said
+    assert dict(runs(toy)) == {"stopped": "KILLED", "acquire": "FINISHED", "finetune": "KILLED"}
+    with sqlite3.connect(Path(environment(toy)["PREFECT_HOME"]) / "prefect.db") as prefect:
+        states = dict(prefect.execute("select name, state_name from task_run"))
+    assert states["finetune"] not in ("Running", "Pending")
+
+
 def test_what_is_stopped_in_a_background_starts_nothing_more(toy: Path) -> None:
     """A shell's background jobs ignore SIGINT, and under nohup SIGHUP."""
     words = f"trap '' INT HUP; exec {SLMOPS} run --name stopped --set machine.parallel=1"

@@ -1,6 +1,8 @@
 """Who may ask Prefect's server: the check alone here, real servers in test_servers.py."""
 
 import asyncio
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -96,3 +98,12 @@ def test_what_is_answered_says_that_no_page_may_frame_it() -> None:
     assert sent == [{"type": "http.response.start", "status": 200, "headers": [(b"x-frame-options", b"SAMEORIGIN")]}]
     ask(host="localhost", origin="http://evil.example")
     assert sent[1]["status"] == 403
+
+
+def test_a_process_ends_though_prefects_clients_wait_for_ever() -> None:
+    code = (
+        "import threading; from flows.servers import prefect_api; prefect_api.LEAVE_S = 0.2; prefect_api.leave_soon(7); "
+        "threading.Thread(target=threading.Event().wait).start()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "they are lost" in done.stderr) == (7, True)

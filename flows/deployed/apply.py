@@ -31,7 +31,7 @@ def apply(root: Workspace, place: Path, runs: int | None = None) -> list[str]:
     """
     if not (root / FILE).is_file():
         return []
-    prefect_api.ready()
+    prefect_api.started()()
     written = yaml.safe_load((root / FILE).read_bytes())["deployments"]
     with get_client(sync_client=True) as client:
         known = {pool.name for pool in client.read_work_pools()}

@@ -179,7 +179,7 @@ def _stages(monitor: Monitor, run: str, checked: params.Params, changed: frozens
                     failures[work.key] = outcome
                     monitor.fail(work, str(outcome))
     except BaseException as error:
-        monitor.fail_all(str(error) or type(error).__name__)
+        monitor.fail_all(str(error) or type(error).__name__ if isinstance(error, Exception) else "stopped")
         raise
     if failures:
         first = [failures[work.key] for work in works if work.key in failures]

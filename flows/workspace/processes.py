@@ -4,9 +4,21 @@ and start time together; and a signal goes to the process that was looked at, no
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 PROC = Path("/proc")
+WATCHED = """exec 3<&0 </dev/null
+{{ read word <&3 || {{ kill -INT 0; sleep {grace}; kill -KILL 0; }}; }} &
+exec "$@" 3<&-"""
+
+
+def watched(command: Sequence[str], grace_s: int) -> list[str]:
+    """The command, with a watcher in its process group. Start it in a session of its own, with a pipe as its input, which
+    this process alone holds open: where that ends without a word, we were killed, and the group gets SIGINT, after `grace_s`
+    SIGKILL. (In a shell's background SIGINT is ignored.) Once it has ended, a line sends the watcher home.
+    """
+    return ["/bin/sh", "-c", WATCHED.format(grace=grace_s), "sh", *command]
 
 
 def identity(pid: int) -> str:

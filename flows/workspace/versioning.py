@@ -18,7 +18,7 @@ from typing import IO, Any, Literal
 import yaml
 
 from flows import environment
-from flows.workspace import files, paths
+from flows.workspace import files, paths, processes
 from flows.workspace.paths import MainCheckout, Workspace
 from tasks import errors
 from tasks.errors import ArtifactError, ConfigError, PipelineError, StageError
@@ -28,11 +28,6 @@ from tasks.frame.manifest import sha256
 Event = dict[str, Any]
 POLL_S = 0.1
 GRACE_S = 10  # from SIGINT to SIGKILL
-# Runs a command beside a watcher in its process group. The watcher reads a pipe that this process alone holds open: when
-# it ends without a word, we were killed, and the group goes too. (In a shell's background SIGINT is ignored.)
-WATCHED = f"""exec 3<&0 </dev/null
-{{ read word <&3 || {{ kill -INT 0; sleep {GRACE_S}; kill -KILL 0; }}; }} &
-exec "$@" 3<&-"""
 
 _children: dict[int, Path] = {}  # of this process, with the workspace of each, so that `interrupt` can reach them
 _interrupted: set[int] = set()
@@ -90,7 +85,7 @@ def repro(
     told: list[Event] = []
     started = time.monotonic()
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-    watched = ["/bin/sh", "-c", WATCHED, "sh", *command]
+    watched = processes.watched(command, GRACE_S)
     given = {**stage_environment(), **(env or {}), "SLMOPS_EVENTS": str(events.absolute())}
     with log.open("wb") as out, events.open(encoding="utf-8") as stream:
         stream.seek(0, os.SEEK_END)  # what earlier attempts told is not of this one
