@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("version", type=int, help="its number in the registry")
     _signed(sub)
     _signed(registered("rollback", rollback, "make the previous champion champion again"))
+    _signed(registered("withdraw", withdraw, "take the champion back without another one: nothing is released"))
     shown(registered("history", history, "show who released what, when and why"))
     sub = registered("audit", audit, "check that no line of that history was changed, removed or cut off")
     sub.add_argument("what", choices=["verify"], help="the check")
@@ -444,6 +445,14 @@ def rollback(args: argparse.Namespace) -> int:
     from flows.release import decisions
 
     print(decisions.rollback(*_model(args), args.by, args.reason))
+    return 0
+
+
+def withdraw(args: argparse.Namespace) -> int:
+    """`slmops withdraw`."""
+    from flows.release import decisions
+
+    print(decisions.withdraw(*_model(args), args.by, args.reason))
     return 0
 
 

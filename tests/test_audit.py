@@ -137,7 +137,11 @@ def test_a_tag_that_is_no_head_is_refused() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["approve", "reject", "rollback"]), st.sampled_from("123")), max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["approve", "reject", "rollback", "withdraw"]), st.sampled_from("123")), max_size=12
+    )
+)
 def test_where_a_model_stands_is_what_its_decisions_did(wanted: list[tuple[str, str]]) -> None:
     champion = previous = ""
     lines: list[audit_log.Entry | None] = [
@@ -151,6 +155,8 @@ def test_where_a_model_stands_is_what_its_decisions_did(wanted: list[tuple[str, 
         elif action == "rollback" and previous:
             champion, previous = previous, champion
             version = champion
+        elif action == "withdraw" and champion:
+            champion, previous, version = "", "", champion
         else:
             continue  # refused, so not on record
         lines += [None, entry(action=action, version=version, bundle_digest=version), entry(model="other", version="9")]

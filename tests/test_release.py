@@ -779,6 +779,31 @@ def test_a_killed_rollback_is_finished_by_the_next(root: Path) -> None:
     assert decisions.history(root, NAME).count("rollback") == 1
 
 
+def test_a_first_release_can_be_taken_back(root: Path) -> None:
+    version = registered(root, 0.8)
+    with pytest.raises(ConfigError, match="nothing is released"):
+        decisions.withdraw(root, NAME, "Ada", "wrong answers")
+    decisions.approve(root, NAME, version, "Ada", "good")
+    with pytest.raises(ConfigError, match="slmops withdraw"):
+        decisions.rollback(root, NAME, "Ada", "wrong answers")
+    once = STOPPED.replace("set_registered", "delete_registered").replace("rollback", "withdraw")
+    assert subprocess.run([sys.executable, "-c", once, str(root)], cwd=ROOT).returncode == -signal.SIGKILL
+    mlflow_store.client(root).set_registered_model_alias(
+        NAME, "champion", version
+    )  # as if it was stopped a moment earlier
+    with pytest.raises(ArtifactError, match="the same `slmops withdraw` again"):
+        decisions.champion(root, NAME)
+    assert "nothing is released" in decisions.withdraw(root, NAME, "Ada", "wrong answers")
+    assert aliases(root) == {}
+    assert decisions.history(root, NAME).count("withdraw") == 1
+    with pytest.raises(ConfigError, match="no champion"):
+        decisions.champion(root, NAME)
+    assert "decided on it before (withdraw" in decisions.auto_approve(root, NAME, version, 0.0)
+    decisions.approve(root, NAME, version, "Ada", "it was the speaker")
+    assert aliases(root) == {"champion": version}
+    assert "nothing changed" in decisions.verify_audit(root, NAME)
+
+
 RIVAL = """
 import sys
 from pathlib import Path

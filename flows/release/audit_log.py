@@ -141,7 +141,7 @@ class Standing:
 
     champion: str = ""
     previous: str = ""
-    decided: Entry | None = None  # the line that made the champion
+    decided: Entry | None = None  # the line that made the champion, or withdrew it
     digests: Mapping[str, str] = field(default_factory=dict)  # version -> digest of its bundle
 
 
@@ -158,6 +158,8 @@ def standing(lines: Iterable[Entry | None], name: str) -> Standing:
         if line["action"] in ("approve", "rollback"):
             before = found.champion if found.champion not in ("", version) else found.previous
             found = Standing(version, before, line, digests)
+        elif line["action"] == "withdraw":
+            found = Standing(decided=line, digests=digests)
         elif line["action"] == "reject" and version == found.previous:
             found = Standing(found.champion, "", found.decided, digests)
         else:

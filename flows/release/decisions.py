@@ -278,7 +278,10 @@ def reject(main: MainCheckout, name: str, version: str, by: str, reason: str) ->
     with versions.opened(main) as client:
         found = versions.find_version(client, name, version)
         if version in (versions.aliased(client, name, CHAMPION), _standing(main, name).champion):
-            raise ConfigError(f"{name} version {version} is the champion: `slmops rollback` takes it back")
+            raise ConfigError(
+                f"{name} version {version} is the champion: `slmops rollback` goes back to the one before, `slmops withdraw` "
+                "to none"
+            )
         last = _last(main, name, found)
         if (last["action"], last["by"], last["reason"]) == ("reject", by, reason):  # told twice: here and in the form
             return f"{name} version {version} is rejected already"
@@ -320,7 +323,8 @@ def rollback(main: MainCheckout, name: str, by: str, reason: str) -> str:
             return f"{name} version {champion} is the champion again, version {previous} the previous one"
         if not previous:
             raise ConfigError(
-                f"{name} has no previous champion to go back to: `slmops history` shows what was released"
+                f"{name} has no previous champion to go back to: `slmops history` shows what was released, and "
+                "`slmops withdraw` takes the champion back without another one"
             )
         digest = _released_bundle(client, main, name, previous)
         facts = f"{INSTEAD}{champion}"
@@ -330,6 +334,32 @@ def rollback(main: MainCheckout, name: str, by: str, reason: str) -> str:
             client.set_registered_model_alias(name, CHAMPION, previous)
         _settle(client, main, name)
     return f"{name} version {previous} is the champion again, version {champion} the previous one"
+
+
+def withdraw(main: MainCheckout, name: str, by: str, reason: str) -> str:
+    """Take the champion back without another one, so that nothing is released; one line for a person. A withdrawal that was
+    stopped is finished.
+
+    Raises:
+        ConfigError: nothing is released, or name or reason is empty.
+        ArtifactError: the record is damaged, or MLflow's aliases are not what it says.
+        StageError: the MLflow server does not answer.
+    """
+    by, reason = _signed(by, reason)
+    with versions.opened(main) as client:
+        now, wrong = _standing(main, name), _differences(client, main, name)
+        stopped = wrong and now.decided is not None and now.decided["action"] == "withdraw"
+        if wrong and not stopped:
+            raise ArtifactError(f"{name} is not withdrawn: {'; '.join(wrong)}: {_way_out(main, name)}")
+        if not now.champion and not stopped:
+            raise ConfigError(f"{name} has no champion: nothing is released")
+        version = now.decided["version"] if now.decided else now.champion
+        if not stopped:
+            digest = now.digests[version]
+            with audit_log.decision(client, main, "withdraw", name, version, digest=digest, by=by, reason=reason):
+                client.delete_registered_model_alias(name, CHAMPION)
+        _settle(client, main, name)
+    return f"{name} version {version} is withdrawn, and nothing is released: `slmops approve` releases a version"
 
 
 def champion(main: MainCheckout, name: str) -> tuple[str, Path]:
@@ -401,6 +431,8 @@ def _way_out(main: MainCheckout, name: str) -> str:
     """What to do about `_differences`."""
     now = _standing(main, name)
     moved = "someone moved it by hand, or a decision was stopped in the middle"
+    if now.decided and now.decided["action"] == "withdraw":
+        return f"{moved}: the same `slmops withdraw` again makes MLflow agree with the record"
     if not now.champion:
         return f"{moved}: delete that alias in MLflow, or `slmops approve` a version"
     if now.decided and now.decided["action"] == "rollback":
