@@ -16,6 +16,7 @@ from flows.run.terminal import Display
 from tasks import params
 from tasks.errors import ArtifactError, BrokenRuntimeError, ConfigError
 from tasks.frame import jsonl
+from tasks.frame.items import Item
 from tasks.models.sizes import Shape
 from tasks.prune.plan import MULTIPLE, pruned
 from tasks.variants import VARIANTS
@@ -181,29 +182,37 @@ def test_a_plan_tells_all_of_a_run_before_any_work(tmp_path: Path) -> None:
     assert all(slow.ram[name] > size for name, size in slow.sizes.items())
 
 
-SHARES = [("distill", "17"), ("validate", "q8_0"), ("judge", "q8_0")]
+SHARES = [("distill", Item(seed=17)), ("validate", Item(variant="q8_0")), ("judge", Item(variant="q8_0"))]
 
 
 def test_a_run_is_told_the_minutes_of_what_it_is_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.loading, "product_rates", lambda: {"float32": 1e11, "bfloat16": 1e11})
     checked = params.load(DEFAULTS, ["select.seeds=[17, 18]"])
     whole = {work.stage: work.seconds / 60 for work in plan.predict(ROOT, checked, 1e11, 1e11).work}
-    told = plan.expected(ROOT, checked, SHARES)
-    assert told == pytest.approx(
+    told = plan.outlook(ROOT, checked, SHARES)
+    assert told.doubts == []
+    assert told.minutes == pytest.approx(
         {"distill": whole["distill"] / 2, **{name: whole[name] / 6 for name in ("validate", "judge")}}
     )
 
 
+def test_a_run_is_told_what_is_doubtful_of_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.loading, "product_rates", lambda: {"float32": 1e11, "bfloat16": 1e11})
+    (tmp_path / "data").mkdir()
+    (doubt,) = plan.outlook(tmp_path, local_data(tmp_path, 100), SHARES).doubts
+    assert "20 test rows tell accuracy_retention" in doubt
+
+
 def test_a_run_whose_work_cannot_be_foreseen_is_told_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.loading, "product_rates", lambda: pytest.fail("measured for nothing"))
-    checked = params.load(DEFAULTS)
-    assert plan.expected(ROOT, checked, SHARES[2:]) == {}  # no model runs
+    checked, nothing = params.load(DEFAULTS), plan.Outlook({}, [])
+    assert plan.outlook(ROOT, checked, SHARES[2:]) == nothing  # no model runs
     hub = {"source": "hub", "repo": "a/b", "revision": "0" * 40}
     raw = params.read(DEFAULTS)
     raw["acquire"]["model"] = hub
-    assert plan.expected(tmp_path, params.check(raw, "test"), SHARES) == {}
+    assert plan.outlook(tmp_path, params.check(raw, "test"), SHARES) == nothing
     (tmp_path / "data").mkdir()
-    assert plan.expected(tmp_path, local_data(tmp_path, 0), SHARES) == {}
+    assert plan.outlook(tmp_path, local_data(tmp_path, 0), SHARES) == nothing
 
 
 def test_narrowing_counts_second_moments_of_every_row(smollm: Shape) -> None:

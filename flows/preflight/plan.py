@@ -180,22 +180,31 @@ def predict(root: Workspace, checked: params.Params, training: float, plain: flo
     return Plan(base, student, predicted, ram, work, int(1.1 * (folders + files)), _doubts(checked, counted))
 
 
-def expected(root: Workspace, checked: params.Params, keys: Iterable[tuple[str, Item]]) -> dict[str, float]:
-    """Minutes that each stage is expected to take, `keys` being what is to be done. Empty where
-    that cannot be told (a model that is still to be fetched, rows that acquire will refuse) and where no model runs.
+@dataclass(frozen=True)
+class Outlook:
+    """What a run is told as it begins: the minutes that each stage is expected to take, and what is doubtful of its data."""
+
+    minutes: dict[str, float]
+    doubts: list[str]
+
+
+def outlook(root: Workspace, checked: params.Params, keys: Iterable[tuple[str, Item]]) -> Outlook:
+    """`keys` are what is to be done. Empty where nothing can be told (a model that is still to be fetched, rows that acquire
+    will refuse) and where no model runs.
     """
     wanted = Counter(stage for stage, _ in keys)
     if not wanted.keys() & MODELS_RUN:
-        return {}
+        return Outlook({}, [])
     try:
         base, counted = planned_model.shape(checked.acquire, root), _rows(root, checked)
         rates = loading.product_rates()
         training = rates[loading.arithmetic(checked.finetune.precision)]
         work = _work(checked, base, *_student(checked, base), counted, training, rates["float32"])
     except (PipelineError, OSError, ValueError, LookupError, ArithmeticError):
-        return {}  # the run itself says what is wrong, if anything is
+        return Outlook({}, [])  # the run itself says what is wrong, if anything is
     share = {stage: count / len(STAGES[stage].items(checked)) for stage, count in wanted.items()}
-    return {each.stage: each.seconds * share[each.stage] / 60 for each in work if each.stage in wanted}
+    minutes = {each.stage: each.seconds * share[each.stage] / 60 for each in work if each.stage in wanted}
+    return Outlook(minutes, _doubts(checked, counted))
 
 
 def _student(checked: params.Params, base: Shape) -> tuple[Shape, dict[str, int]]:

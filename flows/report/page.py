@@ -25,11 +25,12 @@ HERE = Path(__file__).resolve().parent
 TILES = ("accuracy", "accuracy_retention", "size_bytes", "size_ratio", "ttft_p50_s", "decode_tokens_per_s")
 MODELS = ("base", "teacher", "pruned", "control", "distilled")
 BASE = "teacher F16"
+ORDER = {"pass": 0, "undecided": 1}  # of verdicts, before all others
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verdict says how one variant was judged. `told` is empty where every gate held."""
+    """A verdict says how one variant was judged. `told` says why."""
 
     name: str
     verdict: str
@@ -140,7 +141,7 @@ def _page(package_folder: Path, student_folder: Path, finetune_folder: Path | No
         reason=report["reason"],
         chosen=_chosen(bundle),
         tiles=_tiles(bundle, variants),
-        verdicts=_verdicts(variants),
+        verdicts=_verdicts(bundle, variants),
         quality=_figures(_quality_plots(bundle, variants)),
         latency=_figures(_latency_plots(bundle, variants)),
         variants=_variant_tables(bundle, variants),
@@ -183,13 +184,19 @@ def _tiles(bundle: Bundle, variants: Mapping[str, Any]) -> list[tuple[str, str]]
     numbers = _flat(chosen["metrics"]) | _flat(chosen["measurements"])
     tiles = [(METRICS[name].label, METRICS[name].show(numbers[name])) for name in TILES if name in numbers]
     if bundle.minimum_ram_bytes:
-        tiles.append(("Memory needed", megabytes(bundle.minimum_ram_bytes)))
+        tiles.append(("Memory needed, full context", megabytes(bundle.minimum_ram_bytes)))
     return tiles
 
 
-def _verdicts(variants: Mapping[str, Any]) -> list[Verdict]:
+def _verdicts(bundle: Bundle, variants: Mapping[str, Any]) -> list[Verdict]:
+    """What ships first, then by verdict."""
     found = {name: variant["verdict"] for name, variant in variants.items()}
-    return [Verdict(name, verdict["verdict"], results.misses(verdict)) for name, verdict in found.items()]
+    order = sorted(found, key=lambda name: (name != bundle.chosen, ORDER.get(found[name]["verdict"], 2)))
+    return [Verdict(name, found[name]["verdict"], _told(found[name])) for name in order]
+
+
+def _told(verdict: Mapping[str, Any]) -> str:
+    return results.misses(verdict) or ": ".join(filter(None, ["every gate held", results.narrowest(verdict)]))
 
 
 def _variant_tables(bundle: Bundle, variants: Mapping[str, Any]) -> list[Table]:
@@ -347,7 +354,7 @@ def _curves(histories: Mapping[str, list[Mapping[str, float]]]) -> Plots:
             for key, heading in (("loss", "training"), ("validation_loss", "validation"))
         }
         series = {name: line for name, line in series.items() if line}
-        if series:
+        if any(len(line) > 1 for line in series.values()):
             charted[title.split()[0].lower()] = title, charts.lines(title, series, ("step", "loss"))
     return charted
 
@@ -359,7 +366,7 @@ def _facts(bundle: Bundle, digest: str) -> list[tuple[str, str]]:
     facts += [(f"runtime {name}", version) for name, version in bundle.runtimes.items()]
     for part, value in bundle.lineage.items():
         facts += [(f"{part}.{key}", text) for key, text in _texts(value)]
-    return facts + [(f"input {role}", value) for role, value in bundle.created_from.items()]
+    return facts + [(f"input {role}, sha256 of its manifest", value) for role, value in bundle.created_from.items()]
 
 
 def _texts(value: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -87,10 +87,15 @@ def student(root: Workspace, gates: Sequence[Gate]) -> str:
 
 def misses(verdict: Mapping[str, Any]) -> str:
     """What did not hold of a variant's verdict, or was not decided; "" where all did."""
-    return "; ".join(_miss(check) for check in failing(verdict))
+    return "; ".join(_against_limit(check) for check in failing(verdict))
 
 
-def _miss(check: Mapping[str, Any]) -> str:
+def narrowest(verdict: Mapping[str, Any]) -> str:
+    """Of a variant that passed: what the gates with an interval rest on, for those hold by chance most easily."""
+    return "; ".join(_against_limit(check) for check in verdict["checks"] if check.get("interval"))
+
+
+def _against_limit(check: Mapping[str, Any]) -> str:
     name = str(check["name"])
     value = show(name, check["value"]) if isinstance(check.get("value"), (int, float)) else "missing"
     direction = str(check.get("direction", "limit")).replace("_", " ")

@@ -149,8 +149,11 @@ def _stages(monitor: Monitor, run: str, checked: params.Params, changed: frozens
         PipelineError: what the first failing stage raised, in the pipeline's order.
     """
     works = stage_runs(monitor.root, run, checked, changed)
-    if minutes := plan.expected(monitor.root, checked, [work.key for work in works if not work.up_to_date]):
-        monitor.display.expect(minutes)
+    outlook = plan.outlook(monitor.root, checked, [work.key for work in works if not work.up_to_date])
+    if outlook.minutes:
+        monitor.display.expect(outlook.minutes)
+    for doubt in outlook.doubts:
+        _tell(monitor, f"warning: {doubt}")
     monitor.watch(works)
     futures: dict[Key, PrefectFuture[versioning.Outcome]] = {}
     failures: dict[Key, Exception] = {}
