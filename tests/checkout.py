@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -27,74 +26,7 @@ SLMOPS = Path(sys.executable).with_name("slmops")
 WAIT_S, ASK_S = 300.0, 1200.0  # where other work has all the cores
 FILES = ("dvc.yaml", ".dvcignore", ".gitattributes", ".gitignore", "constraints.txt")
 
-# A toy stage writes the smallest valid output. It waits as TOY_WAIT or the file TOY_WAIT_FILE tells
-# ({"stage": seconds}) and fails as TOY_FAIL tells ({"stage": ["error's family", how many times]}). Each start is a line of the file TOY_LOG.
-TOY = """
-import json, os, time
-from pathlib import Path
-from tasks.frame import cores, events
-from tasks import errors
-
-def {stage}(params, *, out, variant=None, seed=None, **rest):
-    name = "{stage}" + ("-" + variant if variant else f"-{{seed}}" if seed else "")
-    with open(os.environ["TOY_LOG"], "a") as log:
-        log.write(name + "\\n")
-    told = os.environ.get("TOY_WAIT_FILE")
-    wait = json.loads(Path(told).read_text() if told else os.environ.get("TOY_WAIT", "{{}}")).get(name, 0)
-    with events.progress(name, 4) as advance:
-        for step in range(4):
-            events.metric("loss", 1.0 / (step + 1), step)
-            advance()
-            time.sleep(wait / 4)
-    family, times = json.loads(os.environ.get("TOY_FAIL", "{{}}")).get(name, ("", 0))
-    if Path(os.environ["TOY_LOG"]).read_text().splitlines().count(name) <= times:
-        raise getattr(errors, family)("told to fail: do not tell it")
-    {body}
-    return {{"answer": 42.0}}
-"""
-MODEL = {"accuracy": 0.9, "parameters": 1000, "layers": 4, "per_group": {"lamp": 0.9}}
-BUNDLE = {
-    "name": "home-commands",
-    "chosen": "q4_0",
-    "reason": "toys pass",
-    "variants": {"q4_0": ["llama-server"], "q8_0": []},
-    "targets": {
-        "llama-server": {
-            "variant": "q4_0", "runtime": "llama-cpp-python", "minimum_ram_bytes": 1, "context_length": 512,
-            "conversations_checked": 1, "notes": [],
-        }
-    },
-    "files": {"llama-server/model.gguf": {"sha256": hashlib.sha256(b"toy").hexdigest(), "size": 3}},
-    "minimum_ram_bytes": 1,
-    "runtimes": {},
-    "licence": {"model": "apache-2.0", "data": "apache-2.0"},
-    "lineage": {},
-    "evaluation": {name: {"verdict": "pass", "metrics": {}} for name in ("q4_0", "q8_0")},
-    "created_from": {},
-}  # fmt: skip
-JUDGED = {
-    "metrics": {"accuracy": 0.9, "accuracy_retention": 0.98, "mean_kld": 0.02, "size_bytes": 400, "size_ratio": 0.3},
-    "measurements": {"decode_tokens_per_s": 123.0, "ttft_p50_s": 0.1, "ttft_p95_s": 0.2, "ttft_p99_s": 0.3},
-    "verdict": {"verdict": "pass", "checks": []},
-}
-BODIES = {
-    "acquire": """(out / "lineage.json").write_text(json.dumps({"model": {}, "data": {"source": "toy", "sha256": {"train.jsonl": "0" * 64}, "rows": {"train": 3}}}))""",
-    "finetune": """(out / "history.json").write_text(json.dumps([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]))""",
-    "teach": """(out / "answers.jsonl").write_text("{}\\n")""",
-    "prune": """(out / "pruning.json").write_text("{}")""",
-    "distill": f"""(out / "history.json").write_text(json.dumps([{{"step": 1, "loss": params.distill.epochs, "threads": cores.threads()}}]))
-    (out / "models.json").write_text(json.dumps({ {"teacher": MODEL, "distilled": MODEL} }))""",
-    "select": """chosen = rest["students"] / str(params.select.seeds[0])
-    [(out / name).write_bytes((chosen / name).read_bytes()) for name in ("history.json", "models.json")]""",
-    "convert": """(out / "teacher.gguf").write_bytes(b"t" * 1000)""",
-    "quantize": """(out / "model.gguf").write_bytes(variant.encode() * 100)""",
-    "validate": f"""[(out / (name + ".json")).write_text(json.dumps({JUDGED}[name])) for name in ("metrics", "measurements")]""",
-    "judge": f"""(out / "verdict.json").write_text(json.dumps({JUDGED["verdict"]}))""",
-    "package": f"""(out / "llama-server").mkdir()
-    (out / "llama-server" / "model.gguf").write_bytes(b"toy")
-    (out / "bundle.json").write_text(json.dumps({BUNDLE}))
-    (out / "report.json").write_text(json.dumps({ {"reason": "toys pass", "variants": {"q4_0": JUDGED, "q8_0": JUDGED}} }))""",
-}
+TOYS = ROOT / "tests" / "toys"
 
 
 @functools.cache
@@ -201,8 +133,11 @@ def make_toy(root: Path) -> Path:
     (root / "data" / "rows").mkdir(parents=True)
     (root / "data" / "rows" / "train.jsonl").write_text("{}\n")
     make(root, raw)
+    shutil.copy(TOYS / "toys.py", root / "tasks" / "toys.py")
     for stage in STAGES:
-        (root / "tasks" / stage / "stage.py").write_text(TOY.format(stage=stage, body=BODIES.get(stage, "")))
+        toy = TOYS / f"{stage}.py"
+        text = toy.read_text() if toy.exists() else (TOYS / "another.py").read_text().replace("another", stage)
+        (root / "tasks" / stage / "stage.py").write_text(text)
     commit(root)
     return root
 

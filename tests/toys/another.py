@@ -1,0 +1,6 @@
+from tasks.toys import work
+
+
+def another(params, *, out, **rest):
+    metrics = work("another")
+    return metrics
