@@ -22,8 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkout import DEFAULTS, ask, make_toy  # noqa: E402 (the toy checkout of the tests)
-from test_deployments import Servers  # noqa: E402
-from test_servers import start, stop  # noqa: E402
+from running import Servers, start, stop  # noqa: E402
 
 from flows.run.graph import title  # noqa: E402
 from flows.run.pipeline import covered  # noqa: E402

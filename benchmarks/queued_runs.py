@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkout import ask, make_toy  # noqa: E402 (the toy checkout of the tests)
-from test_servers import own, start, stop  # noqa: E402
+from running import own, start, stop  # noqa: E402
 
 from flows.servers import stack  # noqa: E402
 

@@ -197,3 +197,24 @@ def holding(folder: Path, text: bytes) -> list[Path]:
 def dvc_python() -> list[str]:
     """The command that calls dvc with this interpreter."""
     return [sys.executable, "-m", "dvc"]
+
+
+def runs(root: Path) -> list[tuple[str, str]]:
+    """Name and status of every MLflow run, oldest first."""
+    from flows.tracking import mlflow_store
+
+    store = mlflow_store.client(root)
+    found = store.search_runs([mlflow_store.experiment(store, root)], order_by=["attributes.start_time ASC"])
+    return [(run.data.tags["mlflow.runName"], run.info.status) for run in found]
+
+
+def run_toy(root: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    """`slmops run` against the one server of the session."""
+    return slmops(root, "run", *arguments, PREFECT_API_URL=prefect_server(), **extra)
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

@@ -2,12 +2,15 @@
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from checkout import DEFAULTS
+from checkout import DEFAULTS, free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -138,3 +141,45 @@ def tiny_workspace(tmp_path: Path, tiny_params: dict) -> Path:
     """A folder with params.yaml and data of a tiny run: the root that `stage.run` takes."""
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params, sort_keys=False))
     return tmp_path
+
+
+@pytest.fixture
+def database() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A PostgreSQL of its own on loopback with the database `slmops`; yields its URL, the password in it, and what
+    restarts it as a crash would.
+    """
+    places = [shutil.which("initdb"), *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
+    initdb = next((Path(place).resolve() for place in places if place), None)
+    if initdb is None:
+        pytest.skip("PostgreSQL is not installed (no initdb): apt-get install postgresql")
+    pytest.importorskip("psycopg2", reason="PostgreSQL's driver is not installed: pip install 'slmops[postgres]'")
+    user = "nobody" if os.geteuid() == 0 else None  # PostgreSQL does not run as root
+    with tempfile.TemporaryDirectory(prefix="slmops-postgres-") as name:
+        folder, port = Path(name), free_ports()[0]
+        (folder / "password").write_text("planted/in:url")
+        if user:
+            for path in (folder, folder / "password"):
+                shutil.chown(path, user)
+
+        def pg(tool: str, *arguments: str) -> None:
+            command = [str(initdb.with_name(tool)), *arguments]
+            subprocess.run(command, cwd=folder, user=user, check=True, stdout=subprocess.DEVNULL)
+
+        data = str(folder / "data")
+        pg("initdb", "-D", data, "-U", "slm ops", "-A", "scram-sha-256", "--pwfile", str(folder / "password"), "-N")
+        listen = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder}"
+        serve = ("-D", data, "-w", "-l", str(folder / "log"), "-o", listen)
+        pg("pg_ctl", *serve, "start")
+        try:
+            import psycopg2
+
+            connection = psycopg2.connect(
+                host="127.0.0.1", port=port, user="slm ops", password="planted/in:url", dbname="postgres"
+            )
+            connection.autocommit = True
+            connection.cursor().execute("CREATE DATABASE slmops")
+            connection.close()
+            url = f"postgresql://slm%20ops:planted%2Fin%3Aurl@127.0.0.1:{port}/slmops"
+            yield url, lambda: pg("pg_ctl", *serve, "-m", "immediate", "restart")
+        finally:
+            pg("pg_ctl", "-D", data, "-m", "immediate", "stop")

@@ -54,14 +54,12 @@ class Stage:
             ConfigError: it names none, or not one of the params.
         """
         known = {each.words: each for each in self.items(params)}
-        if found := known.get(tuple(words)):
-            return found
+        if tuple(words) in known:
+            return known[tuple(words)]
         if self.per:
             names = ", ".join(" ".join(each) for each in known)
             raise ConfigError(f"{self.name} works on one {' and '.join(self.per)}: name one of {names}")
-        if words:
-            raise ConfigError(f"{self.name} is done once, for no variant or seed, but was given {' '.join(words)!r}")
-        return Item()
+        raise ConfigError(f"{self.name} is done once, for no variant or seed, but was given {' '.join(words)!r}")
 
     def feeding(self, source: "Stage", item: Item, params: Params) -> tuple[Item, ...]:
         """The items of the stage `source` that this stage's `item` is made from: those that agree on the axes of both."""

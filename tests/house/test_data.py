@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout import ROOT
 
 from tasks.acquire import near_duplicates
 
-DATA = Path(__file__).resolve().parent.parent / "data"
+DATA = ROOT / "data"
 SPLITS = ("train", "validation", "test")
 KEYS = {
     "temperature": ["action", "room", "value"],

@@ -1,6 +1,5 @@
 """`slmops up` with real servers: they start, are found and used, and nothing of them is left, whatever ends them."""
 
-import base64
 import json
 import os
 import shutil
@@ -8,22 +7,20 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from checkout import ROOT, SLMOPS, environment, free_ports, git, holding, make_toy, slmops, wait_for
+from checkout import free_ports, git, holding, make_toy, slmops, wait_for
+from running import DEADLINE_S, Up, code_of, left, options, own, start, stop
 
 from flows.servers import server_env, stack, supervise
 from tasks.errors import ConfigError, PipelineError
 
-DEADLINE_S = 300
 AUTH = {"PREFECT_SERVER_API_AUTH_STRING": "slmops:planted-prefect", "MLFLOW_AUTH_ADMIN_PASSWORD": "planted-mlflow-pw"}
 
 
@@ -48,56 +45,6 @@ if __name__ == "__main__":
 """
 
 
-@dataclass(frozen=True)
-class Up:
-    """A running `slmops up`."""
-
-    root: Path
-    process: subprocess.Popen[str]
-    output: Path
-
-    def text(self) -> str:
-        return self.output.read_text()
-
-
-def own(root: Path, **extra: str) -> dict[str, str]:
-    """An environment with this checkout's code and a Prefect home that no other server uses."""
-    path = os.pathsep.join((str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")))
-    return environment(root, **{"PREFECT_HOME": str(root / "prefect"), "PYTHONPATH": path, **extra})
-
-
-def options(*more: str) -> list[str]:
-    prefect, mlflow = free_ports()
-    return [str(SLMOPS), "up", "--prefect-port", str(prefect), "--mlflow-port", str(mlflow), *more]
-
-
-def start(root: Path, *more: str, **extra: str) -> Up:
-    """Start `up` and wait until all is healthy."""
-    output = root / "up.txt"
-    with output.open("w") as out:
-        process = subprocess.Popen(
-            options(*more), cwd=root, env=own(root, **extra), stdout=out, stderr=subprocess.STDOUT, text=True
-        )
-    up = Up(root, process, output)
-    try:
-        wait_for(lambda: "all healthy" in up.text() or process.poll() is not None, up.text)
-        assert process.poll() is None, up.text()
-    except BaseException:
-        stop(up)
-        raise
-    return up
-
-
-def stop(up: Up) -> None:
-    if up.process.poll() is None:
-        up.process.send_signal(signal.SIGTERM)
-        up.process.wait(DEADLINE_S)
-
-
-def left(root: Path) -> list[int]:
-    return supervise.marked(f"{stack.MARK}={root}")
-
-
 def refused(root: Path, *more: str, **extra: str) -> str:
     done = subprocess.run(
         options(*more), cwd=root, env=own(root, **extra), capture_output=True, text=True, timeout=DEADLINE_S
@@ -107,21 +54,9 @@ def refused(root: Path, *more: str, **extra: str) -> str:
     return done.stderr
 
 
-def ask(url: str, credentials: str | None = None, body: dict | None = None) -> int:
-    request = urllib.request.Request(
-        url, json.dumps(body).encode() if body is not None else None, {"Content-Type": "application/json"}
-    )
-    if credentials:
-        request.add_header("Authorization", f"Basic {base64.b64encode(credentials.encode()).decode()}")
-    try:
-        return urllib.request.urlopen(request, timeout=20).status
-    except urllib.error.HTTPError as error:
-        return error.code
-
-
 def answered(url: str, body: dict) -> int:
     """Of an answer other than 503: that says SQLite is busy, and Prefect's own client asks again too."""
-    return wait_for(lambda: code if (code := ask(url, body=body)) != 503 else None)
+    return wait_for(lambda: code if (code := code_of(url, body=body)) != 503 else None)
 
 
 def status(url: str, method: str, /, **headers: str) -> int:
@@ -199,8 +134,8 @@ def test_all_three_are_up_and_told(plain: Up) -> None:
     assert state.experiment.isdecimal()
     assert f"MLflow   {state.mlflow}/#/experiments/{state.experiment}\n" in plain.text()
     urls = asked(plain)
-    assert ask(urls["prefect"], body={}) == ask(urls["mlflow"]) == 200
-    assert ask(f"{state.prefect}/api/work_pools/{stack.POOL}") == 200
+    assert code_of(urls["prefect"], body={}) == code_of(urls["mlflow"]) == 200
+    assert code_of(f"{state.prefect}/api/work_pools/{stack.POOL}") == 200
     assert (plain.root / ".runs" / "servers.json").stat().st_mode & 0o777 == 0o600
     logs = plain.root / ".runs" / "logs" / "servers"
     assert {path.name for path in logs.iterdir()} == {"prefect.log", "mlflow.log", "worker.log"}
@@ -544,10 +479,10 @@ def test_what_does_not_become_healthy_in_time_is_told(tmp_path: Path, monkeypatc
 
 def test_who_has_no_password_gets_401(guarded: Up) -> None:
     urls = asked(guarded)
-    assert ask(urls["prefect"], body={}) == ask(urls["mlflow"]) == 401
-    assert ask(urls["prefect"], "slmops:wrong", body={}) == ask(urls["mlflow"], "admin:wrong") == 401
+    assert code_of(urls["prefect"], body={}) == code_of(urls["mlflow"]) == 401
+    assert code_of(urls["prefect"], "slmops:wrong", body={}) == code_of(urls["mlflow"], "admin:wrong") == 401
     prefect, mlflow = AUTH.values()
-    assert ask(urls["prefect"], prefect, body={}) == ask(urls["mlflow"], f"admin:{mlflow}") == 200
+    assert code_of(urls["prefect"], prefect, body={}) == code_of(urls["mlflow"], f"admin:{mlflow}") == 200
 
 
 def test_no_secret_lies_in_a_log_a_file_or_an_argument(guarded: Up) -> None:
@@ -612,48 +547,6 @@ def postgres(database: tuple[str, Callable[[], None]]) -> str:
     return database[0]
 
 
-@pytest.fixture
-def database() -> Iterator[tuple[str, Callable[[], None]]]:
-    """A PostgreSQL of its own on loopback with the database `slmops`; yields its URL, the password in it, and what
-    restarts it as a crash would.
-    """
-    places = [shutil.which("initdb"), *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
-    initdb = next((Path(place).resolve() for place in places if place), None)
-    if initdb is None:
-        pytest.skip("PostgreSQL is not installed (no initdb): apt-get install postgresql")
-    pytest.importorskip("psycopg2", reason="PostgreSQL's driver is not installed: pip install 'slmops[postgres]'")
-    user = "nobody" if os.geteuid() == 0 else None  # PostgreSQL does not run as root
-    with tempfile.TemporaryDirectory(prefix="slmops-postgres-") as name:
-        folder, port = Path(name), free_ports()[0]
-        (folder / "password").write_text("planted/in:url")
-        if user:
-            for path in (folder, folder / "password"):
-                shutil.chown(path, user)
-
-        def pg(tool: str, *arguments: str) -> None:
-            command = [str(initdb.with_name(tool)), *arguments]
-            subprocess.run(command, cwd=folder, user=user, check=True, stdout=subprocess.DEVNULL)
-
-        data = str(folder / "data")
-        pg("initdb", "-D", data, "-U", "slm ops", "-A", "scram-sha-256", "--pwfile", str(folder / "password"), "-N")
-        listen = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder}"
-        serve = ("-D", data, "-w", "-l", str(folder / "log"), "-o", listen)
-        pg("pg_ctl", *serve, "start")
-        try:
-            import psycopg2
-
-            connection = psycopg2.connect(
-                host="127.0.0.1", port=port, user="slm ops", password="planted/in:url", dbname="postgres"
-            )
-            connection.autocommit = True
-            connection.cursor().execute("CREATE DATABASE slmops")
-            connection.close()
-            url = f"postgresql://slm%20ops:planted%2Fin%3Aurl@127.0.0.1:{port}/slmops"
-            yield url, lambda: pg("pg_ctl", *serve, "-m", "immediate", "restart")
-        finally:
-            pg("pg_ctl", "-D", data, "-m", "immediate", "stop")
-
-
 @pytest.mark.slow
 def test_both_servers_on_postgresql(postgres: str, tmp_path: Path) -> None:
     import psycopg2
@@ -663,9 +556,9 @@ def test_both_servers_on_postgresql(postgres: str, tmp_path: Path) -> None:
     up = start(root, "--database", postgres)
     try:
         urls = asked(up)
-        assert ask(urls["prefect"], body={}) == ask(urls["mlflow"]) == 200
+        assert code_of(urls["prefect"], body={}) == code_of(urls["mlflow"]) == 200
         state = stack.running(root)
-        assert ask(f"{state.mlflow}/api/2.0/mlflow/experiments/create", body={"name": "kept"}) == 200
+        assert code_of(f"{state.mlflow}/api/2.0/mlflow/experiments/create", body={"name": "kept"}) == 200
         with psycopg2.connect(postgres) as connection, connection.cursor() as cursor:
             cursor.execute("SELECT table_schema FROM information_schema.tables WHERE table_name = 'alembic_version'")
             assert {row[0] for row in cursor.fetchall()} == {"prefect", "mlflow"}

@@ -22,6 +22,9 @@ from checkout import (
     make,
     make_toy,
     prefect_server,
+    read,
+    run_toy,
+    runs,
     slmops,
     started,
     wait_for,
@@ -49,13 +52,6 @@ def dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     }
     command = [Path(sys.executable).with_name("dvc"), *arguments]
     return subprocess.run(command, cwd=root, env=bare, capture_output=True, text=True)
-
-
-def runs(root: Path) -> list[tuple[str, str]]:
-    """Name and status of every MLflow run, oldest first."""
-    store = mlflow_store.client(root)
-    found = store.search_runs([mlflow_store.experiment(store, root)], order_by=["attributes.start_time ASC"])
-    return [(run.data.tags["mlflow.runName"], run.info.status) for run in found]
 
 
 def test_params_that_are_edited_during_a_run_end_it_at_the_first_stage_that_reads_them(
@@ -134,11 +130,6 @@ def digests_folders(root: Path) -> list[Path]:
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
     return make_toy(tmp_path)
-
-
-def run_toy(root: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    """`slmops run` against the one server of the session."""
-    return slmops(root, "run", *arguments, PREFECT_API_URL=prefect_server(), **extra)
 
 
 def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
@@ -359,13 +350,6 @@ def own_port(pid: int) -> int:
     commands = [read(Path(f"/proc/{each}/cmdline")).split(b"\0") for each in carriers(pid)]
     (command,) = (words for words in commands if b"prefect.server.api.server:create_app" in words)
     return int(command[command.index(b"--port") + 1])
-
-
-def read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 def test_where_one_student_fails_for_good_no_other_begins(toy: Path) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
+from checkout import ROOT
 from jsonschema import Draft202012Validator
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from docs import reference  # noqa: E402
-from flows.cli import _parser  # noqa: E402
+from docs import reference
+from flows.cli import _parser
 
 NAMED = ("README.md", "CONTRIBUTING.md", "data/README.md", "benchmarks/README.md")
 PAGES = [path for path in (*(ROOT / name for name in NAMED), *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]

@@ -12,6 +12,7 @@ from threading import Event
 
 import pytest
 import yaml
+from checkout import ROOT
 
 from tasks import params
 from tasks.acquire import limits
@@ -19,7 +20,6 @@ from tasks.errors import ArtifactError
 from tasks.frame import bounded
 
 DEADLINE_S = 300
-ROOT = Path(__file__).resolve().parent.parent
 WORK = {
     "time": "while True: pass",
     "memory": "x = b'x'\nwhile True: x += x",

@@ -11,9 +11,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from checkout import SLMOPS, ask, digests, environment, make_toy, prefect_server, slmops, started, wait_for
-from test_pipeline import read, run_toy, runs
-from test_servers import DEADLINE_S, start, stop
+from checkout import (
+    SLMOPS,
+    ask,
+    digests,
+    environment,
+    make_toy,
+    prefect_server,
+    read,
+    run_toy,
+    runs,
+    slmops,
+    started,
+    wait_for,
+)
+from running import DEADLINE_S, start, stop
 
 from flows.servers import stack
 from flows.tracking import mlflow_store

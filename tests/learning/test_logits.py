@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_packing import EXTRA, ROWS, SIZES
+from packed_models import EXTRA, ROWS, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.distill.objective import distillation, forward_kl

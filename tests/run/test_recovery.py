@@ -24,8 +24,7 @@ from checkout import (
     started,
     wait_for,
 )  # fmt: skip
-from test_deployments import Servers
-from test_servers import DEADLINE_S, Up, database, left, start, stop  # noqa: F401 (a fixture)
+from running import DEADLINE_S, Servers, Up, left, start, stop
 
 from flows.servers import supervise
 from flows.tracking import mlflow_store, spool
@@ -161,7 +160,7 @@ def servers_answer(servers: Servers) -> bool:
     return "experiments" in ask(f"{servers.mlflow}/experiments/search?max_results=1")
 
 
-def test_a_database_that_restarts_loses_no_run(toy: Path, database: tuple[str, Callable[[], None]]) -> None:  # noqa: F811
+def test_a_database_that_restarts_loses_no_run(toy: Path, database: tuple[str, Callable[[], None]]) -> None:
     url, restart = database
     up = begin(toy, 60, "--database", url)
     try:

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 from checkout import ROOT, answers, commit, environment, free_ports, git, wait_for
-from test_servers import ask, database  # noqa: F401 (a fixture)
+from running import code_of
 
 from tasks.frame.environment import NO_TELEMETRY
 
@@ -544,7 +544,7 @@ def test_containers_of_the_docker_pool_take_the_passwords_from_the_worker(monkey
 @pytest.mark.slow
 def test_mlflow_as_compose_starts_it_asks_for_the_password(
     compose: dict,
-    database: tuple[str, Callable[[], None]],  # noqa: F811
+    database: tuple[str, Callable[[], None]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -588,8 +588,8 @@ def test_mlflow_as_compose_starts_it_asks_for_the_password(
     asked = f"{address}/api/2.0/mlflow/experiments/search?max_results=1"
     client = MlflowClient(tracking_uri=address, registry_uri=address)
     with started("planted-mlflow-pw"):
-        assert ask(asked) == ask(asked, "admin:wrong") == ask(f"{address}/version") == 401
-        assert ask(asked, "admin:planted-mlflow-pw") == 200
+        assert code_of(asked) == code_of(asked, "admin:wrong") == code_of(f"{address}/version") == 401
+        assert code_of(asked, "admin:planted-mlflow-pw") == 200
         with pytest.raises(MlflowException, match="401"):
             client.search_experiments()
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
@@ -599,7 +599,7 @@ def test_mlflow_as_compose_starts_it_asks_for_the_password(
         client.create_registered_model("kept")
         client.create_model_version("kept", run.artifact_uri, run.run_id)
     with started("planted-another-pw"):  # it is not taken: the user is there already
-        assert ask(asked) == ask(asked, "admin:planted-another-pw") == 401
+        assert code_of(asked) == code_of(asked, "admin:planted-another-pw") == 401
         assert client.get_model_version("kept", "1").run_id == run.run_id
         assert [each.path for each in client.list_artifacts(run.run_id)] == ["answer.json"]
     assert not list(tmp_path.rglob("*.db")), "users and runs are in PostgreSQL"

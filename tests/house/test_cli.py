@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from checkout import DEFAULTS, SLMOPS, commit, environment, git, make_toy, slmops
+from checkout import DEFAULTS, ROOT, SLMOPS, commit, environment, git, make_toy, slmops
 
 from flows.cli import main
 from flows.preflight import doctor, plan, planned_model
@@ -20,8 +20,6 @@ from tasks.frame.items import Item
 from tasks.models.sizes import Shape
 from tasks.prune.plan import MULTIPLE, pruned
 from tasks.variants import VARIANTS
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture

@@ -34,8 +34,8 @@ def test_a_classification_file_runs_to_verdicts(tiny_workspace: Path) -> None:
     variants = values.quantize.variants
     # But `package`, which refuses: llama.cpp does not know how the tiny model's tokenizer splits text.
     for each in (stage for name, stage in STAGES.items() if name != "package"):
-        for item in each.items(values) or (None,):
-            run(each, STAGES, values, tiny_workspace, item)
+        for item in each.items(values):
+            run(each, STAGES, values, tiny_workspace, *item.words)
     sizes = {
         split: len((tiny_workspace / f"build/acquire/data/{split}.jsonl").read_text().splitlines())
         for split in ("train", "validation", "test")

@@ -12,8 +12,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "infra"))
+sys.path.insert(0, str(ROOT / "infra"))
 import build_llama
 
 # ggml_tile_config_init as llama.cpp has it, without what is between.
@@ -84,7 +85,7 @@ def test_amx_is_left_out_where_the_compiler_cannot_or_the_source_is_another(tmp_
 
 
 def test_the_source_of_the_version_in_use_is_the_one_that_is_mended() -> None:
-    packages = list((Path(__file__).parent.parent / ".cache").glob("llama_cpp_python-*.tar.gz"))
+    packages = list((ROOT / ".cache").glob("llama_cpp_python-*.tar.gz"))
     if not packages:
         pytest.skip("no source package here: make setup")
     for package in packages:

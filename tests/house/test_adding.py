@@ -109,7 +109,7 @@ for name in ("quantize", "validate", "judge"):
         stage(name, variant)
 stage("package")
 child(slmops, "report")
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_architecture.py", "tests/test_docs.py", "tests/test_quantize.py", "-k", house]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/house/test_architecture.py", "tests/house/test_docs.py", "tests/quantize/test_quantize.py", "-k", house]))
 """
 HOUSE = (
     "imports_go or tasks_know or dvc_has or dvc_says or key_that_dvc or has_its_function or promises or what_it_is_for"

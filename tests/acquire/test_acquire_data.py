@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from checkout import DEFAULTS
+from checkout import DEFAULTS, ROOT
 from conftest import ROOMS, tiny_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -182,7 +182,7 @@ def test_bands_overlook_next_to_no_pair_at_the_threshold(threshold: float) -> No
 
 
 def test_the_same_pairs_as_by_comparing_all_with_all_in_the_data_that_ships() -> None:
-    path = Path(__file__).parent.parent / "data" / "home" / "train.jsonl"
+    path = ROOT / "data" / "home" / "train.jsonl"
     texts = sorted({row.text for row in rows.load({"train": path}, {"train": "train"}, "json")["train"]})[:1500]
     grams = [near_duplicates.grams(text) for text in texts]
     expected = set()

@@ -11,7 +11,8 @@ from typing import get_args
 
 import pytest
 import yaml
-from test_report import sample
+from checkout import ROOT
+from report_inputs import sample
 
 from tasks import params
 from tasks.acquire.params import DATA_SOURCES, MODEL_SOURCES, Source
@@ -22,7 +23,6 @@ from tasks.models.params import Metric
 from tasks.package.params import TARGETS
 from tasks.stages import STAGES
 
-ROOT = Path(__file__).resolve().parent.parent
 TASKS = sorted((ROOT / "tasks").rglob("*.py"))
 FLOWS = sorted((ROOT / "flows").rglob("*.py"))
 HEAVY = (

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows.release import audit_log
 from tasks.errors import ArtifactError, StageError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def entry(reason: str = "good", **other: str) -> dict[str, str]:
