@@ -106,3 +106,6 @@ class Display:
         for row in rows:
             table.add_row(*row.cells())
         self._console.print(table)
+        for row in rows:
+            if row.misses:
+                self.say(f"{row.variant} {row.verdict}: {row.misses}")

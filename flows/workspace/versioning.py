@@ -254,14 +254,16 @@ def push(root: Workspace, *targets: str) -> str:
 
 
 def collect(root: Workspace, beside: Sequence[Path], *, do: bool) -> str:
-    """`dvc gc` that keeps what the workspace, all branches and tags, and the workspaces `beside` need; dry unless `do`.
+    """`dvc gc` that keeps what the workspace, all branches and tags, and the workspaces `beside` need; dry unless `do`. What
+    it says of stages that were not run yet is left out.
 
     Raises:
         StageError: dvc refuses.
     """
     others = ("--projects", *map(str, beside)) if beside else ()
     how = "--force" if do else "--dry"
-    return _dvc(root, "gc", "--workspace", "--all-branches", "--all-tags", how, *others, stderr=True).strip()
+    said = _dvc(root, "gc", "--workspace", "--all-branches", "--all-tags", how, *others, stderr=True)
+    return "\n".join(line for line in said.splitlines() if line.strip() and not line.startswith("WARNING: Output"))
 
 
 def check_state(root: Workspace) -> None:

@@ -39,7 +39,7 @@ def convert(params: Params, *, teacher: Path, student: Path, out: Path) -> dict[
     # Most of a conversion of a small model is the start of its interpreter: run both at once.
     running = {name: _start(converter, folder, out / f"{name}.gguf") for name, folder in folders.items()}
     try:
-        with progress("convert", len(running), "models") as advance:
+        with progress("convert to GGUF", len(running), "models") as advance:
             for name, process in running.items():
                 log = process.communicate()[0]
                 if crashes.signal_of(process.returncode):

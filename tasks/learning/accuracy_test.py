@@ -52,5 +52,6 @@ class AccuracyTest:
             "layers": model.config.num_hidden_layers,
             "per_group": per_group(references, correct),
         }
-        events.note(f"{name}: accuracy {accuracy(correct):.3f}, {loading.count(model) / 1e6:.1f} M parameters")
+        which = "the acquired model, before any training" if name == "base" else name
+        events.note(f"{which}: accuracy {accuracy(correct):.3f}, {loading.count(model) / 1e6:.1f} M parameters")
         return Taken(said, correct, facts)

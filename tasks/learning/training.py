@@ -199,7 +199,7 @@ def train(
     evaluate_at = {round(len(steps) * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     state = _State(scratch / f"{label}.safetensors", optimizer, masters)
     saved, pause = time.monotonic(), CHECKPOINT_SECONDS
-    with events.progress(label, len(steps)) as advance:
+    with events.progress("training steps", len(steps)) as advance:
         advance(state.step)
         state.push(weights)
         while state.step < len(steps) and state.stale < settings.patience:

@@ -46,7 +46,7 @@ def package(
     licence = _licence(source, names.model)
 
     targets: dict[str, bundle.Target] = {}
-    with progress("package", len(settings.targets), "targets") as advance:
+    with progress("write the bundles", len(settings.targets), "targets") as advance:
         releases = {name: _release(settings, best, model, source, licence) for name, best in choice.best.items()}
         for target in wanted:
             if release := releases.get(target.runtime.name):

@@ -75,7 +75,7 @@ def _remove_blocks(
     original = list(range(len(layers)))
     history: list[dict[str, Any]] = []
     ready = _Ready(model, fitted)
-    with torch.no_grad(), events.progress("prune", len(layers) - kept, "blocks") as advance:
+    with torch.no_grad(), events.progress("choose blocks to remove", len(layers) - kept, "blocks") as advance:
         while len(model.get_decoder().layers) > kept:
             trace = _Trace(model, calibration)
             order = sorted(range(len(trace.influence)), key=lambda i: trace.influence[i])[: settings.candidates]

@@ -43,7 +43,11 @@ def narrow(model: Any, rows: Sequence[Encoded], kept: int) -> list[float]:
     packs = packed_rows(model, rows)
     hidden: list[Any] = []
     keywords: list[list[dict[str, Any]]] = []
-    with torch.no_grad(), events.progress("narrow", len(layers), "blocks") as advance, packing.attention(model):
+    with (
+        torch.no_grad(),
+        events.progress("choose channels to remove", len(layers), "blocks") as advance,
+        packing.attention(model),
+    ):
         for packed in packs:  # the states between blocks are made anew below, and held for one pack alone here
             calls = calls_of(model, packed)[0]
             hidden.append(calls[0][0])

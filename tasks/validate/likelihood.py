@@ -103,7 +103,7 @@ def compare(reference: WindowLogits, candidate: WindowLogits, windows: Sequence[
         4, dtype=torch.float64
     )  # negative log-likelihood of the candidate and the reference, KLD, same top token
     count = 0
-    with progress("perplexity", len(windows), "windows") as advance:
+    with progress("measure perplexity", len(windows), "windows") as advance:
         for window in windows:
             first = len(window) // 2
             base, ours = (torch.from_numpy(model(window, first)) for model in (reference, candidate))
