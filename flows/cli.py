@@ -56,10 +56,10 @@ def _carried_out(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        told = of_disk(error)
-        if told is None:
+        of_the_disk = of_disk(error)
+        if of_the_disk is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {of_the_disk}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: stopped by hand: run it again, it takes up where it can", file=sys.stderr)
@@ -316,8 +316,8 @@ def plan(args: argparse.Namespace) -> int:
 
     root = worktrees.find(Path())
     with Console(stderr=True).status("reads the data, and measures how fast this machine is"):
-        found = facts(root, args.params or paths.params_file(root), args.overrides)
-    _print(args, found, show)
+        facts_of_run = facts(root, args.params or paths.params_file(root), args.overrides)
+    _print(args, facts_of_run, show)
     return 0
 
 
@@ -392,9 +392,9 @@ def compare(args: argparse.Namespace) -> int:
     from flows.release import decisions
 
     main, name = _model(args)
-    found = decisions.compare(main, name, str(args.version))
-    facts = {"model": name, **asdict(found), "gain": found.gain, "worse": found.worse}
-    _print(args, facts, lambda _: print(found.table(name)))
+    comparison = decisions.compare(main, name, str(args.version))
+    facts = {"model": name, **asdict(comparison), "gain": comparison.gain, "worse": comparison.worse}
+    _print(args, facts, lambda _: print(comparison.table(name)))
     return 0
 
 
@@ -496,9 +496,9 @@ def runs(args: argparse.Namespace) -> int:
 
     from flows.workspace import worktrees
 
-    def show(found: list[dict[str, Any]]) -> None:
-        width = max((len(run["name"]) for run in found), default=0)
-        for run in found:
+    def show(listed: list[dict[str, Any]]) -> None:
+        width = max((len(run["name"]) for run in listed), default=0)
+        for run in listed:
             print(f"{run['name']:<{width}}  {run['state']:<8}  {run['commit']}  {run['folder']}")
 
     _print(args, list(map(asdict, worktrees.runs(worktrees.main_root(worktrees.find(Path()))))), show)

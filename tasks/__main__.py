@@ -53,10 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     except PipelineError as error:
         return _failed(error)
     except OSError as error:
-        told = of_disk(error)
-        if told is None:
+        of_the_disk = of_disk(error)
+        if of_the_disk is None:
             raise
-        return _failed(told)
+        return _failed(of_the_disk)
     except KeyboardInterrupt:
         print("error: stopped by hand: run the stage again, it takes up where it can", file=sys.stderr)
         return 130

@@ -21,10 +21,10 @@ MOVED = {
 def explained(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line a problem of a raw mapping that was held against `model`."""
     known, tags = keys(model), _tags(model)
-    found = error.errors()
+    errors = error.errors()
     # What is said of a list's length counts the items that are right: it only hides what is said of the others.
-    told = [p for p in found if p["type"] != "too_short" or not any(_within(each, p) for each in found)]
-    return [_explain(problem, known, tags) for problem in told]
+    problems = [p for p in errors if p["type"] != "too_short" or not any(_within(each, p) for each in errors)]
+    return [_explain(problem, known, tags) for problem in problems]
 
 
 def _within(problem: Any, outer: Any) -> bool:
@@ -64,11 +64,11 @@ def _explain(problem: Any, known: Collection[str], tags: Mapping[str, Sequence[s
     if location[-1] == "revision":
         return f"{key}: {given!r} is not a 40-digit commit hash: a branch or tag can move, so pin the commit it points to now ({newest})"
     if problem["type"] in ("literal_error", "union_tag_invalid"):
-        told = problem["ctx"]
+        context = problem["ctx"]
         tagged = problem["type"] == "union_tag_invalid"
-        key = f"{key}.{told['discriminator'].strip(chr(39))}" if tagged else key
-        listed = told["expected_tags"] if tagged else told["expected"].replace(" or ", ", ")
-        return _none_of(key, told["tag"] if tagged else given, [each.strip("'") for each in listed.split(", ")])
+        key = f"{key}.{context['discriminator'].strip(chr(39))}" if tagged else key
+        listed = context["expected_tags"] if tagged else context["expected"].replace(" or ", ", ")
+        return _none_of(key, context["tag"] if tagged else given, [each.strip("'") for each in listed.split(", ")])
     if problem["type"] == "union_tag_not_found":
         return f"{key}: missing {problem['ctx']['discriminator']}: one of {', '.join(tags[location[-1]])}"
     if problem["type"] == "tuple_type" and isinstance(given, str | int | float):
@@ -93,15 +93,15 @@ def keys(model: type[BaseModel]) -> set[str]:
 
 def _tags(model: type[BaseModel]) -> dict[str, tuple[str, ...]]:
     """By the name of each field that is one of several kinds: what tells them apart, as pydantic puts it into a location."""
-    found = {}
+    tags = {}
     for name, info in _fields(model):
         kinds = get_args(info.annotation)
         if isinstance(info.discriminator, str):
-            told = [each.model_fields[info.discriminator].annotation for each in kinds]
-            found[name] = tuple(str(get_args(each)[0]) for each in told)
+            annotations = [each.model_fields[info.discriminator].annotation for each in kinds]
+            tags[name] = tuple(str(get_args(each)[0]) for each in annotations)
         elif marks := [mark.tag for each in kinds for mark in get_args(each) if isinstance(mark, Tag)]:
-            found[name] = tuple(marks)
-    return found
+            tags[name] = tuple(marks)
+    return tags
 
 
 def _fields(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:

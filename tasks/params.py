@@ -229,18 +229,18 @@ def expanded(overrides: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: there is no such file, or its values are not in sections.
     """
-    found: list[str] = []
+    all_overrides: list[str] = []
     for text in overrides:
         if not text.startswith("@"):
-            found.append(text)
+            all_overrides.append(text)
             continue
         for section, values in read(Path(text[1:])).items():
             if not isinstance(values, dict):
                 raise ConfigError(
                     f"--set {text}: {section} is no section with values: write it as `{section}: {{key: value}}`"
                 )
-            found += [override(f"{section}.{key}", value) for key, value in values.items()]
-    return found
+            all_overrides += [override(f"{section}.{key}", value) for key, value in values.items()]
+    return all_overrides
 
 
 def override(key: str, value: Any) -> str:

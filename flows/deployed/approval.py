@@ -90,8 +90,8 @@ def bells() -> list[Any]:
     from prefect.blocks.core import Block
 
     with get_client(sync_client=True) as client:
-        found = [each for each in client.read_block_documents() if each.name == BELL and each.block_type]
-    return [Block.load(f"{each.block_type.slug}/{BELL}") for each in found if each.block_type]
+        documents = [each for each in client.read_block_documents() if each.name == BELL and each.block_type]
+    return [Block.load(f"{each.block_type.slug}/{BELL}") for each in documents if each.block_type]
 
 
 def ring(question: dict[str, Any], load: Callable[[], Sequence[Any]] = bells) -> list[str]:
@@ -116,10 +116,10 @@ def ring(question: dict[str, Any], load: Callable[[], Sequence[Any]] = bells) ->
     )
     said: list[str] = []
     try:
-        found = load()
+        blocks = load()
     except troubles as error:
         return [f"nobody was told that an approval waits: the block {BELL} cannot be read ({_brief(error)})"]
-    for block in found:
+    for block in blocks:
         try:
             block.notify(body, f"{name} version {version} waits for approval")
         except troubles as error:
@@ -142,11 +142,13 @@ def expire(main: MainCheckout) -> list[str]:
     """
     asked = [UUID(question["flow_run"]) for question in pending.unsettled(main).values()]
     with get_client(sync_client=True) as client:
-        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=asked))) if asked else []
-        for run in [run for run in found if run.state and run.state.is_crashed()]:
+        flow_runs = (
+            client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=asked))) if asked else []
+        )
+        for run in [run for run in flow_runs if run.state and run.state.is_crashed()]:
             client.set_flow_run_state(run.id, AwaitingRetry())
             logged(f"run {run.name} crashed while its question was open: it asks again")
-    return pending.expire(main, {str(run.id) for run in found if run.state and run.state.is_failed()})
+    return pending.expire(main, {str(run.id) for run in flow_runs if run.state and run.state.is_failed()})
 
 
 def _answer(root: Workspace, checked: params.Params, shown: dict[str, Any]) -> Decision:

@@ -24,9 +24,9 @@ def check(main: MainCheckout, commit: str, wanted: Params) -> None:
     Raises:
         ConfigError: names every one of them, with its key.
     """
-    if found := loosened_from(references(main, commit), wanted):
+    if loosenings := loosened_from(references(main, commit), wanted):
         raise ConfigError(
-            "what a commit says about release no single run may loosen:\n  " + "\n  ".join(found) + "\n"
+            "what a commit says about release no single run may loosen:\n  " + "\n  ".join(loosenings) + "\n"
             "leave that out of the form or settings, or commit other parameters and run that commit"
         )
 
@@ -68,31 +68,33 @@ def _params(main: MainCheckout, commit: str, name: str) -> Params:
 def loosened(said: Params, wanted: Params) -> list[str]:
     """What `wanted` has looser than `said`, each as a line with its key; empty: it is at least as strict. NaN is looser."""
     before, after = said.release, wanted.release
-    found = [
+    loosenings = [
         f"validate.gates: {_gate(gate)} is missing or weaker"
         for gate in said.validate_.gates
         if not any(_as_strict(gate, other) for other in wanted.validate_.gates)
     ]
     if not wanted.validate_.max_half_width <= said.validate_.max_half_width:
-        found.append(_more("validate.max_half_width", said.validate_.max_half_width, wanted.validate_.max_half_width))
+        loosenings.append(
+            _more("validate.max_half_width", said.validate_.max_half_width, wanted.validate_.max_half_width)
+        )
     if before.approval == "manual" and after.approval != "manual":
-        found.append("release.approval: manual, so a person releases")
+        loosenings.append("release.approval: manual, so a person releases")
     if before.separate_duties and not after.separate_duties:
-        found.append("release.separate_duties: true, so who starts a run may not approve it")
+        loosenings.append("release.separate_duties: true, so who starts a run may not approve it")
     if not after.margin >= before.margin:
-        found.append(f"release.margin: {after.margin:g} is below {before.margin:g}")
+        loosenings.append(f"release.margin: {after.margin:g} is below {before.margin:g}")
     if not after.expires_hours <= before.expires_hours:
-        found.append(_more("release.expires_hours", before.expires_hours, after.expires_hours))
-    return found
+        loosenings.append(_more("release.expires_hours", before.expires_hours, after.expires_hours))
+    return loosenings
 
 
 def loosened_from(references: Sequence[tuple[str, Params]], wanted: Params) -> list[str]:
     """`loosened` against each of several commits, named; what more than one of them says is told once."""
-    told: dict[str, str] = {}
+    lines: dict[str, str] = {}
     for commit, said in references:
         for line in loosened(said, wanted):
-            told.setdefault(line, f"{line} ({commit})")
-    return list(told.values())
+            lines.setdefault(line, f"{line} ({commit})")
+    return list(lines.values())
 
 
 def _as_strict(gate: Gate, other: Gate) -> bool:

@@ -15,20 +15,22 @@ def check(root: Workspace, checked: Params) -> None:
         ConfigError: names every step that cannot be done, with what to change.
     """
     kind = planned_model.architecture(checked.acquire, root)
-    found = problems(kind, checked.prune.max_parameters, checked.quantize.variants) if kind else []
-    if found:
-        raise ConfigError("this run would fail after its training: " + "; ".join(found))
+    obstacles = problems(kind, checked.prune.max_parameters, checked.quantize.variants) if kind else []
+    if obstacles:
+        raise ConfigError("this run would fail after its training: " + "; ".join(obstacles))
 
 
 def problems(kind: str, max_parameters: float, variants: tuple[str, ...]) -> list[str]:
     """What will fail later with a model of this `model_type`, each with its remedy."""
-    found = []
+    obstacles = []
     if max_parameters < 1 and kind in supports.UNPRUNABLE:
-        found.append(supports.cannot_prune(kind))
+        obstacles.append(supports.cannot_prune(kind))
     refused: dict[str, list[str]] = {}
     for variant in variants:
         if why := VARIANTS[variant].quantizer.module.obstacle(kind):
             refused.setdefault(why, []).append(variant)
     for why, names in refused.items():
-        found.append(f"{why}: take {', '.join(names)} out of quantize.variants, and its targets out of package.targets")
-    return found
+        obstacles.append(
+            f"{why}: take {', '.join(names)} out of quantize.variants, and its targets out of package.targets"
+        )
+    return obstacles

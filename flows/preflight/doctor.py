@@ -109,11 +109,11 @@ def examine(root: Workspace) -> Iterator[Check]:
     yield from _workspace(root)
     for port, owner in PORTS.items():
         free_port = not _listens(port)
-        found = f"port {port} is {'free' if free_port else 'in use'} ({owner})"
+        state = f"port {port} is {'free' if free_port else 'in use'} ({owner})"
         yield Check(
             "port",
             free_port,
-            found,
+            state,
             "nothing to do if it is that server: PREFECT_API_URL or MLFLOW_TRACKING_URI names it",
             False,
         )
@@ -140,24 +140,24 @@ def _packages(root: Workspace) -> Iterator[Check]:
     for name in PACKAGES:
         want = pinned.get(name.lower())
         try:
-            found = metadata.version(name)
+            there = metadata.version(name)
         except metadata.PackageNotFoundError:
             yield Check(name, False, "not installed", "make setup")
             continue
         # A local label (2.13.0+cpu) says how the same release was built.
-        same = want is None or found.split("+")[0] == want.split("+")[0]
-        yield Check(name, same, found if same else f"{found}, but {want} was tested", f"pip install '{name}=={want}'")
+        same = want is None or there.split("+")[0] == want.split("+")[0]
+        yield Check(name, same, there if same else f"{there}, but {want} was tested", f"pip install '{name}=={want}'")
 
 
 def _build(path: Path) -> Check:
     """How llama.cpp was compiled, as infra/build_llama.py wrote it down."""
     try:
         made = json.loads(path.read_bytes())
-        found = f"{made['version']} by {made['is']}; {made['amx']} ({made['reason']})"
+        state = f"{made['version']} by {made['is']}; {made['amx']} ({made['reason']})"
     except (OSError, ValueError, KeyError, TypeError):
-        found = f"{path} does not say how it was compiled"
-        return Check("llama.cpp build", False, found, "infra/setup.sh, which compiles it for this processor", False)
-    return Check("llama.cpp build", True, found)
+        state = f"{path} does not say how it was compiled"
+        return Check("llama.cpp build", False, state, "infra/setup.sh, which compiles it for this processor", False)
+    return Check("llama.cpp build", True, state)
 
 
 def _self_tests() -> Iterator[Check]:
@@ -169,8 +169,8 @@ def _self_tests() -> Iterator[Check]:
             yield Check(f"{runtime.label} test", False, str(error), runtime.remedy)
             continue
         kernels = f"; compiled for {made['kernels']}" if made["kernels"] else ""
-        found = f"{made['checks']} results, off by {made['distance']:.1%} at most, by rounding{kernels}"
-        yield Check(f"{runtime.label} test", True, found)
+        state = f"{made['checks']} results, off by {made['distance']:.1%} at most, by rounding{kernels}"
+        yield Check(f"{runtime.label} test", True, state)
 
 
 def _writable() -> Iterator[Check]:
@@ -197,9 +197,9 @@ def _line_ends(root: Workspace) -> Check:
     fix = (
         "git config core.autocrlf input, commit or stash what is yours, then: git rm -rq --cached . && git reset --hard"
     )
-    found = f"core.autocrlf is {setting}; .gitattributes keeps LF: {'yes' if kept else 'no'}"
+    state = f"core.autocrlf is {setting}; .gitattributes keeps LF: {'yes' if kept else 'no'}"
     return Check(
-        "line ends", not bad and (kept or setting != "true"), found + ("; scripts have CRLF" if bad else ""), fix, bad
+        "line ends", not bad and (kept or setting != "true"), state + ("; scripts have CRLF" if bad else ""), fix, bad
     )
 
 

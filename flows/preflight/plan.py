@@ -239,7 +239,7 @@ def _work(
         return max(1, tokens // settings.batch_tokens), tokens, 6 * model.parameters * used * counted.own / training
 
     steps, tokens, seconds = trained(train, checked.finetune, base) if checked.finetune.enabled else (0, 0, 0.0)
-    found = [
+    works = [
         Work("acquire", None, None, OVERHEAD_S["acquire"] + 1.0e-7 * base.parameters),
         Work("finetune", steps, tokens, seconds),
     ]
@@ -248,24 +248,24 @@ def _work(
     answered = taught - train  # prompts that the teacher reads and answers
     taking = 2 * base.parameters * 2 * test / forward  # of the test, by one model
     heard = 2 * base.parameters * (read + 2 * answered) * counted.own / forward
-    found.append(Work("teach", None, None, 2 * taking + heard))
+    works.append(Work("teach", None, None, 2 * taking + heard))
     pruning = _pruning(checked.prune, base, student, counted.own, forward, plain)
-    found.append(Work("prune", None, None, pruning + taking))
+    works.append(Work("prune", None, None, pruning + taking))
     steps, tokens, seconds = trained(taught, checked.distill, student)
-    found.append(Work("distill", students * steps, students * tokens, students * (seconds + taking)))
-    found.append(Work("select", None, None, OVERHEAD_S["select"]))
-    found.append(Work("convert", None, None, OVERHEAD_S["convert"] + 8 * base.parameters / 1e9))
+    works.append(Work("distill", students * steps, students * tokens, students * (seconds + taking)))
+    works.append(Work("select", None, None, OVERHEAD_S["select"]))
+    works.append(Work("convert", None, None, OVERHEAD_S["convert"] + 8 * base.parameters / 1e9))
     count = len(predicted)
-    found.append(Work("quantize", None, None, count * (OVERHEAD_S["quantize"] + 4 * student.parameters / 1e9)))
+    works.append(Work("quantize", None, None, count * (OVERHEAD_S["quantize"] + 4 * student.parameters / 1e9)))
     prompts = test + checked.validate_.windows * checked.validate_.context * 3
     each = 2 * student.parameters * prompts / (plain * PREFILL)
     # Answers are checked against drafts, side by side: only those that differ are generated token by token.
     generated = (1 - AGREEMENT) * counted.count["test"] * 16
     answers = sum(generated * size / DECODE_BYTES_PER_S for size in predicted.values())
-    found.append(Work("validate", None, prompts * count, count * (OVERHEAD_S["validate"] + each) + answers))
-    found.append(Work("judge", None, None, count * OVERHEAD_S["judge"]))
-    found.append(Work("package", None, None, OVERHEAD_S["package"]))
-    return found
+    works.append(Work("validate", None, prompts * count, count * (OVERHEAD_S["validate"] + each) + answers))
+    works.append(Work("judge", None, None, count * OVERHEAD_S["judge"]))
+    works.append(Work("package", None, None, OVERHEAD_S["package"]))
+    return works
 
 
 def _pruning(
@@ -308,9 +308,9 @@ def _rows(root: Workspace, checked: params.Params) -> _Rows:
     data = checked.acquire.data
     if not isinstance(data, LocalData):
         return _Rows(GUESSED, TOKENS_A_ROW, TOKENS_A_ROW, exact=False)
-    found = data_sources.local(data, root, root)
+    data_files = data_sources.local(data, root, root)
     metric = checked.task.metric
-    loaded = rows.load(found.files, found.shown, metric if isinstance(metric, str) else "own")
+    loaded = rows.load(data_files.files, data_files.shown, metric if isinstance(metric, str) else "own")
     count = {name: len(loaded.get(name, [])) for name in (*rows.SPLITS, rows.UNLABELLED)}
     train = loaded.get("train", [])
     if data_sources.ALL in loaded:
@@ -330,16 +330,16 @@ def _shared(train: Sequence[rows.Row]) -> int:
     return sum(len(said[0]["content"]) + MARKS for said in alike) + MARKS
 
 
-def _doubts(checked: params.Params, found: _Rows) -> list[str]:
+def _doubts(checked: params.Params, counted: _Rows) -> list[str]:
     """What of the data will not do for what the params ask of it."""
-    if not found.exact:
+    if not counted.exact:
         return []
-    empty = [name for name in rows.SPLITS if not found.count[name]]
+    empty = [name for name in rows.SPLITS if not counted.count[name]]
     doubts = [f"{' and '.join(empty)} will be empty: add rows, or change the shares of acquire.data"] if empty else []
-    wanted, there = checked.teach.unlabelled_rows, found.count[rows.UNLABELLED]
+    wanted, there = checked.teach.unlabelled_rows, counted.count[rows.UNLABELLED]
     if there < wanted:
         doubts.append(f"teach.unlabelled_rows is {wanted}, and the data has {there} unlabelled prompts")
-    settings, test = checked.validate_, found.count["test"]
+    settings, test = checked.validate_, counted.count["test"]
     judged = {gate.name for gate in settings.gates} & {"accuracy", "accuracy_retention"}
     for name in sorted(judged) if test else ():
         half = _half_width(name, test, settings)

@@ -21,12 +21,12 @@ def architecture(acquire: Acquire, root: Workspace) -> str | None:
     try:
         path = MODEL_SOURCES[acquire.model.source].find(acquire.model, root, root).path
         if path.is_file():
-            found = gguf_check.check(path).metadata.get("general.architecture")
+            kind = gguf_check.check(path).metadata.get("general.architecture")
         else:
-            found = json.loads((path / "config.json").read_bytes()).get("model_type")
+            kind = json.loads((path / "config.json").read_bytes()).get("model_type")
     except (PipelineError, OSError, ValueError, AttributeError):
         return None  # acquire says what is wrong with it
-    return found if isinstance(found, str) else None
+    return kind if isinstance(kind, str) else None
 
 
 def shape(acquire: Acquire, root: Workspace) -> sizes.Shape:
@@ -76,5 +76,9 @@ def of_gguf(path: Path) -> sizes.Shape:
 def _fetched(root: Workspace, model: HubModel) -> dict[str, Any] | None:
     """What acquire recorded of a hub model that lies in the workspace; None where another one lies there, or none."""
     lineage = folder(root, "acquire") / "lineage.json"
-    found: dict[str, Any] = read_json(lineage)["model"] if lineage.is_file() else {}
-    return found if (found.get("repo"), found.get("revision")) == (model.repo, model.revision) else None
+    model_of_lineage: dict[str, Any] = read_json(lineage)["model"] if lineage.is_file() else {}
+    return (
+        model_of_lineage
+        if (model_of_lineage.get("repo"), model_of_lineage.get("revision")) == (model.repo, model.revision)
+        else None
+    )

@@ -59,13 +59,13 @@ def parse_head(text: str) -> Head:
     Raises:
         ArtifactError: it is none.
     """
-    found = re.fullmatch(r"(\d+) ([0-9a-f]{64})", text)
-    if not found:
+    match = re.fullmatch(r"(\d+) ([0-9a-f]{64})", text)
+    if not match:
         raise ArtifactError(
             f"MLflow's tag {HEAD_TAG} is {text!r}, not a number and a sha256: someone changed it; find out who, and "
             f"take its value from the newest tag slmops.audit.NUMBER of the model's versions (its `seq` and `hash`)"
         )
-    return Head(int(found[1]), found[2])
+    return Head(int(match[1]), match[2])
 
 
 def place(main: MainCheckout) -> Path:
@@ -147,24 +147,24 @@ class Standing:
 
 def standing(lines: Iterable[Entry | None], name: str) -> Standing:
     """Where a model stands after the lines of the record, oldest first."""
-    found = Standing()
+    now = Standing()
     for line in effective(lines):
         if line["model"] != name:
             continue
         version, digest = line["version"], line["bundle_digest"]
-        if line["action"] == "register" and found.digests.get(version, digest) != digest:
-            found = Standing()  # the model was made anew in MLflow, where versions count anew
-        digests = {**found.digests, version: digest}
+        if line["action"] == "register" and now.digests.get(version, digest) != digest:
+            now = Standing()  # the model was made anew in MLflow, where versions count anew
+        digests = {**now.digests, version: digest}
         if line["action"] in ("approve", "rollback"):
-            before = found.champion if found.champion not in ("", version) else found.previous
-            found = Standing(version, before, line, digests)
+            before = now.champion if now.champion not in ("", version) else now.previous
+            now = Standing(version, before, line, digests)
         elif line["action"] == "withdraw":
-            found = Standing(decided=line, digests=digests)
-        elif line["action"] == "reject" and version == found.previous:
-            found = Standing(found.champion, "", found.decided, digests)
+            now = Standing(decided=line, digests=digests)
+        elif line["action"] == "reject" and version == now.previous:
+            now = Standing(now.champion, "", now.decided, digests)
         else:
-            found = Standing(found.champion, found.previous, found.decided, digests)
-    return found
+            now = Standing(now.champion, now.previous, now.decided, digests)
+    return now
 
 
 def effective(lines: Iterable[Entry | None]) -> list[Entry]:
@@ -203,9 +203,9 @@ def decisions(main: MainCheckout, name: str, version: str, digest: str) -> list[
     """The lines about one version that count, oldest first. A model made anew in MLflow counts its versions anew: hence
     `digest`.
     """
-    found = effective(entries(read(place(main))))
+    lines = effective(entries(read(place(main))))
     wanted = (name, version, digest)
-    return [entry for entry in found if (entry["model"], entry["version"], entry["bundle_digest"]) == wanted]
+    return [entry for entry in lines if (entry["model"], entry["version"], entry["bundle_digest"]) == wanted]
 
 
 def read(path: Path) -> bytes:
@@ -248,14 +248,14 @@ def _unwritten(path: Path, error: OSError) -> StageError:
     return StageError(f"{path} cannot be written ({error.strerror}): nothing was decided: set that right, decide again")
 
 
-def check(path: Path, found: list[str]) -> None:
+def check(path: Path, problems: list[str]) -> None:
     """Refuse a record with problems.
 
     Raises:
         ArtifactError: lists them all.
     """
-    if found:
-        problem = "\n  ".join(found)
+    if problems:
+        problem = "\n  ".join(problems)
         raise ArtifactError(
             f"{path} is not the record that was written:\n  {problem}\n"
             "no decision is added to it: bring it back from a backup (the tags slmops.audit.NUMBER of the model's "
@@ -265,23 +265,23 @@ def check(path: Path, found: list[str]) -> None:
 
 def entries(content: bytes) -> list[Entry | None]:
     """Every line, oldest first; None for one that cannot be read."""
-    found = map(_parse, _lines(content))
-    return [entry if entry is not None and entry.keys() >= FIELDS else None for entry in found]
+    parsed = map(_parse, _lines(content))
+    return [entry if entry is not None and entry.keys() >= FIELDS else None for entry in parsed]
 
 
 def unchained(content: bytes) -> int:
     """How many lines at the beginning are from before there was a chain."""
-    found = 0
+    count = 0
     for entry in map(_parse, _lines(content)):
         if entry is None or CHAIN.keys() & entry.keys():
             break
-        found += 1
-    return found
+        count += 1
+    return count
 
 
 def problems(content: bytes, heads: Collection[Head] = ()) -> list[str]:
     """What is wrong with a record, line by line; empty for a sound one."""
-    found: list[str] = []
+    lines_of_problem: list[str] = []
     hashes: dict[int, str] = {}
     lines, old = _lines(content), unchained(content)
     expected = old + 1
@@ -291,21 +291,23 @@ def problems(content: bytes, heads: Collection[Head] = ()) -> list[str]:
         if entry is None or not _sound(entry, line):
             cut = number == len(lines) and not content.endswith(b"\n")
             torn = cut and all(head.count < expected for head in heads)  # else it was whole once, and took effect
-            found.append(f"line {number} {_torn() if torn else 'was edited: its hash is not that of its content'}")
+            lines_of_problem.append(
+                f"line {number} {_torn() if torn else 'was edited: its hash is not that of its content'}"
+            )
             expected, previous = expected + (not torn), None
             continue
         if entry["seq"] != expected:
-            found.append(
+            lines_of_problem.append(
                 f"line {number} is entry {entry['seq']} where entry {expected} belongs: lines before it were removed, "
                 "added or put in another order"
             )
         elif previous is not None and entry["previous"] != previous:
-            found.append(
+            lines_of_problem.append(
                 f"line {number} does not follow what stands before it: that was edited after line {number} was written"
             )
         expected, previous = entry["seq"] + 1, _sha256(line)
         hashes[entry["seq"]] = entry["hash"]
-    return found + _against(heads, hashes, expected - 1, sound=not found)
+    return lines_of_problem + _against(heads, hashes, expected - 1, sound=not lines_of_problem)
 
 
 def unconfirmed(content: bytes, heads: Collection[Head]) -> list[str]:

@@ -108,8 +108,8 @@ def compare(version: str, digest: str, ours: Bundle, champion: str, theirs: Bund
 
 
 def _numbers(bundle: Bundle) -> dict[str, float]:
-    found = bundle.evaluation[bundle.chosen].metrics if bundle.chosen else {}
-    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+    metrics = bundle.evaluation[bundle.chosen].metrics if bundle.chosen else {}
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
 
 def _same_rows(ours: Bundle, theirs: Bundle) -> tuple[bool, str]:

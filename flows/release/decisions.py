@@ -199,29 +199,29 @@ def approve(
     """
     by, reason = _signed(by, reason)
     with versions.opened(main) as client:
-        found = versions.find_version(client, name, version)
-        apart = separate_duties or found.tags.get("separate_duties") == "true"
+        model_version = versions.find_version(client, name, version)
+        apart = separate_duties or model_version.tags.get("separate_duties") == "true"
         if apart and by.casefold() == (started_by(main, name, version) or "").strip().casefold():
             raise ConfigError(
                 f"{by} started the run of {name} version {version} and may not approve it: someone else must "
                 "(release.separate_duties)"
             )
-        known = versions.tag(found, "bundle_digest")
+        known = versions.tag(model_version, "bundle_digest")
         if digest is not None and (len(digest) < 12 or not known.startswith(digest)):
             raise ArtifactError(
                 f"{name} version {version} is bundle {known[:12]}, and the decision was on {digest[:12]}: look at it again"
             )
-        if found.tags.get("verdict") != "pass":
+        if model_version.tags.get("verdict") != "pass":
             raise ConfigError(
-                f"{name} version {version} may not be released: its verdict is {found.tags.get('verdict')}"
+                f"{name} version {version} may not be released: its verdict is {model_version.tags.get('verdict')}"
             )
-        last = _last(main, name, found)
+        last = _last(main, name, model_version)
         if last["action"] == "reject" and not even_if_rejected:
             raise ConfigError(
                 f"{name} version {version} was rejected by {last['by']} ({last['reason']}): "
                 "--even-if-rejected approves it all the same"
             )
-        seen = _compare(client, main, name, found)
+        seen = _compare(client, main, name, model_version)
         if expected_champion is not None and seen.champion not in (expected_champion, version):
             raise ConfigError(
                 f"the champion of {name} is {_which(seen.champion)} now, and the decision was made beside "
@@ -248,16 +248,16 @@ def auto_approve(main: MainCheckout, name: str, version: str, margin: float) -> 
         StageError: the MLflow server does not answer.
     """
     with versions.opened(main) as client:
-        found = versions.find_version(client, name, version)
+        model_version = versions.find_version(client, name, version)
         refused = f"{name} version {version} is not approved by the policy: "
         if wrong := _differences(client, main, name):
             return f"{refused}{'; '.join(wrong)}: {_way_out(main, name)}"
-        seen = _compare(client, main, name, found)
+        seen = _compare(client, main, name, model_version)
         if seen.champion == version:
             return f"{name} version {version} is the champion already"
-        if found.tags.get("verdict") != "pass":
-            return f"{refused}its verdict is {found.tags.get('verdict')}"
-        last = _last(main, name, found)
+        if model_version.tags.get("verdict") != "pass":
+            return f"{refused}its verdict is {model_version.tags.get('verdict')}"
+        last = _last(main, name, model_version)
         if last["action"] != "register":
             return f"{refused}{last['by']} decided on it before ({last['action']}: {last['reason']})"
         if not seen.better_by(margin):
@@ -276,16 +276,16 @@ def reject(main: MainCheckout, name: str, version: str, by: str, reason: str) ->
     """
     by, reason = _signed(by, reason)
     with versions.opened(main) as client:
-        found = versions.find_version(client, name, version)
+        model_version = versions.find_version(client, name, version)
         if version in (versions.aliased(client, name, CHAMPION), _standing(main, name).champion):
             raise ConfigError(
                 f"{name} version {version} is the champion: `slmops rollback` goes back to the one before, `slmops withdraw` "
                 "to none"
             )
-        last = _last(main, name, found)
+        last = _last(main, name, model_version)
         if (last["action"], last["by"], last["reason"]) == ("reject", by, reason):  # told twice: here and in the form
             return f"{name} version {version} is rejected already"
-        record_rejection(client, main, name, version, versions.tag(found, "bundle_digest"), by, reason)
+        record_rejection(client, main, name, version, versions.tag(model_version, "bundle_digest"), by, reason)
     return f"{name} version {version} is rejected"
 
 
@@ -391,9 +391,9 @@ def registered_bundle(main: MainCheckout, name: str, version: str) -> Path:
         StageError: the MLflow server does not answer.
     """
     with versions.opened(main) as client:
-        found = versions.find_version(client, name, version)
-        _intact(main, name, found)
-        return Path(versions.tag(found, "bundle"))
+        model_version = versions.find_version(client, name, version)
+        _intact(main, name, model_version)
+        return Path(versions.tag(model_version, "bundle"))
 
 
 def _standing(main: MainCheckout, name: str) -> audit_log.Standing:
@@ -412,19 +412,19 @@ def _expected(client: Any, main: MainCheckout, name: str) -> audit_log.Standing:
 
 def _differences(client: Any, main: MainCheckout, name: str) -> list[str]:
     """Where MLflow's aliases say something else than the record; empty: nowhere."""
-    now, found = _expected(client, main, name), []
+    now, lines = _expected(client, main, name), []
     for alias, wanted in ((CHAMPION, now.champion), (PREVIOUS, now.previous)):
         there = versions.aliased(client, name, alias) or ""
         if there != wanted:
-            found.append(f"MLflow's {alias} of {name} is {_which(there)}, and the record's {_which(wanted)}")
+            lines.append(f"MLflow's {alias} of {name} is {_which(there)}, and the record's {_which(wanted)}")
         elif there:
             digest = versions.tag(versions.find_version(client, name, there), "bundle_digest")
             if digest != now.digests.get(there):
-                found.append(
+                lines.append(
                     f"MLflow has {name} version {there} as bundle {digest[:12]}, and the record as "
                     f"{now.digests.get(there, 'none')[:12]}"
                 )
-    return found
+    return lines
 
 
 def _way_out(main: MainCheckout, name: str) -> str:
@@ -465,12 +465,12 @@ def _released_bundle(client: Any, main: MainCheckout, name: str, version: str) -
     return digest
 
 
-def _intact(main: MainCheckout, name: str, found: Any) -> tuple[str, Bundle]:
+def _intact(main: MainCheckout, name: str, model_version: Any) -> tuple[str, Bundle]:
     """`registry.intact`, and the code that MLflow keeps held against the record too."""
-    digest, bundle = versions.intact(found)
-    for line in audit_log.decisions(main, name, str(found.version), digest):
+    digest, bundle = versions.intact(model_version)
+    for line in audit_log.decisions(main, name, str(model_version.version), digest):
         if "code_digest" in line:
-            versions.check_code(main, found, line["code_digest"])
+            versions.check_code(main, model_version, line["code_digest"])
     return digest, bundle
 
 
@@ -486,10 +486,10 @@ def decided(main: MainCheckout, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def listed(found: list[dict[str, Any]], name: str) -> str:
+def listed(decisions: list[dict[str, Any]], name: str) -> str:
     """What `decided` found, a line each for a person."""
     lines = []
-    for entry in found:
+    for entry in decisions:
         if "unreadable" in entry:
             lines.append(f"line {entry['unreadable']} cannot be read: `slmops audit verify`")
             continue
@@ -508,8 +508,8 @@ def history(main: MainCheckout, name: str) -> str:
 def started_by(main: MainCheckout, name: str, version: str) -> str | None:
     """Who registered a version, as the record tells it."""
     wanted = ("register", name, version)
-    found = reversed(_decisions(main))
-    return next((str(e["by"]) for e in found if (e["action"], e["model"], e["version"]) == wanted), None)
+    newest_first = reversed(_decisions(main))
+    return next((str(e["by"]) for e in newest_first if (e["action"], e["model"], e["version"]) == wanted), None)
 
 
 def _decisions(main: MainCheckout) -> list[audit_log.Entry]:
@@ -533,9 +533,9 @@ def verify_audit(main: MainCheckout, name: str) -> str:
             for each in {name, *audit_log.models(main)}:
                 _verify_released(client, main, each)
     except StageError as error:
-        if found := audit_log.problems(content):
+        if problems := audit_log.problems(content):
             audit_log.check(
-                path, [*found, f"besides, MLflow could not be asked ({error}): remove nothing before it was"]
+                path, [*problems, f"besides, MLflow could not be asked ({error}): remove nothing before it was"]
             )
         beside = f"; MLflow could not be asked, so a cut-off end would not be seen ({error})"
     else:
@@ -552,10 +552,10 @@ def _verify_released(client: Any, main: MainCheckout, name: str) -> None:
         raise ArtifactError(f"{'; '.join(wrong)}: {_way_out(main, name)}")
     now = _expected(client, main, name)
     for version in filter(None, (now.champion, now.previous)):
-        found = versions.find_version(client, name, version)
+        model_version = versions.find_version(client, name, version)
         for line in audit_log.decisions(main, name, version, now.digests[version]):
             if "code_digest" in line:
-                versions.check_code(main, found, line["code_digest"])
+                versions.check_code(main, model_version, line["code_digest"])
 
 
 def _signed(by: str, reason: str) -> tuple[str, str]:
@@ -577,10 +577,10 @@ def _which(champion: str) -> str:
     return f"version {champion}" if champion else "none"
 
 
-def _compare(client: Any, main: MainCheckout, name: str, found: Any) -> Comparison:
+def _compare(client: Any, main: MainCheckout, name: str, model_version: Any) -> Comparison:
     """Beside the champion; a version that is it on record, and not yet in MLflow, beside the one before it."""
-    digest, ours = _intact(main, name, found)
-    now, version = _standing(main, name), str(found.version)
+    digest, ours = _intact(main, name, model_version)
+    now, version = _standing(main, name), str(model_version.version)
     unfinished = now.champion == version and versions.aliased(client, name, CHAMPION) != version
     champion = now.previous if unfinished else now.champion
     theirs = _manifest(client, name, champion) if champion else None
@@ -614,10 +614,10 @@ def _release(client: Any, main: MainCheckout, name: str, seen: Comparison, by: s
     return f"{name} version {version} is the champion{before}; {facts}"
 
 
-def _last(main: MainCheckout, name: str, found: Any) -> audit_log.Entry:
+def _last(main: MainCheckout, name: str, model_version: Any) -> audit_log.Entry:
     """The newest decision on a version."""
-    version = str(found.version)
-    decided = audit_log.decisions(main, name, version, versions.tag(found, "bundle_digest"))
+    version = str(model_version.version)
+    decided = audit_log.decisions(main, name, version, versions.tag(model_version, "bundle_digest"))
     if not decided:
         raise ArtifactError(
             f"{audit_log.place(main)} does not tell of {name} version {version}: `slmops audit verify`, or `slmops register` "

@@ -54,7 +54,7 @@ def ask(
 
 def unsettled(main: MainCheckout) -> dict[Path, dict[str, Any]]:
     """All that someone was asked and that is not settled yet, by the file that holds it."""
-    found = {}
+    questions = {}
     for place in paths.questions(main):
         try:
             question = json.loads(place.read_bytes())
@@ -66,8 +66,8 @@ def unsettled(main: MainCheckout) -> dict[Path, dict[str, Any]]:
             raise ArtifactError(
                 f"{place} is damaged: delete it, and resume its run on Prefect's page, which asks again"
             )
-        found[place] = question
-    return found
+        questions[place] = question
+    return questions
 
 
 def decide(main: MainCheckout, model: str, version: str, **decision: str) -> list[str]:

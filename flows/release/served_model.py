@@ -106,21 +106,21 @@ def check_released(folder: Path, digest: str) -> None:
     model = ours[-1].get("model")
     *_, now = [line for line in lines if line.get("model") == model and line.get("action") in ("approve", "rollback")]
     if now.get("bundle_digest") != digest:
-        told = f"{folder} is not the champion: that is version {now.get('version')} of {model}, as {path} has it"
-        warnings.warn(told, stacklevel=2)
+        warning = f"{folder} is not the champion: that is version {now.get('version')} of {model}, as {path} has it"
+        warnings.warn(warning, stacklevel=2)
 
 
 def _record(path: Path) -> list[dict[str, Any]]:
     """The lines that can be read: a torn or edited one is for `slmops audit verify` to tell."""
-    found = []
+    lines = []
     for text in path.read_bytes().split(b"\n"):
         try:
             line = json.loads(text)
         except ValueError:
             continue
         if isinstance(line, dict):
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
 def _sha256(path: Path) -> str:
@@ -135,11 +135,11 @@ def answerer(folder: Path, bundle: Mapping[str, Any]) -> Callable[[Messages], st
         ValueError: they are for a runtime that this code does not know.
     """
     name = bundle["variants"][bundle["chosen"]][0]
-    target, found = bundle["targets"][name], weights(bundle)
-    if found.endswith(".gguf"):
-        return _gguf(folder / found, target["context_length"])
+    target, file = bundle["targets"][name], weights(bundle)
+    if file.endswith(".gguf"):
+        return _gguf(folder / file, target["context_length"])
     if target["runtime"] == "onnxruntime-genai":
-        return _onnx(folder / found, target["context_length"])
+        return _onnx(folder / file, target["context_length"])
     raise ValueError(f"nothing here runs {target['runtime']}: run the bundle as {folder / name} tells")
 
 

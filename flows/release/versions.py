@@ -48,8 +48,8 @@ def opened(main: MainCheckout) -> Iterator[Any]:
 
 def by_digest(client: Any, name: str, digest: str) -> str | None:
     """The version that was made of a bundle."""
-    found = client.search_model_versions(_called(name))
-    same = [version.version for version in found if version.tags.get("bundle_digest") == digest]
+    model_versions = client.search_model_versions(_called(name))
+    same = [version.version for version in model_versions if version.tags.get("bundle_digest") == digest]
     return str(same[0]) if same else None
 
 
@@ -122,9 +122,9 @@ def check_code(main: MainCheckout, version: Any, digest: str) -> None:
     Raises:
         ArtifactError: it was changed or removed.
     """
-    found = code_digest(main, str(version.source))
-    if found != digest:
-        problem = "was changed" if found else "is gone"
+    actual = code_digest(main, str(version.source))
+    if actual != digest:
+        problem = "was changed" if actual else "is gone"
         raise ArtifactError(
             f"the code that MLflow keeps of {version.name} version {version.version} ({version.source}) {problem} since it "
             "was registered: do not load it; delete that version in MLflow and `slmops register` its finished run again"

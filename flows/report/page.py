@@ -163,13 +163,13 @@ def _json(path: Path) -> Any:
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Numbers by dotted path. Left out: the yardstick's own numbers and those of single classes."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and key not in ("reference", "per_group"):
-            found |= _flat(value, f"{prefix}{key}.")
+            numbers |= _flat(value, f"{prefix}{key}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            found[prefix + key] = value
-    return found
+            numbers[prefix + key] = value
+    return numbers
 
 
 def _chosen(bundle: Bundle) -> Verdict | None:
@@ -190,9 +190,9 @@ def _tiles(bundle: Bundle, variants: Mapping[str, Any]) -> list[tuple[str, str]]
 
 def _verdicts(bundle: Bundle, variants: Mapping[str, Any]) -> list[Verdict]:
     """What ships first, then by verdict."""
-    found = {name: variant["verdict"] for name, variant in variants.items()}
-    order = sorted(found, key=lambda name: (name != bundle.chosen, ORDER.get(found[name]["verdict"], 2)))
-    return [Verdict(name, found[name]["verdict"], _told(found[name])) for name in order]
+    verdicts = {name: variant["verdict"] for name, variant in variants.items()}
+    order = sorted(verdicts, key=lambda name: (name != bundle.chosen, ORDER.get(verdicts[name]["verdict"], 2)))
+    return [Verdict(name, verdicts[name]["verdict"], _told(verdicts[name])) for name in order]
 
 
 def _told(verdict: Mapping[str, Any]) -> str:
@@ -211,13 +211,13 @@ def _variant_tables(bundle: Bundle, variants: Mapping[str, Any]) -> list[Table]:
 
 def _numbers(columns: list[dict[str, float]], *, measured: bool) -> list[tuple[str, list[Cell]]]:
     """Each number that a column has gets a row: first those of the table of metrics, then those that it does not know."""
-    found = {name for column in columns for name in column}
+    names = {name for column in columns for name in column}
     labels = {name: metric.label for name, metric in METRICS.items() if metric.measured == measured}
-    labels |= {name: name for name in sorted(found - set(labels))}
+    labels |= {name: name for name in sorted(names - set(labels))}
     return [
         (label, [Cell(show(name, column.get(name))) for column in columns])
         for name, label in labels.items()
-        if name in found
+        if name in names
     ]
 
 
@@ -236,8 +236,8 @@ def plots(package_folder: Path, student_folder: Path) -> Plots:
     """
     bundle, variants = load(package_folder), _json(package_folder / "report.json")["variants"]
     css = (HERE / "report.css").read_text(encoding="utf-8")
-    found = _quality_plots(bundle, variants) | _latency_plots(bundle, variants) | _curves(_histories(student_folder))
-    return {key: (title, charts.standalone(svg, css)) for key, (title, svg) in found.items()}
+    charted = _quality_plots(bundle, variants) | _latency_plots(bundle, variants) | _curves(_histories(student_folder))
+    return {key: (title, charts.standalone(svg, css)) for key, (title, svg) in charted.items()}
 
 
 def _quality_plots(bundle: Bundle, variants: Mapping[str, Any]) -> Plots:
@@ -303,12 +303,12 @@ def _model(model: Mapping[str, Any]) -> list[Cell]:
 
 def _students(path: Path) -> Students | None:
     """The students of several seeds, and how far they are apart; nothing where there is one."""
-    found = _json(path) if path.is_file() else []
-    if len(found) < 2:
+    students = _json(path) if path.is_file() else []
+    if len(students) < 2:
         return None
     columns = [Column(name) for name in ("validation loss", "accuracy on the test rows", "goes on")]
-    rows = [(f"seed {each['seed']}", _student(each)) for each in found]
-    accuracies = [each["accuracy"] for each in found]
+    rows = [(f"seed {each['seed']}", _student(each)) for each in students]
+    accuracies = [each["accuracy"] for each in students]
     return Students(
         mean=percent(statistics.fmean(accuracies)),
         spread=f"{100 * statistics.stdev(accuracies):.1f}",
@@ -325,9 +325,9 @@ def _student(student: Mapping[str, Any]) -> list[Cell]:
 
 
 def _class_table(models: Mapping[str, Any], variants: Mapping[str, Any]) -> Table | None:
-    found = {name: models[name].get("per_group") for name in MODELS if models.get(name)}
-    found |= {name: v["metrics"].get("per_group") for name, v in variants.items()}
-    groups = {name: column for name, column in found.items() if column}
+    columns_by_name = {name: models[name].get("per_group") for name in MODELS if models.get(name)}
+    columns_by_name |= {name: v["metrics"].get("per_group") for name, v in variants.items()}
+    groups = {name: column for name, column in columns_by_name.items() if column}
     names = sorted({group for column in groups.values() for group in column})
     rows = [(name, [_shaded(column.get(name)) for column in groups.values()]) for name in names]
     columns = [Column(name) for name in groups]

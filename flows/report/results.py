@@ -37,8 +37,8 @@ def bundle(root: Workspace) -> dict[str, Any]:
     Raises:
         ArtifactError: there is none.
     """
-    found: dict[str, Any] = read_json(folder(root, "package") / "bundle.json")
-    return found
+    made: dict[str, Any] = read_json(folder(root, "package") / "bundle.json")
+    return made
 
 
 def rows(root: Workspace, params: Params, *, packaged: bool = True) -> list[Row]:
@@ -48,12 +48,12 @@ def rows(root: Workspace, params: Params, *, packaged: bool = True) -> list[Row]
         ArtifactError: validate, judge or package did not run.
     """
     chosen = bundle(root)["chosen"] if packaged else None
-    found = []
+    table = []
     for variant in params.quantize.variants:
         here = folder(root, "validate", variant)
         metrics, measured = read_json(here / "metrics.json"), read_json(here / "measurements.json")
         verdict = read_json(folder(root, "judge", variant) / "verdict.json")
-        found.append(
+        table.append(
             Row(
                 variant=variant,
                 verdict=verdict["verdict"],
@@ -62,7 +62,7 @@ def rows(root: Workspace, params: Params, *, packaged: bool = True) -> list[Row]
                 misses=misses(verdict),
             )
         )
-    return found
+    return table
 
 
 def _value(numbers: dict[str, Any], name: str) -> float:
@@ -75,14 +75,14 @@ def student(root: Workspace, gates: Sequence[Gate]) -> str:
     models = read_json(folder(root, "select") / "models.json")
     ours, theirs = (_value(models[name], "accuracy") for name in ("distilled", "teacher"))
     kept = ours / theirs if theirs else math.nan
-    told = f"the student keeps {kept:.1%} of the teacher's accuracy on the test rows ({ours:.3f} of {theirs:.3f})"
+    sentence = f"the student keeps {kept:.1%} of the teacher's accuracy on the test rows ({ours:.3f} of {theirs:.3f})"
     below = [
         f"{gate.name} at least {gate.at_least}"
         for gate in gates
         if gate.at_least is not None
         and not {"accuracy": ours, "accuracy_retention": kept}.get(gate.name, math.inf) >= gate.at_least
     ]
-    return f"{told}; the gates want {', '.join(below)}, so its files are not likely to pass" if below else told
+    return f"{sentence}; the gates want {', '.join(below)}, so its files are not likely to pass" if below else sentence
 
 
 def misses(verdict: Mapping[str, Any]) -> str:

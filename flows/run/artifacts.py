@@ -24,18 +24,18 @@ def show(root: Workspace, name: str, rows: Sequence[results.Row], registered: st
     for key, (title, svg) in plots(folder(root, "package"), folder(root, "select")).items():
         picture = base64.b64encode(svg.encode()).decode()
         create_image_artifact(f"data:image/svg+xml;base64,{picture}", key=key, description=title)
-    found = mlflow_runs.pages(worktrees.main_root(root), root)
-    if found:
-        create_link_artifact(found[1], "Report", key="report", description="report.html, as MLflow keeps it")
-    return found[0] if found else None
+    pages = mlflow_runs.pages(worktrees.main_root(root), root)
+    if pages:
+        create_link_artifact(pages[1], "Report", key="report", description="report.html, as MLflow keeps it")
+    return pages[0] if pages else None
 
 
 def links(root: Workspace) -> str:
     """Where a run's report and its numbers are, in Markdown. A browser opens no file:// link from a page of a server."""
-    found = mlflow_runs.pages(worktrees.main_root(root), root)
-    if not found:
+    pages = mlflow_runs.pages(worktrees.main_root(root), root)
+    if not pages:
         return f"The report is the file `{root / 'report.html'}`."
-    run, report = found
+    run, report = pages
     return f"[Report]({report}) · [Run in MLflow]({run})"
 
 

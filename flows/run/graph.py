@@ -25,11 +25,11 @@ def inputs(key: Key, checked: Params) -> list[Key]:
 
 def behind(changed: Collection[str], checked: Params) -> set[Key]:
     """What is out of date, or follows from what is. `changed`: DVC's names. All else needs no call of DVC."""
-    found: set[Key] = set()
+    outdated: set[Key] = set()
     for key in keys(checked):
-        if address(key[0], *key[1].words) in changed or found & set(inputs(key, checked)):
-            found.add(key)
-    return found
+        if address(key[0], *key[1].words) in changed or outdated & set(inputs(key, checked)):
+            outdated.add(key)
+    return outdated
 
 
 def title(key: Key) -> str:

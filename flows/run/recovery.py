@@ -54,15 +54,15 @@ def _crash_tasks(flow_run: UUID) -> list[str]:
     """The names of the tasks that were open."""
     try:
         with get_client(sync_client=True) as client:
-            found = client.read_task_runs(
+            task_runs = client.read_task_runs(
                 flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run])),
                 task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=OPEN))),
             )
-            for task in found:
+            for task in task_runs:
                 client.set_task_run_state(task.id, Crashed(message="The process of its run was killed."), force=True)
     except (TransportError, PrefectHTTPStatusError) as error:
         raise StageError(f"Prefect's server does not take the end of a killed run's tasks now: {error}") from error
-    return [task.name for task in found]
+    return [task.name for task in task_runs]
 
 
 def answer(flow_run: str, **decision: str) -> Literal["taken", "gone", "away"]:

@@ -40,13 +40,13 @@ def guarded(app: App, names: Collection[str]) -> App:
 
 def refusal(scope: Scope, names: Collection[str]) -> str | None:
     """Why a request is not answered; None where it is."""
-    told: dict[str, str] = {}
+    headers: dict[str, str] = {}
     for key, value in scope["headers"]:
         name = key.decode("latin-1").lower()
-        if name in told and name in ("host", "origin"):
+        if name in headers and name in ("host", "origin"):
             return f"there are two {name} headers"
-        told[name] = value.decode("latin-1")
-    host, origin = told.get("host", "").lower(), told.get("origin")
+        headers[name] = value.decode("latin-1")
+    host, origin = headers.get("host", "").lower(), headers.get("origin")
     if not _is_own(host, names):
         return f"this server has no such name: {NAMES} lists those that it has beside its own"
     if origin is not None and not _is_page_of(origin.lower(), host, names):
@@ -55,10 +55,10 @@ def refusal(scope: Scope, names: Collection[str]) -> str | None:
     followed = (
         scope["type"] == "http"
         and scope["method"] in ("GET", "HEAD")
-        and told.get("sec-fetch-mode") == "navigate"
-        and told.get("sec-fetch-dest") == "document"
+        and headers.get("sec-fetch-mode") == "navigate"
+        and headers.get("sec-fetch-dest") == "document"
     )
-    if told.get("sec-fetch-site", "none") not in ("none", "same-origin") and not followed:
+    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not followed:
         return "this was sent by a page of another site"
     return None
 

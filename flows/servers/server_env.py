@@ -80,12 +80,14 @@ def worker(prefect: str, mlflow: str, auth: dict[str, str]) -> dict[str, str]:
 
 def prefect(options: Options, url: str, auth: dict[str, str]) -> dict[str, str]:
     """For Prefect's server at `url`."""
-    told = os.environ.get(prefect_server.NAMES, "")
+    extra_names = os.environ.get(prefect_server.NAMES, "")
     env = {
         **base(),
         # Any page in a browser on this machine could start flows else: what pages may ask, and (see prefect_server.py) whose.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{options.prefect_port}",
-        prefect_server.NAMES: ",".join(sorted(_names(options) | {name.strip() for name in told.split(",") if name})),
+        prefect_server.NAMES: ",".join(
+            sorted(_names(options) | {name.strip() for name in extra_names.split(",") if name})
+        ),
         "PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL", "/api"),  # the host that the browser asked
         # Runs wait for their turn here, so none is late after 15 s; and to mark hundreds as late blocks SQLite for minutes.
         LATE: os.environ.get(LATE, "3600"),

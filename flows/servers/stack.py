@@ -75,7 +75,7 @@ def settings(main: MainCheckout) -> dict[str, str]:
     state = running(main)
     if state is None:
         return {}
-    found = {"PREFECT_API_URL": f"{state.prefect}/api", "MLFLOW_TRACKING_URI": state.mlflow, **PREFECT}
+    variables = {"PREFECT_API_URL": f"{state.prefect}/api", "MLFLOW_TRACKING_URI": state.mlflow, **PREFECT}
     needs = {
         "PREFECT_API_URL": ["PREFECT_API_AUTH_STRING"],
         "MLFLOW_TRACKING_URI": ["MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"],
@@ -88,7 +88,7 @@ def settings(main: MainCheckout) -> dict[str, str]:
             f"the servers of `slmops up` (process {state.pid}) want a password: set {', '.join(missing)}, "
             f"to what they were started with"
         )
-    return found
+    return variables
 
 
 def running(main: MainCheckout) -> State | None:
@@ -241,15 +241,15 @@ def _experiment(mlflow: str, credentials: str | None) -> str:
 def _closer(main: MainCheckout, env: dict[str, str]) -> Callable[[], None]:
     """To be called again and again: has closed with the servers what killed or cut-off runs left (see recovery.py)."""
     process: subprocess.Popen[str] | None = None
-    tried, told = 0.0, ""
+    tried, last_said = 0.0, ""
 
     def look() -> None:
-        nonlocal process, tried, told
+        nonlocal process, tried, last_said
         if process and process.poll() is not None:
             said, process = process.communicate()[0].strip(), None
-            if said not in ("", told):  # the same trouble is told once
+            if said not in ("", last_said):  # the same trouble is told once
                 _tell(said)
-            told = said
+            last_said = said
         if process is None and time.monotonic() - tried > CLOSE_S and (spool.left(main) or pending.untold(main)):
             tried = time.monotonic()
             command = [sys.executable, "-m", "flows.run.recovery", str(main)]
@@ -272,9 +272,9 @@ def apply_deployments(
     command = [sys.executable, "-c", APPLY, str(main), str(place or main), *([str(runs)] if runs else [])]
     done = subprocess.run(command, cwd=main, env=env, capture_output=True, text=True)
     if done.returncode != 0:
-        _, ours, told = done.stderr.rpartition("error: ")
+        _, ours, message = done.stderr.rpartition("error: ")
         if ours and "Traceback" not in done.stderr:
-            raise PipelineError(told.strip())
+            raise PipelineError(message.strip())
         last = "\n".join(f"  {line}" for line in done.stderr.splitlines()[-supervise.TAIL :])
         raise PipelineError(
             f"the deployments were not applied:\n{last}\nmend that, then `slmops deploy` or `slmops up`"

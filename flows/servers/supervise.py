@@ -138,10 +138,10 @@ class Supervisor:
     def _revive(self, name: str, process: "subprocess.Popen[bytes]", why: str) -> None:
         server = self._servers[name]
         self._deaths[name] = deaths = [*self._recent(name), time.monotonic()]
-        told = f"{name} {why}; the last lines of {server.log}:\n{tail(server.log)}"
+        cause = f"{name} {why}; the last lines of {server.log}:\n{tail(server.log)}"
         if len(deaths) > RESTARTS:
-            raise Died(f"{told}\nthat was {len(deaths)} times within an hour: mend it, then run `slmops up` again")
-        self._tell(f"{told}\n{name} is started again ({len(deaths)} of {RESTARTS} times an hour)")
+            raise Died(f"{cause}\nthat was {len(deaths)} times within an hour: mend it, then run `slmops up` again")
+        self._tell(f"{cause}\n{name} is started again ({len(deaths)} of {RESTARTS} times an hour)")
         _signal_group(process.pid, signal.SIGKILL)  # a child of it may still hold the port
         process.wait()
         self.start(server)
@@ -169,25 +169,25 @@ def _signal_group(group: int, number: int) -> None:
 
 def marked(mark: str) -> list[int]:
     """The processes, but for this one, that carry NAME=VALUE in their environment."""
-    found = []
+    pids = []
     for entry in Path("/proc").glob("[0-9]*"):  # empty where there is no such thing
         try:
             if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
+                pids.append(int(entry.name))
         except (PermissionError, FileNotFoundError, ProcessLookupError):
             continue  # someone else's, or it ended meanwhile
-    return [pid for pid in found if pid != os.getpid()]
+    return [pid for pid in pids if pid != os.getpid()]
 
 
 def end_marked(mark: str) -> int:
     """Ask every marked process to end, and make those that do not; how many there were."""
-    found = marked(mark)
+    pids = marked(mark)
     for number, seconds in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
         deadline = time.monotonic() + seconds
         processes.signal_marked(mark, number)
         while marked(mark) and time.monotonic() < deadline:
             time.sleep(0.1)
-    return len(found)
+    return len(pids)
 
 
 def tail(log: Path) -> str:

@@ -253,10 +253,10 @@ def _answering(main: MainCheckout) -> Iterator[None]:
 def _newest(store: Any, main: MainCheckout, root: Workspace) -> Any:
     """The newest pipeline run in a workspace."""
     query = f"tags.`slmops.workspace` = '{root}' and tags.`slmops.stage` = 'run'"
-    found = store.search_runs(
+    runs = store.search_runs(
         [mlflow_store.experiment(store, main)], query, max_results=1, order_by=["attributes.start_time DESC"]
     )
-    return found[0] if found else None
+    return runs[0] if runs else None
 
 
 def _flat(prefix: str, value: Any) -> dict[str, str]:
@@ -283,12 +283,12 @@ def _datasets(folder: Path) -> list[dict[str, str]]:
 
 def _numbers(folder: Path) -> dict[str, float]:
     """The numbers of validate's two files, nested ones (`ttft_s`) with a dotted name."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name in ("metrics.json", "measurements.json"):
         path = folder / name
         if path.is_file():
-            found |= _flat_numbers("", json.loads(path.read_bytes()))
-    return found
+            numbers |= _flat_numbers("", json.loads(path.read_bytes()))
+    return numbers
 
 
 def _flat_numbers(prefix: str, value: Any) -> dict[str, float]:

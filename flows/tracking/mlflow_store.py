@@ -229,28 +229,28 @@ def deliver_left(main: MainCheckout, say: Callable[[str], None]) -> None:
     """
     for name in spool.left(main):
         try:
-            found = spool.Spool(main, name)
+            journal = spool.Spool(main, name)
         except spool.Held:
             continue  # its run was taken up again
         ends: dict[str, bool] = {}
         names: dict[str, str] = {}
-        for record in found.records():
+        for record in journal.records():
             if record["do"] == "start":
                 ends[record["run"]], names[record["run"]] = False, record["name"]
             elif record["do"] == "end":
                 ends[record["run"]] = True
         for run in [run for run, ended in reversed(ends.items()) if not ended]:
-            found.add(do="end", run=run, status="KILLED", at=now())
-        store = Store(main, found)
+            journal.add(do="end", run=run, status="KILLED", at=now())
+        store = Store(main, journal)
         try:
             if not store.knows():
-                say(f"note: {found.folder} is for another MLflow than {uri(main)}: use that, or delete the folder")
+                say(f"note: {journal.folder} is for another MLflow than {uri(main)}: use that, or delete the folder")
                 continue
-            count = found.deliver(store)
+            count = journal.deliver(store)
         except Down as error:
-            raise StageError(f"{down(uri(main), error)}; {WAITS.format(folder=found.folder)}") from None
+            raise StageError(f"{down(uri(main), error)}; {WAITS.format(folder=journal.folder)}") from None
         finally:
-            found.close()
+            journal.close()
         say(f"MLflow was told what run {names['run']} left when it ended ({count} records)")
         if store.refused:
             say(f"warning: MLflow refused some of it: {store.refused}")
@@ -258,9 +258,9 @@ def deliver_left(main: MainCheckout, say: Callable[[str], None]) -> None:
 
 def experiment(client: Any, main: MainCheckout) -> str:
     """Id of the one experiment; made when it is missing."""
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found:
-        return str(found.experiment_id)
+    known = client.get_experiment_by_name(EXPERIMENT)
+    if known:
+        return str(known.experiment_id)
     # A server keeps artifacts where it was told to; the embedded store keeps them beside its database.
     place = paths.mlflow_artifacts(main).as_uri() if uri(main).startswith("sqlite:") else None
     return str(client.create_experiment(EXPERIMENT, artifact_location=place))

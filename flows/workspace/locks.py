@@ -88,8 +88,8 @@ def one_at_a_time(main: MainCheckout, model: str, name: str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            told = path.read_text(encoding="utf-8", errors="replace")[:200]
-            holder = f"run {told or '(just starting)'} works on {model}"
+            holder_name = path.read_text(encoding="utf-8", errors="replace")[:200]
+            holder = f"run {holder_name or '(just starting)'} works on {model}"
             raise Busy(f"{holder}: wait for it, or give this run a model of its own (package.name)") from None
         _write(handle, path, name)
         try:
@@ -146,10 +146,10 @@ def _end_orphans(left: dict[str, Any]) -> None:
 def _holder(path: Path) -> dict[str, Any] | None:
     """Who holds a workspace, as its lock's file tells; None where it does not: it is empty, being written, or was damaged."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.keys() >= {"name", "pid", "started"} else None
+    return content if isinstance(content, dict) and content.keys() >= {"name", "pid", "started"} else None
 
 
 def _lives(holder: dict[str, Any]) -> bool:

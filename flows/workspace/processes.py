@@ -43,7 +43,7 @@ def signal_marked(mark: str, number: signal.Signals) -> list[int]:
     """Send a signal to every process but this one that carries `mark` (NAME=VALUE) in its environment; their numbers. None
     where there is no /proc.
     """
-    found = []
+    pids = []
     for entry in PROC.glob("[0-9]*"):
         if int(entry.name) == os.getpid():
             continue
@@ -54,9 +54,9 @@ def signal_marked(mark: str, number: signal.Signals) -> list[int]:
         try:
             if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
                 signal.pidfd_send_signal(handle, number)
-                found.append(int(entry.name))
+                pids.append(int(entry.name))
         except OSError:
             continue  # someone else's, or it ended meanwhile
         finally:
             os.close(handle)
-    return found
+    return pids

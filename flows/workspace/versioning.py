@@ -82,7 +82,7 @@ def repro(
     log.parent.mkdir(parents=True, exist_ok=True)
     events = events or log.with_suffix(".jsonl")
     events.touch()
-    told: list[Event] = []
+    events_seen: list[Event] = []
     started = time.monotonic()
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
     watched = processes.watched(command, GRACE_S)
@@ -109,17 +109,17 @@ def repro(
                 except subprocess.TimeoutExpired:
                     pass
                 for event in reader():
-                    told.append(event) if event["event"] != "progress" else None
+                    events_seen.append(event) if event["event"] != "progress" else None
                     on_event(event)
     total = time.monotonic() - started
     text = log.read_text(encoding="utf-8", errors="replace")
     if process.returncode != 0 and process.pid in _interrupted:
         raise Stopped(f"{name} was stopped: run again, it takes up where it can")
     if process.returncode != 0:
-        raise _failure(text, told, name, log, root)
+        raise _failure(text, events_seen, name, log, root)
     if f"Running stage '{name}'" not in text:
         return Outcome("restored" if "is cached - skipping run" in text else "unchanged", 0.0, total)
-    own = [event["seconds"] for event in told if event["event"] == "finished"]
+    own = [event["seconds"] for event in events_seen if event["event"] == "finished"]
     return Outcome("ran", own[-1] if own else total, total)
 
 
@@ -144,11 +144,11 @@ def changed_since(root: Workspace, lock: str) -> list[str]:
     own = path.read_bytes() if path.exists() else None
     path.write_text(lock)
     try:
-        found = status(root)
+        stages = status(root)
     finally:
         path.write_bytes(own) if own is not None else path.unlink()
     changed: set[str] = set()
-    for stage, notes in found.items():
+    for stage, notes in stages.items():
         for note in notes:
             if isinstance(note, str):  # "changed command"
                 changed.add(f"the command of {stage}")
@@ -174,15 +174,15 @@ def share(root: Workspace, main: MainCheckout) -> None:
     """Give the worktree `root` the cache (its run cache included), the remotes and the local settings of the checkout
     `main`, for this machine only: neither an address nor a secret is part of a commit's meaning.
     """
-    found = configparser.ConfigParser(interpolation=None)
-    found.read([main / ".dvc" / "config", main / ".dvc" / "config.local"], encoding="utf-8")
-    for section in found.values():
+    config = configparser.ConfigParser(interpolation=None)
+    config.read([main / ".dvc" / "config", main / ".dvc" / "config.local"], encoding="utf-8")
+    for section in config.values():
         url = section.get("url", "").strip("'\"")
         if url and "://" not in url:  # a folder, relative to .dvc
             section["url"] = str((main / ".dvc" / url).resolve())
-    found.read_dict({"cache": {"dir": str(cache_folder(paths.own_workspace(main)))}})
+    config.read_dict({"cache": {"dir": str(cache_folder(paths.own_workspace(main)))}})
     text = io.StringIO()
-    found.write(text)
+    config.write(text)
     files.write(root / ".dvc" / "config.local", text.getvalue(), private=True)
 
 
@@ -277,12 +277,12 @@ def check_state(root: Workspace) -> None:
         raise ConfigError(f"{root} is no workspace (dvc.yaml or .dvc is missing): run from a checkout of slmops")
     _check_rwlock(root)
     try:
-        found = yaml.safe_load(paths.dvc_lock(root).read_bytes())
+        content = yaml.safe_load(paths.dvc_lock(root).read_bytes())
     except FileNotFoundError:
         return
     except (yaml.YAMLError, UnicodeDecodeError):
         raise _damaged_lock(root) from None
-    if not isinstance(found, dict) or "schema" not in found:
+    if not isinstance(content, dict) or "schema" not in content:
         raise _damaged_lock(root)
 
 
@@ -290,9 +290,9 @@ def _check_rwlock(root: Workspace) -> None:
     """DVC holds a file locked for as long as a process of the writer's number lives, and numbers come round again."""
     path = root / ".dvc/tmp/rwlock"
     try:
-        found = json.loads(path.read_bytes())
-        writers = list(found.get("write", {}).values())
-        readers = [each for several in found.get("read", {}).values() for each in several]
+        content = json.loads(path.read_bytes())
+        writers = list(content.get("write", {}).values())
+        readers = [each for several in content.get("read", {}).values() for each in several]
         holders = {int(each["pid"]) for each in writers + readers}
     except FileNotFoundError:
         return
@@ -320,14 +320,14 @@ def interrupt(root: Workspace) -> None:
 
 
 def _signal_all(root: Workspace, number: int) -> list[int]:
-    found = [pid for pid, place in list(_children.items()) if place == root]
-    for pid in found:
+    pids = [pid for pid, place in list(_children.items()) if place == root]
+    for pid in pids:
         _interrupted.add(pid)
         try:
             os.killpg(pid, number)
         except ProcessLookupError:
             continue  # it ended by itself
-    return found
+    return pids
 
 
 @contextmanager
@@ -364,9 +364,9 @@ def _dvc(root: Workspace, *arguments: str, stderr: bool = False) -> str:
     return done.stdout + (done.stderr if stderr else "")
 
 
-def _failure(text: str, told: list[Event], name: str, log: Path, root: Workspace) -> PipelineError:
+def _failure(text: str, events: list[Event], name: str, log: Path, root: Workspace) -> PipelineError:
     """The stage's own words if it had any, else what can be told from DVC's."""
-    for event in told:
+    for event in events:
         if event["event"] == "error":
             family: type[PipelineError] = getattr(errors, event["family"])
             return family(f"{name}: {event['text']}")
@@ -393,13 +393,13 @@ def _failure(text: str, told: list[Event], name: str, log: Path, root: Workspace
 
 def _own_error(text: str) -> str:
     """The `error: ...` of `python -m tasks`, with the indented lines that belong to it."""
-    found: list[str] = []
+    lines: list[str] = []
     for line in text.splitlines():
         if line.startswith("error: "):
-            found = [line.removeprefix("error: ")]
-        elif found and line.startswith("  "):
-            found.append(line)
-    return "\n".join(found)
+            lines = [line.removeprefix("error: ")]
+        elif lines and line.startswith("  "):
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def _dvc_error(text: str) -> str:

@@ -307,17 +307,17 @@ def finished(main: MainCheckout) -> list[str]:
 
 def runs(main: MainCheckout) -> list[Run]:
     """The worktrees under `.runs/`, oldest first."""
-    found = []
+    dated = []
     for root in paths.worktrees(main):
         marks = {"waiting": paths.question(root), "finished": paths.finished(root)}
         ended = next((state for state, mark in marks.items() if mark.exists()), "stopped")
         state = "running" if locks.held(root) else ended
         try:
             commit = git(root, "rev-parse", "--short=12", "HEAD")
-            found.append((paths.params_file(root).stat().st_mtime, Run(root.name, state, root, commit)))
+            dated.append((paths.params_file(root).stat().st_mtime, Run(root.name, state, root, commit)))
         except (ConfigError, FileNotFoundError):
             continue  # removed at this moment
-    return [run for _, run in sorted(found, key=lambda each: each[0])]
+    return [run for _, run in sorted(dated, key=lambda each: each[0])]
 
 
 def prune(main: MainCheckout, names: Sequence[str] = ()) -> list[str]:

@@ -20,8 +20,8 @@ def entry(folder: Path, key: str) -> str | list[str] | None:
         return None
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         head = file.read(MAX_HEAD)
-    found = re.match(r"---[ \t]*\n(.*?)^---", head, re.DOTALL | re.MULTILINE)
-    lines = found[1].split("\n") if found else []
+    header = re.match(r"---[ \t]*\n(.*?)^---", head, re.DOTALL | re.MULTILINE)
+    lines = header[1].split("\n") if header else []
     starts = [i for i, line in enumerate(lines) if re.match(rf"{re.escape(key)}[ \t]*:(\s|$)", line)]
     if len(starts) != 1:
         return None

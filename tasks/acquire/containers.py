@@ -208,7 +208,7 @@ def _labels(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
     """The names of classes that the `datasets` library keeps as numbers, by column."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        return {name: told["names"] for name, told in features.items() if told.get("_type") == "ClassLabel"}
+        return {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 

@@ -40,12 +40,12 @@ def local(source: LocalData, root: Path, scratch: Path) -> FoundData:
     """
     path = root / source.path
     if path.is_dir():
-        found = _folder(path, source.path.as_posix())
+        data = _folder(path, source.path.as_posix())
     elif path.is_file():
-        found = FoundData({ALL: path}, {ALL: source.path.as_posix()}, {})
+        data = FoundData({ALL: path}, {ALL: source.path.as_posix()}, {})
     else:
         raise ConfigError(f"acquire.data.path: {source.path} does not exist: name a file of rows or a folder of them")
-    files, shown = dict(found.files), dict(found.shown)
+    files, shown = dict(data.files), dict(data.shown)
     if source.unlabelled:
         if rows.UNLABELLED in files:
             raise ConfigError(
@@ -74,8 +74,8 @@ def from_hub(source: HubData, root: Path, scratch: Path) -> FoundData:
     folder = scratch / "data"
     hub.download(repository, [*roles.values(), *about], folder)
     identity = {"repo": source.repo, "revision": source.revision}
-    found = _found(folder, str(repository), roles)
-    return FoundData(found.files, found.shown, identity, source.licence or card_licence(folder))
+    data = _found(folder, str(repository), roles)
+    return FoundData(data.files, data.shown, identity, source.licence or card_licence(folder))
 
 
 def _folder(path: Path, shown: str) -> FoundData:

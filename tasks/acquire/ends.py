@@ -24,25 +24,25 @@ def stops(model: Any, tokenizer: Any) -> list[int]:
     Raises:
         ArtifactError: there is none, one is no token, or llama.cpp would run past one.
     """
-    told, known = model.generation_config.eos_token_id, model.config.vocab_size
+    stated, known = model.generation_config.eos_token_id, model.config.vocab_size
     eos: int | None = tokenizer.eos_token_id
-    listed = told if isinstance(told, list) else [told]
+    listed = stated if isinstance(stated, list) else [stated]
     template = "the model's chat template"
     with (
         loading.foreign(f"{template} cannot be rendered", "choose a model with a working one"),
         bounded.seconds(TEMPLATE_S, template),
     ):
         end = chat.end_of_turn(tokenizer)
-    found = {*listed, eos, end} - {None}
-    if not found:
+    ids = {*listed, eos, end} - {None}
+    if not ids:
         raise ArtifactError("neither tokenizer nor generation config names an end-of-turn token: choose another model")
-    if strange := [i for i in found if type(i) is not int or not 0 <= i < known]:
+    if strange := [i for i in ids if type(i) is not int or not 0 <= i < known]:
         raise ArtifactError(
             f"eos_token_id {brief(strange[0])} is no token of the model, whose vocabulary has {known}: correct "
             "generation_config.json, or take the model from its source again"
         )
     # Of other architectures the converter may write further ends into the GGUF.
-    others = sorted(found - {eos}) if model.config.model_type in sizes.DENSE else []
+    others = sorted(ids - {eos}) if model.config.model_type in sizes.DENSE else []
     passed = [tokenizer.convert_ids_to_tokens(i) for i in others]
     if unknown := [text for text in passed if text not in NAMES]:
         turn = tokenizer.convert_ids_to_tokens(end)
@@ -55,4 +55,4 @@ def stops(model: Any, tokenizer: Any) -> list[int]:
             f"{brief(unknown[0])!r} ends a turn of this model, and llama.cpp would not stop there: its GGUF has one eos token, "
             f"now {tokenizer.eos_token!r}: {cure}"
         )
-    return sorted(found)
+    return sorted(ids)

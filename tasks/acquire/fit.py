@@ -62,5 +62,7 @@ def check(tokenizer: Any, config: Any, splits: Mapping[str, Sequence[rows.Row]],
 def _window(config: Any) -> int | None:
     """Tokens of a conversation for which the model was made, where its config tells."""
     # From this length on Phi's rotary embedding is another one.
-    told = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", None)
-    return told if isinstance(told, int) and told > 0 else None
+    positions = getattr(config, "original_max_position_embeddings", None) or getattr(
+        config, "max_position_embeddings", None
+    )
+    return positions if isinstance(positions, int) and positions > 0 else None

@@ -43,24 +43,24 @@ ADVICE = 'write {"messages": [...]} or {"prompt": "...", "completion": "..."}'
 def messages(row: Mapping[str, Any], labelled: bool, unused: Counter[str]) -> Messages | str:
     """The messages of a row, or what is wrong with it; `unused` counts the keys that were left out."""
     rest = {str(key): value for key, value in row.items() if not missing(value)}
-    found = _dialogue(rest, unused) or _pair(rest, labelled, unused)
-    if found is None:
+    dialogue = _dialogue(rest, unused) or _pair(rest, labelled, unused)
+    if dialogue is None:
         shape = "is preference data" if {"chosen", "rejected"} <= set(rest) else "has no messages"
         return f"{shape}, only {', '.join(sorted(rest)) or 'nothing'}"[:200] + f": {ADVICE}"
-    if isinstance(found, str):
-        return found
+    if isinstance(dialogue, str):
+        return dialogue
     for key in SYSTEM:
         system = rest.pop(key, "")
         if not isinstance(system, str):
             return f"{key} is not text"
         if not system.strip():
             continue
-        if found[:1] and found[0]["role"] == "system":
-            if found[0]["content"] != system:
+        if dialogue[:1] and dialogue[0]["role"] == "system":
+            if dialogue[0]["content"] != system:
                 return f"{key} is another text than the system message"
         else:
-            found = [{"role": "system", "content": system}, *found]
-    return _left(rest, "", unused) or found
+            dialogue = [{"role": "system", "content": system}, *dialogue]
+    return _left(rest, "", unused) or dialogue
 
 
 def _dialogue(rest: dict[str, Any], unused: Counter[str]) -> Messages | str | None:
@@ -77,13 +77,13 @@ def _listed(turns: Any, key: str, unused: Counter[str]) -> Messages | str:
             return f"{key} is a text that is not JSON"
     if not isinstance(turns, list) or not turns:
         return f"{key} is not a list with entries"
-    found: Messages = []
+    messages: Messages = []
     for i, turn in enumerate(turns, 1):
         message = _message(turn, unused)
         if isinstance(message, str):
             return f"message {i} {message}"
-        found.append(message)
-    return found
+        messages.append(message)
+    return messages
 
 
 def _message(turn: Any, unused: Counter[str]) -> dict[str, Any] | str:
@@ -116,9 +116,9 @@ def _joined(content: Any) -> str | None:
         return None
     texts: list[str] = []
     for part in content:
-        told = {key: value for key, value in part.items() if not missing(value)} if isinstance(part, dict) else {}
-        text = told.get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str) or set(told) - {"type", "text"}:
+        given = {key: value for key, value in part.items() if not missing(value)} if isinstance(part, dict) else {}
+        text = given.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str) or set(given) - {"type", "text"}:
             return None
         texts.append(text)
     return "\n".join(texts)
@@ -137,13 +137,13 @@ def _pair(rest: dict[str, Any], labelled: bool, unused: Counter[str]) -> Message
     if names is None:
         return None
     asked, answered = names
-    found: Messages = []
+    messages: Messages = []
     if asked == "instruction":
         past = rest.pop("history", [])
         if not isinstance(past, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in past):
             return "history is not a list of pairs of texts"
-        found = [{"role": role, "content": text} for turn in past for role, text in zip(("user", "assistant"), turn, strict=True)]  # fmt: skip
-        if not all(isinstance(message["content"], str) for message in found):
+        messages = [{"role": role, "content": text} for turn in past for role, text in zip(("user", "assistant"), turn, strict=True)]  # fmt: skip
+        if not all(isinstance(message["content"], str) for message in messages):
             return "history is not a list of pairs of texts"
     for key, role in ((asked, "user"), (answered, "assistant"))[: 2 if labelled else 1]:
         value = rest.pop(key)
@@ -151,17 +151,17 @@ def _pair(rest: dict[str, Any], labelled: bool, unused: Counter[str]) -> Message
             part = _listed(value, key, unused)
             if isinstance(part, str):
                 return f"{key}: {part}"
-            found += part
+            messages += part
             continue
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)  # a label
         if not isinstance(value, str):
             return f"{key} is not text"
-        found.append({"role": role, "content": value})
+        messages.append({"role": role, "content": value})
     if asked == "instruction" and isinstance(rest.get("input"), str) and (more := rest.pop("input")).strip():
-        place = found[-2 if labelled else -1]
+        place = messages[-2 if labelled else -1]
         place["content"] = f"{place['content']}\n\n{more}"
-    return found
+    return messages
 
 
 def _left(rest: Mapping[str, Any], inside: str, unused: Counter[str]) -> str | None:

@@ -64,7 +64,7 @@ def describe(repo: str, revision: str, kind: Literal["model", "dataset"], patter
         try:
             info = HfApi().repo_info(repo, repo_type=kind, revision=revision, files_metadata=True, timeout=TIMEOUT)
             names = tuple(sorted(each.rfilename for each in info.siblings or []))
-            found = {
+            files = {
                 each.rfilename: RemoteFile(int(each.size), each.lfs.sha256 if each.lfs else None, str(each.blob_id))
                 for each in info.siblings or []
                 if any(_allowed(each.rfilename, pattern) for pattern in patterns)
@@ -81,7 +81,7 @@ def describe(repo: str, revision: str, kind: Literal["model", "dataset"], patter
         raise ArtifactError(
             f"{repo} lists {brief(repr(odd[0]))}, which is no name of a file: choose another repository, or check HF_ENDPOINT"
         )
-    return Repository(repo, revision, kind, names, found)
+    return Repository(repo, revision, kind, names, files)
 
 
 def _allowed(name: str, pattern: str) -> bool:
@@ -156,13 +156,13 @@ def _fetch(repository: Repository, name: str, folder: Path, advance: Callable[..
 def _digest(path: Path, remote: RemoteFile) -> str:
     """sha256 of an LFS file, else git's object id: sha1 of a short head and the content."""
     if remote.sha256:
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
     else:
-        found = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(2**20):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class _Growing(io.FileIO):

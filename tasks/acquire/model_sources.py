@@ -55,10 +55,10 @@ def package(source: PackageModel, root: Path, scratch: Path) -> Found:
             f"acquire.model.file: {source.file!r} must match one file of {name} {installed.version}, but matches {names}: "
             "write the file's name, or install the distribution again"
         )
-    told = {
+    metadata_fields = {
         field: installed.metadata[field] for field in ("License-Expression", "License") if field in installed.metadata
     }
-    around = told.get("License-Expression") or told.get("License")
+    around = metadata_fields.get("License-Expression") or metadata_fields.get("License")
     texts = [path for file, path in files if file.name.upper().startswith("LICENSE") and path.is_file()]
     return Found(
         matches[0],
@@ -133,14 +133,14 @@ def licence_text(folder: Path) -> Path | None:
     Raises:
         ArtifactError: it is a link to a file elsewhere, which would be given to everybody with the bundle.
     """
-    found = sorted(path for path in folder.glob("LICENSE*") if path.is_file()) if folder.is_dir() else []
-    if not found:
+    files = sorted(path for path in folder.glob("LICENSE*") if path.is_file()) if folder.is_dir() else []
+    if not files:
         return None
     # A download cache keeps the files of a snapshot in the folder `blobs` of the same repository.
     homes = [folder] + ([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])
-    if not any(found[0].resolve().is_relative_to(home.resolve()) for home in homes):
-        raise ArtifactError(f"{found[0]} is a link to a file outside {folder}: put a copy of the licence in its place")
-    return found[0]
+    if not any(files[0].resolve().is_relative_to(home.resolve()) for home in homes):
+        raise ArtifactError(f"{files[0]} is a link to a file outside {folder}: put a copy of the licence in its place")
+    return files[0]
 
 
 def read_licence(path: Path) -> str:

@@ -67,15 +67,15 @@ def load(files: Mapping[str, Path], shown: Mapping[str, str], metric: str) -> di
     """
     problems: list[str] = []
     unused: Counter[str] = Counter()
-    found = {}
+    splits = {}
     for role, path in files.items():
-        found[role] = _read(path, shown[role], role != UNLABELLED, metric, problems, unused)
+        splits[role] = _read(path, shown[role], role != UNLABELLED, metric, problems, unused)
     report(problems, "the data", "correct these rows")
     if unused:
         listed = ", ".join(f"{key} ({count:,})" for key, count in unused.most_common(SHOWN))
         more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
         events.note(f"the data has keys that are not used: {listed}{more}")
-    return found
+    return splits
 
 
 def _read(
@@ -83,12 +83,12 @@ def _read(
 ) -> list[Row]:  # fmt: skip
     rows, before = [], len(problems)
     for where, value in containers.read(path, shown):
-        found = value if isinstance(value, str) else forms.messages(value, labelled, unused)
-        problem = found if isinstance(found, str) else _problem(found, labelled, metric)
+        content = value if isinstance(value, str) else forms.messages(value, labelled, unused)
+        problem = content if isinstance(content, str) else _problem(content, labelled, metric)
         if problem:
             problems.append(f"{where}: {problem}")
-        elif not isinstance(found, str):
-            rows.append(Row(where, found))
+        elif not isinstance(content, str):
+            rows.append(Row(where, content))
     if not rows and len(problems) == before:
         problems.append(f"{shown}: the file holds no rows")
     return rows
@@ -143,11 +143,11 @@ def split(
     everything = [*rows, *unlabelled]
     groups = _groups([row.text for row in everything], near)
     strata: defaultdict[str, list[list[int]]] = defaultdict(list)
-    found: dict[str, list[int]] = {name: [] for name in SPLITS}
+    parts: dict[str, list[int]] = {name: [] for name in SPLITS}
     for group in groups:
         own = [i for i in group if i < len(rows)]
         if own and len(own) < len(group):
-            found["train"] += own
+            parts["train"] += own
         elif own:
             strata[scoring.group(rows[own[0]].messages[-1]["content"])].append(own)
     order = random.Random(seed)
@@ -162,19 +162,19 @@ def split(
         wanted["validation"] += validation * size
         for group in strata[name]:
             for part, rows_wanted in wanted.items():
-                if len(found[part]) + len(group) <= round(rows_wanted):
-                    found[part] += group
+                if len(parts[part]) + len(group) <= round(rows_wanted):
+                    parts[part] += group
                     break
             else:
-                found["train"] += group
-    for part, members in found.items():
+                parts["train"] += group
+    for part, members in parts.items():
         if not members:
             raise ConfigError(
                 f"{rows[0].where.rpartition(':')[0]}: {len(rows)} rows in {len(groups)} groups of unlike prompts leave {part} "
                 "empty: add rows, change the shares of acquire.data, give train, validation and test files, or, if prompts that "
                 f"differ in little are to be told apart, raise acquire.near_duplicate ({near})"
             )
-    return {part: [rows[i] for i in sorted(found[part])] for part in SPLITS}
+    return {part: [rows[i] for i in sorted(parts[part])] for part in SPLITS}
 
 
 def _groups(texts: Sequence[str], near: float) -> list[list[int]]:

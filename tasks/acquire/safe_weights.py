@@ -119,8 +119,8 @@ def check_architecture(folder: Path) -> dict[str, Any]:
 
 def _wants_code(path: Path) -> bool:
     """An `auto_map`; one in config.json is passed over where transformers has the architecture itself (Phi's has one)."""
-    told = _json_object(path)
-    return "auto_map" in told and not (path.name == "config.json" and told.get("model_type") in sizes.DENSE)
+    config = _json_object(path)
+    return "auto_map" in config and not (path.name == "config.json" and config.get("model_type") in sizes.DENSE)
 
 
 def _refuse_pickle(path: Path) -> None:
@@ -198,12 +198,12 @@ def refuse_quantised(tensors: Tensors, where: str) -> None:
     Raises:
         ArtifactError: names some.
     """
-    found = sorted(
+    quantised = sorted(
         f"{name} ({dtype})" for name, (dtype, _) in tensors.items() if name.endswith("weight") and dtype not in _PLAIN
     )
-    if found:
+    if quantised:
         raise ArtifactError(
-            f"{where}: its weights are quantised already or no real numbers ({brief(', '.join(found[:5]))}): take the "
+            f"{where}: its weights are quantised already or no real numbers ({brief(', '.join(quantised[:5]))}): take the "
             "original model, its weights are needed in full"
         )
 
@@ -274,10 +274,10 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tup
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         raise ValueError("a name comes twice")
-    return found
+    return unique
 
 
 def _refuse(path: Path, problem: str) -> NoReturn:

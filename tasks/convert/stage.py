@@ -47,8 +47,8 @@ def convert(params: Params, *, teacher: Path, student: Path, out: Path) -> dict[
                 if process.returncode != 0:
                     raise _failure(name, folders[name], out, log)
                 require_file(out / f"{name}.gguf", "the converter ended well yet wrote no file")
-                if found := windows.moved(json.loads((folders[name] / "config.json").read_bytes())):
-                    windows.tell(out / f"{name}.gguf", found)
+                if sliding := windows.moved(json.loads((folders[name] / "config.json").read_bytes())):
+                    windows.tell(out / f"{name}.gguf", sliding)
                 advance(1, name)
     finally:
         for process in running.values():

@@ -16,12 +16,12 @@ def moved(config: Mapping[str, Any]) -> list[bool] | None:
     kinds, period = config.get("layer_types"), PERIOD.get(str(config.get("model_type")))
     if not kinds or not period:
         return None
-    found = [kind == "sliding_attention" for kind in kinds]
-    return None if found == [(i + 1) % period != 0 for i in range(len(found))] else found
+    sliding = [kind == "sliding_attention" for kind in kinds]
+    return None if sliding == [(i + 1) % period != 0 for i in range(len(sliding))] else sliding
 
 
-def tell(path: Path, found: list[bool]) -> None:
-    """Write `found` into the file's metadata."""
+def tell(path: Path, sliding: list[bool]) -> None:
+    """Write `sliding` into the file's metadata."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter, Keys
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
@@ -29,5 +29,5 @@ def tell(path: Path, found: list[bool]) -> None:
     architecture = reader.fields[Keys.General.ARCHITECTURE].contents()
     key = Keys.Attention.SLIDING_WINDOW_PATTERN.format(arch=architecture)
     writer = GGUFWriter(fresh, arch=architecture)
-    copy_with_new_metadata(reader, writer, {key: MetadataDetails(GGUFValueType.ARRAY, found)}, [])
+    copy_with_new_metadata(reader, writer, {key: MetadataDetails(GGUFValueType.ARRAY, sliding)}, [])
     fresh.replace(path)

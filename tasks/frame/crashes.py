@@ -64,8 +64,8 @@ def error_for(what: str, code: int, said: str, place: Path, see: str = "") -> St
 def where(said: str) -> str:
     """In what library a process died, as far as the kernel or the fault handler's lines in `said` tell; "" if not at all."""
     for line in reversed(_kernel_log()):
-        if found := re.search(r"\bpython[\d.]*\[\d+\].*\bin ([\w.+-]+)\[", line):
-            return f" in {found[1]}"
+        if match := re.search(r"\bpython[\d.]*\[\d+\].*\bin ([\w.+-]+)\[", line):
+            return f" in {match[1]}"
     for library in re.findall(r'^  Binary file "([^"]+)"', said, re.MULTILINE):
         name = Path(library).name
         if not re.match(r"(lib)?python|libc[.-]|libpthread|\[", name):
@@ -110,10 +110,10 @@ def _free(place: Path) -> int:
 
 def _memory() -> str:
     path = Path("/proc/meminfo")
-    found = dict(re.findall(r"^(\w+):\s+(\d+) kB", path.read_text() if path.exists() else "", re.MULTILINE))
-    if "MemTotal" not in found:
+    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", path.read_text() if path.exists() else "", re.MULTILINE))
+    if "MemTotal" not in fields:
         return "how much there is cannot be told"
-    return f"{int(found.get('MemAvailable', 0)) / 1e6:.1f} of {int(found['MemTotal']) / 1e6:.1f} GB are free now"
+    return f"{int(fields.get('MemAvailable', 0)) / 1e6:.1f} of {int(fields['MemTotal']) / 1e6:.1f} GB are free now"
 
 
 def _less_memory() -> str:

@@ -28,13 +28,13 @@ def read(path: Path) -> list[Any]:
     Raises:
         ArtifactError: a line is no JSON.
     """
-    found = []
+    rows = []
     for number, line in lines(path.read_bytes()):
         try:
-            found.append(json.loads(line))
+            rows.append(json.loads(line))
         except ValueError as error:
             raise ArtifactError(f"{path}:{number} is damaged ({error}): make the file again") from None
-    return found
+    return rows
 
 
 def write(path: Path, values: Iterable[Any]) -> None:

@@ -137,17 +137,17 @@ def _stamp(folder: Path) -> Path:
 
 
 def _state(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ino]
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def _seen(folder: Path) -> dict[str, list[Any]]:
     """The files that were hashed before: digest, size, time of change and inode."""
     try:
-        found = json.loads(_stamp(folder).read_bytes())
+        stamp = json.loads(_stamp(folder).read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return stamp if isinstance(stamp, dict) else {}
 
 
 def _remember(folder: Path, seen: Mapping[str, list[Any]]) -> None:

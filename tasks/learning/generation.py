@@ -30,7 +30,7 @@ def answers(
     """
     import torch
 
-    found: dict[int, str] = {}
+    texts: dict[int, str] = {}
     open_rows: dict[int, list[int]] = {}
     head = head_of(model)
     with torch.no_grad(), events.progress(label, len(rows), "rows") as advance:
@@ -46,14 +46,14 @@ def answers(
                 text = tokenizer.decode(said, skip_special_tokens=True)
                 done = said[-1] in stops or len(said) >= max_new_tokens
                 if done or hopeless(metric, text, references[i]):
-                    found[i] = text
+                    texts[i] = text
                     advance()
                 else:
                     open_rows[i] = tail.ids[:start] + said
         prompts = {i: _last_answer(rows[i]).answer_start for i in open_rows}
         for i, ids in continued(model, open_rows, stops, prompts, max_new_tokens, advance).items():
-            found[i] = tokenizer.decode(ids[prompts[i] :], skip_special_tokens=True)
-    return [found[i] for i in range(len(rows))]
+            texts[i] = tokenizer.decode(ids[prompts[i] :], skip_special_tokens=True)
+    return [texts[i] for i in range(len(rows))]
 
 
 def continued(

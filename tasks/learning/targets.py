@@ -49,13 +49,13 @@ def write_targets(
     with torch.no_grad(), events.progress("teacher targets", len(order), "rows") as advance:
         for part in batches([len(rows[i].ids) for i in order], 4096, 0, 1.0):
             chosen = [order[n] for n in part]
-            found = target_states(model, pack([rows[i] for i in chosen], model.device))
-            logits = head.logits(found)
+            states = target_states(model, pack([rows[i] for i in chosen], model.device))
+            logits = head.logits(states)
             top = logits.topk(top_k)
             where = torch.cat([torch.arange(starts[i], starts[i] + sum(rows[i].target)) for i in chosen])
             tokens[where] = top.indices.int().cpu()
             logs[where] = (top.values - logits.logsumexp(-1, keepdim=True)).cpu()
-            hidden[where] = found.bfloat16().cpu()
+            hidden[where] = states.bfloat16().cpu()
             advance(len(chosen))
     kept = {
         "rows": torch.tensor(order),

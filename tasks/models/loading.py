@@ -185,19 +185,19 @@ def _complete(tokenizer: Any, kind: str, out: Path) -> None:
     Phi's converter expects one wherever the class has another name than byte-level BPE's.
     """
     path, vocabulary = out / "tokenizer_config.json", sentence_pieces(tokenizer)
-    told = json.loads(path.read_bytes())
+    tokenizer_config = json.loads(path.read_bytes())
     if tokenizer.name_or_path and vocabulary.is_file():
         shutil.copyfile(vocabulary, out / vocabulary.name)
-        told["added_tokens_decoder"] = {
+        tokenizer_config["added_tokens_decoder"] = {
             str(i): {"content": token.content, "lstrip": token.lstrip, "normalized": token.normalized,
                      "rstrip": token.rstrip, "single_word": token.single_word, "special": token.special}
             for i, token in sorted(tokenizer.added_tokens_decoder.items())
         }  # fmt: skip
     elif kind == "phi3":
-        told["tokenizer_class"] = "GPT2Tokenizer"
+        tokenizer_config["tokenizer_class"] = "GPT2Tokenizer"
     else:
         return
-    path.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(tokenizer_config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sentence_pieces(tokenizer: Any) -> Path:
@@ -226,10 +226,10 @@ def stop_ids(model_folder: Path, tokenizer: Any) -> list[int]:
     path = model_folder / "generation_config.json"
     listed = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
     ids = listed if isinstance(listed, list) else [listed]
-    found = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-    if not found:
+    stops = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    if not stops:
         raise StageError(f"{model_folder}: neither tokenizer nor generation config names an end-of-turn token")
-    return found
+    return stops
 
 
 def fits(tokenizer: Any, rows: int) -> bool:

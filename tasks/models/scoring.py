@@ -98,13 +98,13 @@ def own(file: Path, shown: str, function: str) -> Metric:
     Raises:
         ConfigError: the file has no such function, or fails.
     """
-    found: dict[str, object] = {"__name__": "metric", "__file__": str(file)}
+    namespace: dict[str, object] = {"__name__": "metric", "__file__": str(file)}
     try:
         # Compiled from the bytes, so that no cache is written beside the file or read in its place.
-        exec(compile(file.read_bytes(), str(file), "exec"), found)
+        exec(compile(file.read_bytes(), str(file), "exec"), namespace)
     except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever a person's own code may raise)
         raise ConfigError(f"task.metric: {_told(file, shown, error)}: correct it") from None
-    made = found.get(function)
+    made = namespace.get(function)
     if not callable(made):
         raise ConfigError(f"task.metric: {shown} has no function {function}: name one that takes (answer, reference)")
     call: Callable[..., object] = made
@@ -144,15 +144,15 @@ def judged(metric: Metric, answers: Sequence[str], references: Sequence[str], ro
     Raises:
         ConfigError: a metric of one's own fails, with the row.
     """
-    found = []
+    verdicts = []
     for row, (answer, reference) in enumerate(zip(answers, references, strict=True), start=1):
         try:
-            found.append(metric.match(answer, reference))
+            verdicts.append(metric.match(answer, reference))
         except ConfigError as error:
             raise ConfigError(
                 f"task.metric fails on row {row} of {rows} (answer {answer[:80]!r}, reference {reference[:80]!r}): {error}"
             ) from None
-    return found
+    return verdicts
 
 
 def group(reference: str) -> str:
@@ -174,7 +174,7 @@ def accuracy(correct: Sequence[bool]) -> float:
 
 def per_group(references: Sequence[str], correct: Sequence[bool]) -> dict[str, float]:
     """Accuracy of each class, sorted by name."""
-    found: dict[str, list[bool]] = defaultdict(list)
+    groups: dict[str, list[bool]] = defaultdict(list)
     for reference, ok in zip(references, correct, strict=True):
-        found[group(reference)].append(ok)
-    return {name: accuracy(oks) for name, oks in sorted(found.items())}
+        groups[group(reference)].append(ok)
+    return {name: accuracy(oks) for name, oks in sorted(groups.items())}

@@ -71,10 +71,10 @@ class Bundle(Value):
 
 def listing(folder: Path) -> dict[str, File]:
     """Every file that a bundle's manifest lists, hashed."""
-    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     return {
         name: File(sha256=manifest.sha256(path), size=path.stat().st_size)
-        for name, path in sorted(found.items())
+        for name, path in sorted(files.items())
         if name not in UNLISTED
     }
 

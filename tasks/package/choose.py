@@ -111,14 +111,16 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-def choose(found: Sequence[Candidate], rule_name: str, runtimes: set[str]) -> Choice:
+def choose(all_of_run: Sequence[Candidate], rule_name: str, runtimes: set[str]) -> Choice:
     """Order the passing variants by the rule, ties by name; `runtimes`: those that a wanted target carries."""
     rule = RULES[rule_name]
-    ranked = sorted((c for c in found if c.passed and c.runtime.name in runtimes), key=lambda c: (*rule.key(c), c.name))
+    ranked = sorted(
+        (c for c in all_of_run if c.passed and c.runtime.name in runtimes), key=lambda c: (*rule.key(c), c.name)
+    )
     best: dict[str, Candidate] = {}
     for candidate in ranked:
         best.setdefault(candidate.runtime.name, candidate)
-    losers = [c for c in found if c not in ranked]
+    losers = [c for c in all_of_run if c not in ranked]
     label = rule_name.replace("_", " ")
     return Choice(
         ranked[0] if ranked else None, best,

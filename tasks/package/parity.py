@@ -96,10 +96,10 @@ def check(model: Path, tokenizer: Any, runtime: PromptReader, weights: Path, ext
     conversations = dict(CONVERSATIONS) | {f"row {n} of the data": row for n, row in enumerate(extra)}
     if needs_composed(tokenizer, runtime):  # told to the person who runs it
         conversations = {name: _composed(messages) for name, messages in conversations.items()}
-    found = difference(tokenizer, runtime, conversations)
-    if found:
+    mismatch = difference(tokenizer, runtime, conversations)
+    if mismatch:
         raise StageError(
-            f"{weights} does not see the prompt its model was trained on: {found}. Convert it again; if it stays, "
+            f"{weights} does not see the prompt its model was trained on: {mismatch}. Convert it again; if it stays, "
             "this runtime does not support the template or tokenizer: remove the variant from quantize.variants"
         )
     missing = sorted(set(loading.stop_ids(model, tokenizer)) - runtime.stop_ids)

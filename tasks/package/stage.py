@@ -39,8 +39,8 @@ def package(
     """
     settings, model = params.package, student / "model"
     wanted = [TARGETS[name] for name in settings.targets]
-    found = candidates(artifacts, validated, verdicts, params.quantize.variants)
-    choice = choose(found, settings.choose, {target.runtime.name for target in wanted})
+    variants = candidates(artifacts, validated, verdicts, params.quantize.variants)
+    choice = choose(variants, settings.choose, {target.runtime.name for target in wanted})
     lineage = read_json(source / "lineage.json")
     names = bundle.Licence(model=_named(lineage, "model"), data=_named(lineage, "data"))
     licence = _licence(source, names.model)
@@ -72,7 +72,7 @@ def package(
         name=settings.name,
         chosen=chosen.name if chosen else None,
         reason=choice.reason + left_out,
-        variants={c.name: [name for name, t in targets.items() if t.variant == c.name] for c in found},
+        variants={c.name: [name for name, t in targets.items() if t.variant == c.name] for c in variants},
         targets=targets,
         files={},
         minimum_ram_bytes=releases[chosen.runtime.name].minimum_ram_bytes if chosen else None,
@@ -80,14 +80,14 @@ def package(
         runtimes={each: version(each) for each in sorted(best.runtime.distribution for best in choice.best.values())},
         licence=names,
         lineage={key: bundle.finite(value) for key, value in lineage.items()},
-        evaluation={c.name: _evaluation(c) for c in found},
-        created_from=_digests(found, source, student, artifacts, verdicts),
+        evaluation={c.name: _evaluation(c) for c in variants},
+        created_from=_digests(variants, source, student, artifacts, verdicts),
     )
     write(out / "MODEL_CARD.md", card.card(made, releases[chosen.runtime.name] if chosen else None))
     bundle.write(out, made.model_copy(update={"files": bundle.listing(out)}))
-    _report(out, settings.choose, choice.measured_reason + left_out, made, found)
+    _report(out, settings.choose, choice.measured_reason + left_out, made, variants)
     return {
-        "passing": float(sum(c.passed for c in found)),
+        "passing": float(sum(c.passed for c in variants)),
         "targets": float(len(targets)),
         "chosen_size_bytes": float(chosen.metrics["size_bytes"]) if chosen else 0.0,
         "minimum_ram_bytes": float(made.minimum_ram_bytes or 0),
@@ -147,10 +147,10 @@ def _evaluation(candidate: Candidate) -> bundle.Evaluation:
     return bundle.Evaluation(verdict=candidate.verdict["verdict"], metrics=metrics)
 
 
-def _digests(found: list[Candidate], source: Path, student: Path, artifacts: Path, verdicts: Path) -> dict[str, str]:
+def _digests(variants: list[Candidate], source: Path, student: Path, artifacts: Path, verdicts: Path) -> dict[str, str]:
     folders = {"source": source, "student": student}
-    folders |= {f"artifacts/{c.name}": artifacts / c.name for c in found}
-    folders |= {f"verdicts/{c.name}": verdicts / c.name for c in found}
+    folders |= {f"artifacts/{c.name}": artifacts / c.name for c in variants}
+    folders |= {f"verdicts/{c.name}": verdicts / c.name for c in variants}
     return {role: manifest.digest(folder) for role, folder in folders.items()}
 
 

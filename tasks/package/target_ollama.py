@@ -54,8 +54,11 @@ def ollama(release: Release, out: Path) -> list[str]:
     write(out / "Modelfile", "\n".join(lines) + "\n")
     # A shell takes single-quoted text as it is.
     question = "'" + release.example[-1]["content"].replace("'", "'\\''") + "'"
-    told = "".join(f"\n{note}\n" for note in notes)
-    write(out / "README.md", README.format(name=release.name, variant=release.variant, question=question, notes=told))
+    paragraphs = "".join(f"\n{note}\n" for note in notes)
+    write(
+        out / "README.md",
+        README.format(name=release.name, variant=release.variant, question=question, notes=paragraphs),
+    )
     return notes
 
 

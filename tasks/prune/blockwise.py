@@ -57,11 +57,11 @@ def prune(model: Any, calibration: Sequence[Encoded], fitted: Sequence[Encoded],
             f"prune.max_parameters is {settings.max_parameters}, but embeddings and head alone are {1 - len(layers) * block / total:.2f} of this model: raise it"
         )
     history = _remove_blocks(model, calibration, fitted, settings, gone)
-    found: dict[str, Any] = {"blocks": history, "channels": None}
+    record: dict[str, Any] = {"blocks": history, "channels": None}
     if channels < inner:
         lost = narrow(model, fitted or calibration, channels)
-        found["channels"] = {"kept": channels, "of": inner, "lost": [round(each, 5) for each in lost]}
-    return found
+        record["channels"] = {"kept": channels, "of": inner, "lost": [round(each, 5) for each in lost]}
+    return record
 
 
 def _remove_blocks(

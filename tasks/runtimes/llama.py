@@ -296,11 +296,11 @@ def first_context(file: Path) -> int:
         model = llama_cpp.llama_model_load_from_file(str(file).encode(), settings)
     if not model:
         raise ArtifactError(f"{file}: llama.cpp cannot load it: {_last_line(errors)}: make the file again")
-    found = ctypes.create_string_buffer(32)
+    text = ctypes.create_string_buffer(32)
     key = b"phi3.rope.scaling.original_context_length"
-    size = llama_cpp.llama_model_meta_val_str(model, key, found, len(found))
+    size = llama_cpp.llama_model_meta_val_str(model, key, text, len(text))
     llama_cpp.llama_model_free(model)
-    return int(found.value) if size > 0 else sys.maxsize
+    return int(text.value) if size > 0 else sys.maxsize
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:

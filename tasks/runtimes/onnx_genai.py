@@ -111,7 +111,7 @@ def answers(
     longest = max(len(prompt) + max(len(draft), limit) for prompt, draft in zip(prompts, drafts, strict=True))
     sequence = Decoded(model, longest + 1)
     held: list[int] = []
-    found = []
+    all_answers = []
     for row, (prompt, draft) in enumerate(zip(prompts, drafts, strict=True)):
         draft = draft[:limit]
         # Prompts share their beginning (system prompt, template): keep it, it is most of a short prompt.
@@ -135,9 +135,9 @@ def answers(
                         break
                     answer.append(token)
                 break
-        found.append(answer)
+        all_answers.append(answer)
         advance(1)
-    return found
+    return all_answers
 
 
 def stepper(folder: Path, threads: int, cells: int) -> Step:

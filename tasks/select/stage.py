@@ -20,27 +20,27 @@ def select(params: Params, *, students: Path, out: Path) -> dict[str, float]:
     Writes what `distill` wrote of it, and `students.json`: `seed`, `validation_loss` (nats a token), `accuracy` and
     `chosen` of each.
     """
-    found: list[dict[str, Any]] = []
+    students_made: list[dict[str, Any]] = []
     for seed in params.select.seeds:
         metrics = manifest.load(students / str(seed)).metrics
-        found.append({"seed": seed} | {name: metrics[name] for name in ("validation_loss", "accuracy")})
-    best = min(found, key=lambda each: each["validation_loss"])
+        students_made.append({"seed": seed} | {name: metrics[name] for name in ("validation_loss", "accuracy")})
+    best = min(students_made, key=lambda each: each["validation_loss"])
     chosen = students / str(best["seed"])
     for name in manifest.load(chosen).files:
         place(chosen / name, out / name)
-    for each in found:
+    for each in students_made:
         each["chosen"] = each is best
-    (out / "students.json").write_text(json.dumps(found, indent=1) + "\n")
-    accuracies = [each["accuracy"] for each in found]
-    spread = statistics.stdev(accuracies) if len(found) > 1 else 0.0
+    (out / "students.json").write_text(json.dumps(students_made, indent=1) + "\n")
+    accuracies = [each["accuracy"] for each in students_made]
+    spread = statistics.stdev(accuracies) if len(students_made) > 1 else 0.0
     mean = statistics.fmean(accuracies)
-    if len(found) > 1:
+    if len(students_made) > 1:
         events.note(
-            f"seed {best['seed']} goes on, of {len(found)}: validation loss {best['validation_loss']:.4f}, accuracy "
+            f"seed {best['seed']} goes on, of {len(students_made)}: validation loss {best['validation_loss']:.4f}, accuracy "
             f"{best['accuracy']:.3f}; all have {mean:.3f} on average, with a standard deviation of {spread:.3f}"
         )
     return {
-        "students": float(len(found)),
+        "students": float(len(students_made)),
         "seed": float(best["seed"]),
         "validation_loss": best["validation_loss"],
         "accuracy": best["accuracy"],

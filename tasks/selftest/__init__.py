@@ -69,11 +69,11 @@ def check(runtime: Runtime) -> dict[str, Any]:
     path, began = record(runtime), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="slmops-selftest-") as folder:
         lines, code, said = _child(runtime, Path(folder))
-    told = [json.loads(line) for line in lines]
-    done = [each for each in told if "distance" in each]
-    at = f" at {told[-1]['what']}" if told and "what" in told[-1] else ""
+    results = [json.loads(line) for line in lines]
+    done = [each for each in results if "distance" in each]
+    at = f" at {results[-1]['what']}" if results and "what" in results[-1] else ""
     full_name = f"{runtime.label} ({runtime.distribution} {_version(runtime.distribution)})"
-    kernels = next((each["kernels"] for each in told if "kernels" in each), "")
+    kernels = next((each["kernels"] for each in results if "kernels" in each), "")
     if code != 0:
         error = crashes.error_for(f"{full_name}: the self-test{at}", code, said, Path(tempfile.gettempdir()))
         if isinstance(error, BrokenRuntimeError):
@@ -82,11 +82,11 @@ def check(runtime: Runtime) -> dict[str, Any]:
     wrong = [each for each in done if not _holds(each)]
     if wrong:
         first = wrong[0]
-        found = (
+        failure = (
             f"computes wrongly: {len(wrong)} of {len(done)} results, the first at {first['what']}: off by "
             f"{first['distance'][0]:.1%} of the logits' length, {first['limit'][0]:.1%} is what rounding comes to"
         )
-        raise BrokenRuntimeError(_broken(runtime, full_name, found, kernels))
+        raise BrokenRuntimeError(_broken(runtime, full_name, failure, kernels))
     made = {
         "library": runtime.label,
         "versions": {each: _version(each) for each in (runtime.distribution, *runtime.beside)},
@@ -101,13 +101,13 @@ def check(runtime: Runtime) -> dict[str, Any]:
     return made
 
 
-def _holds(told: Mapping[str, Any]) -> bool:
-    return all(found <= limit for found, limit in zip(told["distance"], told["limit"], strict=True))
+def _holds(result: Mapping[str, Any]) -> bool:
+    return all(found <= limit for found, limit in zip(result["distance"], result["limit"], strict=True))
 
 
-def _broken(runtime: Runtime, full_name: str, found: str, kernels: str) -> str:
+def _broken(runtime: Runtime, full_name: str, failure: str, kernels: str) -> str:
     compiled = f" (compiled for {kernels})" if kernels else ""
-    return f"{full_name}{compiled} {found}: nothing that it makes can be relied on here: {runtime.remedy}"
+    return f"{full_name}{compiled} {failure}: nothing that it makes can be relied on here: {runtime.remedy}"
 
 
 def _how(code: int, said: str) -> str:
@@ -138,11 +138,11 @@ def record(runtime: Runtime) -> Path:
     Raises:
         ConfigError: the library is not installed.
     """
-    found = util.find_spec(runtime.package)
-    if found is None or not found.submodule_search_locations:
+    spec = util.find_spec(runtime.package)
+    if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"{runtime.distribution} is not installed: make setup")
     native = sorted(
-        file for place in found.submodule_search_locations for file in Path(place).rglob("*.so*") if file.is_file()
+        file for place in spec.submodule_search_locations for file in Path(place).rglob("*.so*") if file.is_file()
     )
     parts = [
         *(f"{each} {_version(each)}" for each in (runtime.distribution, *runtime.beside)),
@@ -163,8 +163,8 @@ def processor() -> str:
     """The kind of this processor: its name and what it can do, as the kernel has it."""
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.exists() else ""
-    found = re.findall(r"^(model name|flags|Features|CPU part)\s*:\s*(.*)$", text, re.MULTILINE)
-    return "\n".join([platform.machine(), *sorted({f"{key} {value}" for key, value in found})])
+    lines = re.findall(r"^(model name|flags|Features|CPU part)\s*:\s*(.*)$", text, re.MULTILINE)
+    return "\n".join([platform.machine(), *sorted({f"{key} {value}" for key, value in lines})])
 
 
 def _version(distribution: str) -> str:

@@ -99,13 +99,13 @@ def weights(file: Path, shape: tiny.Shape) -> dict[str, tiny.Array]:
     import gguf
 
     ours = {theirs: name for name, theirs in NAMES.items()}
-    found = {}
+    tensors = {}
     for tensor in gguf.GGUFReader(file).tensors:
         name = ours[tensor.name]
         data = gguf.dequantize(tensor.data, tensor.tensor_type)
         heads = _rotated(name, shape)
-        found[name] = _interleave(data, heads, back=True) if heads else data
-    return found
+        tensors[name] = _interleave(data, heads, back=True) if heads else data
+    return tensors
 
 
 def _rotated(name: str, shape: tiny.Shape) -> int:

@@ -44,12 +44,12 @@ def _off(runtime: Any, ids: list[int], size: int, wanted: tiny.Array) -> tiny.Di
     params = og.GeneratorParams(runtime)
     params.set_search_options(max_length=len(ids) + 1)
     generator = og.Generator(runtime, params)
-    found = []
+    logits = []
     for at in range(0, len(ids), size):
         tiny.disturb()
         generator.append_tokens(np.array(ids[at : at + size], np.int32))
-        found.append(generator.get_output("logits")[0].copy())
-    return tiny.distance(np.concatenate(found), wanted[: len(ids)])
+        logits.append(generator.get_output("logits")[0].copy())
+    return tiny.distance(np.concatenate(logits), wanted[: len(ids)])
 
 
 def kernels() -> str:
@@ -91,13 +91,13 @@ def weights(graph: Path, shape: tiny.Shape) -> dict[str, tiny.Array]:
         result: tiny.Array = (levels * scales).reshape(len(packed), -1)
         return result
 
-    found = {f"{ours}.weight": matrix(f"model.{theirs}") for theirs, ours in MATRICES.items()}
-    found["lm_head.weight"] = matrix("lm_head")
+    tensors = {f"{ours}.weight": matrix(f"model.{theirs}") for theirs, ours in MATRICES.items()}
+    tensors["lm_head.weight"] = matrix("lm_head")
     width = shape.hidden // shape.heads
     query, key, value = np.split(matrix(f"model.{JOINED}"), [shape.hidden, shape.hidden + shape.groups * width])
     for name, part in {"q": query, "k": key, "v": value}.items():
-        found[f"model.layers.0.self_attn.{name}_proj.weight"] = part
-    return found
+        tensors[f"model.layers.0.self_attn.{name}_proj.weight"] = part
+    return tensors
 
 
 @contextmanager

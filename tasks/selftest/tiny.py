@@ -83,13 +83,13 @@ class Distance(NamedTuple):
 EIGHT_BITS, SIXTEEN_BITS = Distance(0.04, 0.1), Distance(0.005, 0.02)
 
 
-def distance(found: Array, wanted: Array) -> Distance:
+def distance(computed: Array, wanted: Array) -> Distance:
     """How far off logits (tokens, vocabulary) are; infinitely far where one is no number."""
     import numpy as np
 
-    if not np.isfinite(found).all():
+    if not np.isfinite(computed).all():
         return Distance(float("inf"), float("inf"))
-    errors, lengths = (np.linalg.norm(each, axis=1) for each in (found - wanted, wanted))
+    errors, lengths = (np.linalg.norm(each, axis=1) for each in (computed - wanted, wanted))
     return Distance(float(np.linalg.norm(errors) / np.linalg.norm(lengths)), float((errors / lengths).max()))
 
 

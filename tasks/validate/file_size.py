@@ -5,5 +5,5 @@ from tasks.validate.shipped import Shipped, size
 
 def evaluate(shipped: Shipped) -> dict[str, float]:
     """`size_bytes`, and its ratio to the teacher's F16 file."""
-    found = size(shipped.file)
-    return {"size_bytes": float(found), "size_ratio": found / size(shipped.yardstick)}
+    own_size = size(shipped.file)
+    return {"size_bytes": float(own_size), "size_ratio": own_size / size(shipped.yardstick)}

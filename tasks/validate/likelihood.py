@@ -55,16 +55,16 @@ def evaluate(shipped: Shipped) -> dict[str, float]:
             tokens, start = [token for row in shipped.rows for token in _whole(shipped.tokenizer, row)], None
         windows = split(tokens, context, shipped.settings.windows, start)
         with shipped.runtime.window_logits(shipped.file, context, threads()) as ours:
-            found = compare(base, ours, windows)
-    reference = found.reference_perplexity
+            compared = compare(base, ours, windows)
+    reference = compared.reference_perplexity
     return {
-        "perplexity": found.perplexity,
-        "perplexity_ratio": found.perplexity / reference if reference else math.nan,
-        "mean_kld": found.mean_kld,
-        "same_top_token": found.same_top_token,
+        "perplexity": compared.perplexity,
+        "perplexity_ratio": compared.perplexity / reference if reference else math.nan,
+        "mean_kld": compared.mean_kld,
+        "same_top_token": compared.same_top_token,
         "reference_perplexity": reference,
-        "scored_tokens": found.tokens,
-        "context": found.context,
+        "scored_tokens": compared.tokens,
+        "context": compared.context,
     }
 
 
@@ -88,8 +88,8 @@ def split(tokens: Sequence[int], context: int, windows: int, start: int | None) 
     if len(tokens) < context:
         note(f"the text to score has only {len(tokens)} tokens: one window of that size instead of {context}")
         context = len(tokens)
-    found = [list(tokens[at : at + context]) for at in range(0, len(tokens) - context + 1, context)][:windows]
-    return [window if start is None else [start, *window[1:]] for window in found]
+    parts = [list(tokens[at : at + context]) for at in range(0, len(tokens) - context + 1, context)][:windows]
+    return [window if start is None else [start, *window[1:]] for window in parts]
 
 
 def compare(reference: WindowLogits, candidate: WindowLogits, windows: Sequence[Sequence[int]]) -> Likelihood:

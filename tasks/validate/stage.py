@@ -58,16 +58,16 @@ def validate(
     write_json(out / "metrics.json", metrics)
     write_json(out / "measurements.json", measured)
     jsonl.write(out / "predictions.jsonl", shipped.predictions)
-    told = {name: metrics.get(name) for name, metric in METRICS.items() if metric.better and not metric.measured}
-    return {name: value for name, value in told.items() if isinstance(value, float) and math.isfinite(value)}
+    numbers = {name: metrics.get(name) for name, metric in METRICS.items() if metric.better and not metric.measured}
+    return {name: value for name, value in numbers.items() if isinstance(value, float) and math.isfinite(value)}
 
 
 def _evaluated(shipped: Shipped, *, measured: bool) -> Mapping[str, Any]:
     """What each module that computes such metrics says, in the order of the table."""
-    found: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     for module in dict.fromkeys(metric.computed_by for metric in METRICS.values() if metric.measured == measured):
-        found |= import_module(f"tasks.validate.{module}").evaluate(shipped)
-    return found
+        numbers |= import_module(f"tasks.validate.{module}").evaluate(shipped)
+    return numbers
 
 
 def _teacher(file: Path, rows: Sequence[chat.Messages]) -> list[bool]:

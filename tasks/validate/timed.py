@@ -63,10 +63,10 @@ def _seconds(step: Step, prompt: list[int], what: str) -> float:
 def peak_rss() -> int:
     """Bytes of memory this process held at most (VmHWM of proc(5), in kibibytes there)."""
     status = Path("/proc/self/status").read_text()
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    if not found:
+    match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    if not match:
         raise SystemExit("/proc/self/status has no VmHWM: peak memory can only be measured on Linux")
-    return int(found[1]) * 1024
+    return int(match[1]) * 1024
 
 
 if __name__ == "__main__":
