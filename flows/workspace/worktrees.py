@@ -22,6 +22,7 @@ from typing import Any
 from flows.workspace import files, locks, paths, versioning
 from flows.workspace.paths import MainCheckout, Workspace
 from tasks import params, stages
+from tasks.acquire.params import Acquire
 from tasks.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -230,7 +231,7 @@ def worktree(main: MainCheckout, name: str, commit: str, planned: Effective) -> 
     fresh = not root.exists()
     if fresh and git(main, "branch", "--list", branch):
         raise ConfigError(f"a run named {name} has ended as branch {branch}: choose another --name")
-    pointer = _pointer(main, planned.params.acquire.watch, commit)
+    pointer = _pointer(main, planned.params.acquire, commit)
     if fresh:
         git(main, "worktree", "prune")
         git(main, "worktree", "add", "-q", "-b", branch, str(root), commit)
@@ -260,9 +261,22 @@ def planned(main: MainCheckout, name: str, commit: str, file: Path | None, overr
     return effective(source, str(file or "params.yaml"), overrides)
 
 
-def _pointer(main: MainCheckout, watch: Path, commit: str) -> Path | None:
-    """The .dvc file of the local inputs, where DVC tracks them; None where git does or the path is absolute."""
-    if watch.is_absolute() or _holds(main, commit, watch):
+def _pointer(main: MainCheckout, acquire: Acquire, commit: str) -> Path | None:
+    """The .dvc file of the local inputs, where DVC tracks them; None where git does or the path is absolute.
+
+    Raises:
+        ConfigError: a local input is not part of the commit.
+    """
+    watch = acquire.watch
+    if watch.is_absolute():
+        return None
+    if _holds(main, commit, watch):
+        for path in acquire.local:
+            if not _holds(main, commit, path) and not _holds(main, commit, path.with_name(f"{path.name}.dvc")):
+                raise ConfigError(
+                    f"{path} is not part of commit {commit}, and a run in a worktree sees nothing else: `git add` and commit "
+                    "it, or run without --worktree"
+                )
         return None
     pointer = watch.with_name(f"{watch.name}.dvc")
     if _holds(main, commit, pointer):

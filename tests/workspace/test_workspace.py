@@ -238,6 +238,19 @@ def test_local_inputs_must_be_part_of_the_commit(root: Path) -> None:
         assert (place / "data" / "rows" / "train.jsonl").read_text() == "{}\n"
 
 
+def test_a_file_that_no_commit_holds_is_refused_before_a_worktree_is_made(root: Path) -> None:
+    (root / "data" / "mine.jsonl").write_text("{}\n")
+    with (
+        pytest.raises(ConfigError, match=r"data/mine\.jsonl is not part of commit HEAD"),
+        at_work(root, "x", "HEAD", ["acquire.data.path=data/mine.jsonl"]),
+    ):
+        pytest.fail("there would be no such file")
+    assert not (root / ".runs" / "x").exists()
+    commit(root)
+    with at_work(root, "x", "HEAD", ["acquire.data.path=data/mine.jsonl"]) as place:
+        assert (place / "data" / "mine.jsonl").is_file()
+
+
 def test_changes_that_a_worktree_does_not_see_are_listed(root: Path) -> None:
     assert worktrees.uncommitted(root) == []
     (root / "params.yaml").write_text((root / "params.yaml").read_text() + "# mine\n")
