@@ -315,12 +315,14 @@ def test_a_second_run_is_refused_by_name(toy: Path) -> None:
     command = [SLMOPS, "run", "--name", "long"]
     env = environment(toy, TOY_WAIT=json.dumps({"distill-17": 600}))
     with subprocess.Popen(command, cwd=toy, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
-        wait_for(lambda: "distill-17" in started(toy))
-        before = (toy / "params.yaml").read_text()
-        with pytest.raises(urllib.error.HTTPError) as refused:  # its own Prefect server is for nobody else
-            ask(f"http://127.0.0.1:{own_port(run.pid)}/api/flows/filter", {})
-        second = slmops(toy, "run", "--name", "second", "--set", "distill.epochs=9.0")
-        run.kill()
+        try:
+            wait_for(lambda: "distill-17" in started(toy))
+            before = (toy / "params.yaml").read_text()
+            with pytest.raises(urllib.error.HTTPError) as refused:  # its own Prefect server is for nobody else
+                ask(f"http://127.0.0.1:{own_port(run.pid)}/api/flows/filter", {})
+            second = slmops(toy, "run", "--name", "second", "--set", "distill.epochs=9.0")
+        finally:
+            run.kill()
     assert refused.value.code == 401
     assert second.returncode == 1
     assert second.stderr.startswith(f"error: run long works in {toy} since ")
@@ -348,7 +350,7 @@ def carriers(pid: int) -> list[int]:
 def own_port(pid: int) -> int:
     """Where the Prefect server that a run started for itself listens."""
     commands = [read(Path(f"/proc/{each}/cmdline")).split(b"\0") for each in carriers(pid)]
-    (command,) = (words for words in commands if b"prefect.server.api.server:create_app" in words)
+    command, *_ = (words for words in commands if b"prefect.server.api.server:create_app" in words)  # and its watcher's
     return int(command[command.index(b"--port") + 1])
 
 
