@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Files that take minutes, the longest first: begun last, one would keep a process busy while the others have nothing left.
 LONG = (
     "test_pipeline",
+    "test_doors",
     "test_servers",
     "test_distill",
     "test_release",

@@ -484,7 +484,7 @@ def test_the_licence_of_a_download_caches_snapshot_is_taken(tmp_path: Path) -> N
 def test_a_model_path_that_is_not_there_is_named(tiny_params: dict, tmp_path: Path) -> None:
     tiny_params["acquire"]["model"]["path"] = "data/nothing"
     tiny_params["acquire"]["licences"] = []
-    assert "data/nothing is not a folder" in refused(tiny_params, tmp_path)
+    assert "data/nothing does not exist" in refused(tiny_params, tmp_path, ConfigError)
 
 
 def pack(header: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:

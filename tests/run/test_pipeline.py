@@ -1,25 +1,20 @@
-"""The whole tiny chain through every door, and what the flow does around the stages (with toy stages)."""
+"""What the flow does around the stages, with toy stages."""
 
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import urllib.error
 from pathlib import Path
 
 import pytest
-import yaml
 from checkout import (
     SLMOPS,
     ask,
-    digests,
     environment,
     git,
     holding,
-    make,
     make_toy,
     prefect_server,
     read,
@@ -41,17 +36,6 @@ from tasks.stages import STAGES
 DEADLINE_S = 300
 ONE = ("--set", "quantize.variants=[q4_0]")  # where it is not the variants that matter
 SLOW_SIGTERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)  # what is stopped in a background is, by it
-
-
-def dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """dvc as a person calls it: by its path, from a shell in which no environment is active."""
-    bare = {
-        "PATH": "/usr/bin:/bin",
-        "HOME": os.environ.get("HOME", "/"),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
-    }
-    command = [Path(sys.executable).with_name("dvc"), *arguments]
-    return subprocess.run(command, cwd=root, env=bare, capture_output=True, text=True)
 
 
 def test_params_that_are_edited_during_a_run_end_it_at_the_first_stage_that_reads_them(
@@ -77,54 +61,6 @@ def test_params_that_are_edited_during_a_run_end_it_at_the_first_stage_that_read
             stage_task.reproduce(work("finetune"))
     assert started(toy) == ["acquire"]
     assert [event["event"] for event in jsonl.read(work("finetune").events)] == ["begin", "fail"]
-
-
-# --- the real stages, on a tiny model ----------------------------------------------------------------
-
-
-def test_every_door_gives_the_same_digests(
-    tiny_workspace: Path, tiny_params: dict, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    tiny_params["quantize"]["variants"] = ["q8_0"]  # several are the toys' part
-    by_dvc = make(tiny_workspace, tiny_params)
-    by_flow = tmp_path_factory.mktemp("flow") / "checkout"
-    shutil.copytree(by_dvc, by_flow)
-    (by_dvc / ".venv").symlink_to(sys.prefix)  # where `make` puts it
-
-    # `dvc repro`, by its path and without a server; again, nothing runs.
-    done = dvc(by_dvc, "repro")
-    assert done.returncode == 0, done.stdout + done.stderr
-    want = digests(by_dvc)
-    assert {name.split("/")[0] for name in want} == set(STAGES)
-    assert "Running stage" not in dvc(by_dvc, "repro").stdout
-    assert "up to date" in dvc(by_dvc, "status").stdout
-    assert "mean_kld" in dvc(by_dvc, "metrics", "show").stdout
-    assert dvc(by_dvc, "plots", "show").returncode == 0
-
-    # A worktree run does all of it again, in its own cache, and ends as a commit.
-    done = slmops(by_flow, "run", "--worktree", "--name", "first")
-    assert done.returncode == 0, done.stderr
-    assert digests(by_flow / ".runs" / "first") == want
-    assert set(git(by_flow, "show", "--name-only", "--format=", "runs/first").split()) == {"dvc.lock"}
-    locks = [git(by_flow, "show", "runs/first:dvc.lock"), (by_dvc / "dvc.lock").read_text()]
-    ours, theirs = (yaml.safe_load(lock)["stages"] for lock in locks)
-    assert ours.keys() == theirs.keys()
-    for name in ours:  # what is measured lies in the outputs of validate and package, and differs
-        assert name.startswith(("validate", "judge", "package")) or ours[name] == theirs[name]
-
-    # A run in the checkout finds all of it in the shared cache.
-    done = slmops(by_flow, "run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("restored from the cache") == len(digests_folders(by_flow))
-    assert digests(by_flow) == want
-    assert (by_flow / "report.html").is_file()
-
-
-def digests_folders(root: Path) -> list[Path]:
-    return list((root / "build").rglob("manifest.json"))
-
-
-# --- toy stages --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
