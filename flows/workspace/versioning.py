@@ -1,4 +1,4 @@
-"""Calls of dvc, each in a process of its own. DVC is the only content cache: what is done is not done again."""
+"""Calls of dvc. DVC is the only content cache: what is done is not done again."""
 
 import configparser
 import io
@@ -18,7 +18,7 @@ from typing import IO, Any, Literal
 import yaml
 
 from flows import environment
-from flows.workspace import files, paths, processes
+from flows.workspace import dvc_host, files, paths
 from flows.workspace.paths import MainCheckout, Workspace
 from tasks import errors
 from tasks.errors import ArtifactError, ConfigError, PipelineError, StageError
@@ -27,7 +27,7 @@ from tasks.frame.manifest import sha256
 
 Event = dict[str, Any]
 POLL_S = 0.1
-GRACE_S = 10  # from SIGINT to SIGKILL
+GRACE_S = dvc_host.GRACE_S
 
 _children: dict[int, Path] = {}  # of this process, with the workspace of each, so that `interrupt` can reach them
 _interrupted: set[int] = set()
@@ -84,38 +84,29 @@ def repro(
     events.touch()
     events_seen: list[Event] = []
     started = time.monotonic()
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-    watched = processes.watched(command, GRACE_S)
     given = {**stage_environment(), **(env or {}), "SLMOPS_EVENTS": str(events.absolute())}
     with log.open("wb") as out, events.open(encoding="utf-8") as stream:
         stream.seek(0, os.SEEK_END)  # what earlier attempts told is not of this one
-        process = subprocess.Popen(
-            watched,
-            cwd=root,
+        call = dvc_host.call(  # in a session of its own: Ctrl-C reaches us alone, and `interrupt` the whole family
+            ["--wait-for-lock", "repro", "--single-item", name],
+            folder=root,
             env={name: value for name, value in given.items() if value is not None},
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            pass_fds=keep_open,
-            start_new_session=True,  # Ctrl-C reaches us alone, and `interrupt` the whole family
+            log=out.fileno(),
+            keep_open=keep_open,
         )
-        with _child(process, root):
+        with _child(call, root):
             reader = appended(stream)
             ended = False
             while not ended:
-                try:
-                    process.wait(POLL_S)
-                    ended = True
-                except subprocess.TimeoutExpired:
-                    pass
+                ended = call.wait(POLL_S)
                 for event in reader():
                     events_seen.append(event) if event["event"] != "progress" else None
                     on_event(event)
     total = time.monotonic() - started
     text = log.read_text(encoding="utf-8", errors="replace")
-    if process.returncode != 0 and process.pid in _interrupted:
+    if call.returncode != 0 and call.pid in _interrupted:
         raise Stopped(f"{name} was stopped: run again, it takes up where it can")
-    if process.returncode != 0:
+    if call.returncode != 0:
         raise _failure(text, events_seen, name, log, root)
     if f"Running stage '{name}'" not in text:
         return Outcome("restored" if "is cached - skipping run" in text else "unchanged", 0.0, total)
@@ -331,16 +322,15 @@ def _signal_all(root: Workspace, number: int) -> list[int]:
 
 
 @contextmanager
-def _child(process: subprocess.Popen[bytes], root: Workspace) -> Iterator[None]:
-    """Keep a process where `interrupt` finds it, and send its watcher home when it has ended."""
-    _children[process.pid] = root
-    _interrupted.discard(process.pid)  # of an earlier process of that id
+def _child(call: dvc_host.Call, root: Workspace) -> Iterator[None]:
+    """Keep a call where `interrupt` finds it; should an exception carry us off, it is ended."""
+    _children[call.pid] = root
+    _interrupted.discard(call.pid)  # of an earlier process of that id
     try:
         yield
     finally:
-        del _children[process.pid]
-        if process.poll() is not None:  # else an exception carries us off, and the pipe's end is the watcher's sign
-            process.communicate(b"done\n")
+        del _children[call.pid]
+        call.close()
 
 
 def appended(stream: IO[str]) -> Callable[[], Iterator[Event]]:
