@@ -89,10 +89,13 @@ RUNTIMES: Mapping[str, Runtime] = {
 }  # fmt: skip
 LLAMA = RUNTIMES["llama"]  # that of the F16 files, with which all others are compared
 
+_GGML_TYPES = (
+    "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k_m", "q2_k",
+)  # fmt: skip
 QUANTIZERS: Mapping[str, Quantizer] = {
     each.name: each
     for each in (
-        Quantizer("ggml_types", RUNTIMES["llama"], ("f16", "q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0")),
+        Quantizer("ggml_types", RUNTIMES["llama"], _GGML_TYPES),
         Quantizer("model_builder", RUNTIMES["onnx_genai"], ("onnx-int4",), options.ModelBuilder),
     )
 }

@@ -34,7 +34,7 @@ _MLP_BIAS = frozenset({"llama", "granite", "smollm3"})
 _NO_ATTENTION_BIAS = frozenset({"phi3", "mistral", "ministral"})
 _HEAD_NORMS = frozenset({"qwen3", "gemma3_text"})
 _FOUR_NORMS = frozenset({"gemma2", "gemma3_text"})
-FUSED = frozenset({"phi3"})  # gate and up in one matrix: its MLPs are not narrowed
+FUSED = frozenset({"phi3"})  # queries, keys and values in one matrix, gate and up in another: its MLPs are not narrowed
 TOKEN_BYTES = 36  # of a vocabulary entry with its merge in a GGUF header
 
 
@@ -128,6 +128,11 @@ def from_config(raw: Mapping[str, Any]) -> Shape:
         "attn_q": (hidden, queries), "attn_k": (hidden, keys), "attn_v": (hidden, keys), "attn_output": (queries, hidden),
         "ffn_gate": (hidden, inner), "ffn_up": (hidden, inner), "ffn_down": (inner, hidden),
     }  # fmt: skip
+    if kind in FUSED:
+        matrices = {
+            "attn_qkv": (hidden, queries + 2 * keys), "attn_output": matrices["attn_output"], "ffn_up": (hidden, 2 * inner),
+            "ffn_down": matrices["ffn_down"],
+        }  # fmt: skip
     vectors = {"attn_norm.weight": hidden, "ffn_norm.weight": hidden}
     if kind in _FOUR_NORMS:
         vectors |= {"post_attention_norm.weight": hidden, "post_ffw_norm.weight": hidden}

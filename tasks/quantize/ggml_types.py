@@ -22,8 +22,20 @@ from tasks.frame.manifest import sha256
 from tasks.frame.stage import disk_full, need_space, place, require_file
 from tasks.models.sizes import Shape, Tensor
 
-# llama_ftype's names in small letters, with the share of the F16 file's bytes that each needs at most.
-SHARE: Mapping[str, float] = {"q8_0": 0.55, "q5_1": 0.5, "q5_0": 0.5, "q4_k_m": 0.5, "q4_0": 0.45}
+# Bits of a weight in each of ggml's types, its scales included.
+BITS: Mapping[str, float] = {
+    "f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.5625, "q5_k": 5.5, "q5_1": 6, "q5_0": 5.5, "q4_k": 4.5,
+    "q4_1": 5, "q4_0": 4.5, "iq4_nl": 4.5, "iq4_xs": 4.25, "q3_k": 3.4375, "q2_k": 2.625,
+}  # fmt: skip
+MAIN: Mapping[str, str] = {
+    "q5_k_m": "q5_k",
+    "q4_k_m": "q4_k",
+    "q3_k_m": "q3_k",
+}  # of a variant not named like its main type
+# Where 256 does not divide the row, so that it holds no block of the type.
+FALLBACK: Mapping[str, str] = {
+    "q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "q4_0", "q2_k": "q4_0", "iq4_xs": "iq4_nl",
+}  # fmt: skip
 SOURCE = "run the convert stage again"
 
 
@@ -43,7 +55,7 @@ def quantize(variant: str, _: None, __: Path, f16: Path, out: Path) -> None:
     import llama_cpp
 
     doing("read the F16 file")
-    need_space(out, int(SHARE[variant] * f16.stat().st_size) + 1_000_000)
+    need_space(out, int(most_bytes(variant, f16.stat().st_size)) + 1_000_000)
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     quantizer = f"llama-cpp-python {version('llama-cpp-python')}"
     overrides = _texts(
@@ -77,8 +89,13 @@ def quantize(variant: str, _: None, __: Path, f16: Path, out: Path) -> None:
         )
 
 
-BITS: Mapping[str, float] = {"f32": 32, "f16": 16, "q8_0": 8.5, "q6_k": 6.5625, "q5_1": 6, "q5_0": 5.5, "q4_k": 4.5, "q4_0": 4.5}  # fmt: skip
-FALLBACK: Mapping[str, str] = {"q4_k": "q5_0", "q6_k": "q8_0"}  # where 256 does not divide the row
+def most_bytes(variant: str, f16: int) -> float:
+    """What a file of `f16` bytes needs at most in this type: most of it in the type, or what stands in for it, and the
+    embedding in Q8_0.
+    """
+    main = MAIN.get(variant, variant)
+    bits = max(BITS[main], BITS[FALLBACK.get(main, main)])
+    return f16 * min(1.0, (0.6 * bits + 0.4 * max(bits, BITS["q8_0"])) / 16 + 0.03)
 
 
 def predicted_size(variant: str, _: None, shape: Shape) -> int:
@@ -95,16 +112,35 @@ def obstacle(architecture: str) -> str | None:
 def _type(tensor: Tensor, variant: str, shape: Shape) -> str:
     if not tensor.matrix:
         return "f32"
-    if variant in ("f16", "q8_0"):
+    if variant in ("f16", "bf16", "q8_0"):
         return variant
-    base = "q4_k" if variant == "q4_k_m" else variant
-    last = tensor.name == "output.weight" or (shape.tied and tensor.name == "token_embd.weight")
-    if last:
-        base = "q6_k"
-    elif variant == "q4_k_m" and tensor.name.endswith(("attn_v.weight", "ffn_down.weight")):
-        assert tensor.block is not None
-        base = "q6_k" if _more_bits(tensor.block, shape.layers) else base
-    return FALLBACK[base] if tensor.row % 256 and base in FALLBACK else base
+    if tensor.name == "output.weight" or (shape.tied and tensor.name == "token_embd.weight"):
+        chosen = "q6_k"
+    else:
+        chosen = _mixed(tensor, variant, shape) or MAIN.get(variant, variant)
+    return FALLBACK.get(chosen, chosen) if tensor.row % 256 else chosen
+
+
+def _mixed(tensor: Tensor, variant: str, shape: Shape) -> str | None:
+    """Where a variant mixes types: what it takes instead of its main type for what a model is most sensitive to."""
+    if tensor.block is None:
+        return None
+    kind = tensor.name.removesuffix(".weight").rpartition(".")[2]
+    block, layers, config = tensor.block, shape.layers, shape.config
+    many = config["num_attention_heads"] >= 4 * config["num_key_value_heads"]  # queries to a key
+    more = "q6_k" if _more_bits(block, layers) else None
+    sensitive: Mapping[str, Mapping[str, str | None]] = {
+        "q5_k_m": {"values": more, "ffn_down": more},
+        "q4_k_m": {"values": more, "ffn_down": more},
+        "q3_k_m": {
+            "values": "q5_k" if block < 2 else "q4_k", "ffn_down": "q5_k" if block < layers // 16 else "q4_k",
+            "attn_output": "q4_k",
+        },
+        "q2_k": {"values": "q4_k" if many else "q3_k", "ffn_down": "q3_k", "attn_output": "q3_k"},
+        "iq4_nl": {"values": "q5_k" if many else None, "ffn_down": "q5_k" if block < layers // 8 else None},
+    }  # fmt: skip
+    variant = "iq4_nl" if variant == "iq4_xs" else variant
+    return sensitive.get(variant, {}).get("values" if kind in ("attn_v", "attn_qkv") else kind)
 
 
 def _more_bits(block: int, layers: int) -> bool:

@@ -39,7 +39,7 @@ RUN = {  # small, and with all that the page adds
     "task": {"metric": "text", "max_new_tokens": 4},
     "prune": {"max_parameters": 1.0},
     "words": {"most": 3},
-    "quantize": {"variants": ["q6_k", "bf16"], "options": {"six_bits": {"embedding": "f16"}}},
+    "quantize": {"variants": ["q3_k_s", "plain"], "options": {"three_bits": {"embedding": "f16"}}},
     "validate": {
         "context": 64, "windows": 2, "repeats": 3, "bootstrap": 100,
         "gates": [{"name": "exact_match", "at_least": 0.5}],
@@ -105,7 +105,7 @@ child(convert, selected / "model", converted / "student.gguf")
 os.link(converted / "student.gguf", converted / "teacher.gguf")
 finish("convert")
 for name in ("quantize", "validate", "judge"):
-    for variant in ("q6_k", "bf16"):
+    for variant in ("q3_k_s", "plain"):
         stage(name, variant)
 stage("package")
 child(slmops, "report")
@@ -231,30 +231,31 @@ def test_an_addition_is_one_file_one_class_and_one_row() -> None:
 def test_the_quantizer_makes_what_it_was_told_to(root: Path) -> None:
     from gguf import GGUFReader
 
-    file = root / "build/quantize/q6_k/model.gguf"
+    file = root / "build/quantize/q3_k_s/model.gguf"
     reader = GGUFReader(file)
-    assert reader.fields["general.file_type"].contents() == 18  # mostly Q6_K
+    assert reader.fields["general.file_type"].contents() == 11  # mostly Q3_K_S
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors if "norm" not in tensor.name}
     assert types.pop("token_embd.weight") == "F16"  # its option
-    assert set(types.values()) == {"Q8_0"}  # rows of 64, too short for Q6_K
+    assert types.pop("output.weight") == "Q8_0"
+    assert set(types.values()) == {"Q4_0"}  # rows of 64, too short for Q3_K
     planned = {each["variant"]: each["bytes"] for each in json.loads((root / "said-plan").read_text())["files"]}
-    assert planned["q6_k"] == pytest.approx(file.stat().st_size, rel=0.05)
+    assert planned["q3_k_s"] == pytest.approx(file.stat().st_size, rel=0.05)
 
 
 def test_the_runtime_answers_scores_and_is_timed(root: Path) -> None:
-    metrics, measured = (read(root, f"validate/bf16/{name}.json") for name in ("metrics", "measurements"))
+    metrics, measured = (read(root, f"validate/plain/{name}.json") for name in ("metrics", "measurements"))
     assert metrics["accuracy"] == 1.0
     assert metrics["perplexity_ratio"] == pytest.approx(1.0, abs=0.01)  # the same weights as the F16 file's
     assert metrics["mean_kld"] < 0.001
     for name in ("load_s", "ttft_p50_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_bytes"):
         assert measured[name] > 0
     bundle = read(root, "package/bundle.json")
-    assert bundle["evaluation"]["bf16"]["verdict"] == "pass"
+    assert bundle["evaluation"]["plain"]["verdict"] == "pass"
     assert "no wanted target carries files of Transformers" in bundle["reason"]
 
 
 def test_the_metric_is_computed_gated_and_shown(root: Path) -> None:
-    for variant in ("q6_k", "bf16"):
+    for variant in ("q3_k_s", "plain"):
         lines = (root / f"build/validate/{variant}/predictions.jsonl").read_text().splitlines()
         exact = [line["answer"] == line["reference"] for line in map(json.loads, lines)]
         found = read(root, f"validate/{variant}/metrics.json")["exact_match"]
@@ -285,9 +286,9 @@ def test_the_stage_runs_by_the_one_command(root: Path) -> None:
 
 def test_the_target_is_in_the_bundle_and_runs(root: Path) -> None:
     package, bundle = root / "build" / "package", read(root, "package/bundle.json")
-    assert bundle["chosen"] == bundle["targets"]["llama-cli"]["variant"] == "q6_k"
+    assert bundle["chosen"] == bundle["targets"]["llama-cli"]["variant"] == "q3_k_s"
     assert {"llama-cli/model.gguf", "llama-cli/ask.sh"} <= set(bundle["files"])
-    assert "- `llama-cli/` (q6_k, llama-cpp-python" in (package / "MODEL_CARD.md").read_text()
+    assert "- `llama-cli/` (q3_k_s, llama-cpp-python" in (package / "MODEL_CARD.md").read_text()
     command = [package / "llama-cli" / "ask.sh", "is it \"on\"? '$HOME'"]
     asked = subprocess.run(command, env={**os.environ, "LLAMA_CLI": "echo"}, capture_output=True, text=True, check=True)
     assert asked.stdout.startswith("--model model.gguf --ctx-size 512 ")
