@@ -1,4 +1,27 @@
-from tasks.toys import BUNDLE, MEASURED, METRICS, VERDICT, WEIGHTS, work, write
+import hashlib
+
+from tasks.toys import MEASURED, METRICS, VERDICT, work, write
+
+WEIGHTS = b"toy"
+BUNDLE = {
+    "name": "home-commands",
+    "chosen": "q4_0",
+    "reason": "toys pass",
+    "variants": {"q4_0": ["llama-server"], "q8_0": []},
+    "targets": {
+        "llama-server": {
+            "variant": "q4_0", "runtime": "llama-cpp-python", "minimum_ram_bytes": 1, "context_length": 512,
+            "conversations_checked": 1, "notes": [],
+        }
+    },
+    "files": {"llama-server/model.gguf": {"sha256": hashlib.sha256(WEIGHTS).hexdigest(), "size": len(WEIGHTS)}},
+    "minimum_ram_bytes": 1,
+    "runtimes": {},
+    "licence": {"model": "apache-2.0", "data": "apache-2.0"},
+    "lineage": {},
+    "evaluation": {name: {"verdict": "pass", "metrics": {}} for name in ("q4_0", "q8_0")},
+    "created_from": {},
+}  # fmt: skip
 
 
 def package(params, *, out, **rest):

@@ -4,7 +4,6 @@ A toy writes the smallest valid output. It waits as TOY_WAIT or the file TOY_WAI
 TOY_FAIL says ({"stage": ["the error's family", how many times]}). Each start is a line of the file TOY_LOG.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -18,26 +17,6 @@ MODEL = {"accuracy": 0.9, "parameters": 1000, "layers": 4, "per_group": {"lamp":
 METRICS = {"accuracy": 0.9, "accuracy_retention": 0.98, "mean_kld": 0.02, "size_bytes": 400, "size_ratio": 0.3}
 MEASURED = {"decode_tokens_per_s": 123.0, "ttft_p50_s": 0.1, "ttft_p95_s": 0.2, "ttft_p99_s": 0.3}
 VERDICT = {"verdict": "pass", "checks": []}
-WEIGHTS = b"toy"
-BUNDLE = {
-    "name": "home-commands",
-    "chosen": "q4_0",
-    "reason": "toys pass",
-    "variants": {"q4_0": ["llama-server"], "q8_0": []},
-    "targets": {
-        "llama-server": {
-            "variant": "q4_0", "runtime": "llama-cpp-python", "minimum_ram_bytes": 1, "context_length": 512,
-            "conversations_checked": 1, "notes": [],
-        }
-    },
-    "files": {"llama-server/model.gguf": {"sha256": hashlib.sha256(WEIGHTS).hexdigest(), "size": len(WEIGHTS)}},
-    "minimum_ram_bytes": 1,
-    "runtimes": {},
-    "licence": {"model": "apache-2.0", "data": "apache-2.0"},
-    "lineage": {},
-    "evaluation": {name: {"verdict": "pass", "metrics": {}} for name in ("q4_0", "q8_0")},
-    "created_from": {},
-}  # fmt: skip
 
 
 def work(name: str) -> dict[str, float]:
