@@ -77,11 +77,11 @@ class Call:
 class Host:
     """The host of this process."""
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    def __init__(self) -> None:
         self._control, theirs = socket.socketpair()
         self._lock = threading.Lock()
         command = [sys.executable, "-P", __file__]  # -P: it imports nothing of the folder that it lies in
-        self.process = subprocess.Popen(command, stdin=theirs.fileno(), env=dict(env), start_new_session=True)
+        self.process = subprocess.Popen(command, stdin=theirs.fileno(), start_new_session=True)
         theirs.close()
 
     def call(
@@ -118,7 +118,7 @@ def call(
     global _host
     with _starting:
         if _host is None or _host.process.poll() is not None:
-            _host = Host(env)
+            _host = Host()
         host = _host
     return host.call(arguments, folder=folder, env=env, log=log, keep_open=keep_open)
 

@@ -51,23 +51,37 @@ def toy(tmp_path: Path) -> Path:
     return make_toy(tmp_path / "toy")
 
 
+def parent(pid: int) -> int:
+    lines = read(Path(f"/proc/{pid}/status")).decode().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("PPid:")), 0)
+
+
+def is_host(pid: int) -> bool:
+    """Is it the process that has DVC loaded, or a call of it?"""
+    return b"dvc_host.py" in read(Path(f"/proc/{pid}/cmdline"))
+
+
+def stages(root: Path) -> set[int]:
+    """Processes of a stage at this moment."""
+    mark = f"SLMOPS_EVENTS={root}/".encode()
+    found = (int(entry.name) for entry in Path("/proc").glob("[0-9]*") if mark in read(entry / "environ"))
+    return {pid for pid in found if not is_host(pid)}
+
+
 def workers(root: Path) -> set[int]:
-    """The processes whose children are a stage's dvc at this moment."""
-    mark = f"SLMOPS_EVENTS={root}/".encode()
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*"):
-        command = read(entry / "cmdline")
-        if mark in read(entry / "environ") and b"dvc\0" in command and not command.startswith(b"/bin/sh"):
-            parent = [line.split()[1] for line in read(entry / "status").decode().splitlines() if line[:5] == "PPid:"]
-            found |= set(map(int, parent))
-    alive = {pid: read(Path(f"/proc/{pid}/environ")) for pid in found if pid > 1}
-    return {pid for pid, environ in alive.items() if environ and mark not in environ}
+    """The processes that had a stage's dvc called at this moment."""
+    at_work, found = stages(root), set()
+    for pid in at_work:
+        while pid > 1 and (pid in at_work or is_host(pid)):
+            pid = parent(pid)
+        found.add(pid)
+    return {pid for pid in found if pid > 1 and read(Path(f"/proc/{pid}/cmdline"))}
 
 
-def left_at_work(root: Path) -> list[Path]:
-    """What a killed worker left: dvc, the stage, what watches them."""
-    mark = f"SLMOPS_EVENTS={root}/".encode()
-    return [entry for entry in Path("/proc").glob("[0-9]*") if mark in read(entry / "environ")]
+def left_at_work(root: Path) -> list[int]:
+    """What a killed worker left: calls of dvc, and stages."""
+    every = (int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
+    return [*stages(root), *(pid for pid in every if is_host(pid) and is_host(parent(pid)))]
 
 
 def during(root: Path, look: Callable[[subprocess.Popen[str]], bool], *arguments: str, **extra: str) -> tuple[int, str]:
