@@ -16,7 +16,7 @@ def left_by_a_run(root: Workspace) -> bool:
     return bool(spool.left(worktrees.main_root(root)))
 
 
-def end(root: Workspace, checked: Params, by: str | None = None) -> str:
+def end(root: Workspace, checked: Params) -> str:
     """Show the result in the workspace `root`, write its report, and register the bundle if no run did. Returns what came of
     the registration, for a person.
 
@@ -27,5 +27,5 @@ def end(root: Workspace, checked: Params, by: str | None = None) -> str:
     Display().table(results.rows(root, checked))
     write_report(folder(root, "package"), folder(root, "select"), paths.report(root), params=checked)
     duties = checked.release.separate_duties
-    _, said = decisions.register_if_passed(root, worktrees.main_root(root), by, separate_duties=duties)
+    _, said = decisions.register_if_passed(root, worktrees.main_root(root), separate_duties=duties)
     return said
