@@ -164,7 +164,7 @@ class _Version(argparse.Action):
 
 
 def _print(args: argparse.Namespace, facts: Any, show: Callable[[Any], None]) -> None:
-    """What a command found: for a program, or by `show` for a person."""
+    """What a command has to show: for a program, or by `show` for a person."""
     if not args.json:
         show(facts)
         return
@@ -353,15 +353,15 @@ def report(args: argparse.Namespace) -> int:
 
 def ask(args: argparse.Namespace) -> int:
     """`slmops ask TEXT`."""
-    from flows.release import decisions
+    from flows.release import released
     from flows.release.ask import answer
     from flows.workspace import worktrees
     from tasks.frame.stage import folder
 
     if args.champion:
-        _, place = decisions.champion(*_model(args))
+        _, place = released.champion(*_model(args))
     elif args.version is not None:
-        place = decisions.registered_bundle(*_model(args), str(args.version))
+        place = released.registered_bundle(*_model(args), str(args.version))
     else:
         place = folder(worktrees.find(Path()), "package")
         if not place.exists():
@@ -375,13 +375,13 @@ def ask(args: argparse.Namespace) -> int:
 
 def register(args: argparse.Namespace) -> int:
     """`slmops register`."""
-    from flows.release import decisions
+    from flows.release import registration
     from flows.workspace import worktrees
 
     root = worktrees.find(Path())
     main = worktrees.main_root(root)
     _use_servers(main)
-    print(decisions.register(root, main, separate_duties=_checked(args).release.separate_duties).text())
+    print(registration.register(root, main, separate_duties=_checked(args).release.separate_duties).text())
     return 0
 
 
@@ -458,19 +458,19 @@ def withdraw(args: argparse.Namespace) -> int:
 
 def history(args: argparse.Namespace) -> int:
     """`slmops history`."""
-    from flows.release import decisions, pending
+    from flows.release import history, pending
 
     main, name = _model(args)
     pending.expire(main)
-    _print(args, decisions.decided(main, name), lambda found: print(decisions.listed(found, name)))
+    _print(args, history.decided(main, name), lambda decided: print(history.listed(decided, name)))
     return 0
 
 
 def audit(args: argparse.Namespace) -> int:
     """`slmops audit verify`."""
-    from flows.release import decisions
+    from flows.release import history
 
-    print(decisions.verify_audit(*_model(args)))
+    print(history.verify_audit(*_model(args)))
     return 0
 
 

@@ -23,7 +23,7 @@ from prefect.settings import PREFECT_UI_URL
 from prefect.states import AwaitingRetry
 from pydantic import Field
 
-from flows.release import audit_log, decisions, pending
+from flows.release import audit_log, decisions, pending, registration
 from flows.report import results
 from flows.run import artifacts
 from flows.workspace import paths
@@ -49,7 +49,7 @@ class Decision(RunInput):
 
 
 def released(
-    main: MainCheckout, root: Workspace, checked: params.Params, registered: decisions.Registered | None, said: str
+    main: MainCheckout, root: Workspace, checked: params.Params, registered: registration.Registered | None, said: str
 ) -> str:
     """Release what a finished run registered as the policy says; one line for a person. `said`: of its registration."""
     policy = checked.release
@@ -163,7 +163,7 @@ def _answer(root: Workspace, checked: params.Params, shown: dict[str, Any]) -> D
     return answer
 
 
-def _decide(main: MainCheckout, asked: decisions.Registered, shown: dict[str, Any], answer: Decision) -> str:
+def _decide(main: MainCheckout, asked: registration.Registered, shown: dict[str, Any], answer: Decision) -> str:
     """Have the registry do what was decided; one line for a person.
 
     Raises:

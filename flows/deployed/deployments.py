@@ -21,7 +21,7 @@ from prefect.states import Completed, Scheduled, State
 from pydantic import BaseModel, Field
 
 from flows.deployed import approval, policy
-from flows.release import decisions
+from flows.release import decisions, registration
 from flows.report import results
 from flows.run import artifacts, pipeline
 from flows.run.stage_task import StageRun
@@ -326,5 +326,5 @@ def _resume(main: MainCheckout, name: str) -> str:
     root = paths.worktree(main, name)
     with locks.locked(root, name):
         checked = params.load(paths.params_file(root))
-        version, said = decisions.registered(root, main)
+        version, said = registration.registered(root, main)
         return approval.released(main, root, checked, version, said)

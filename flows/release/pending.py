@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from flows.release import audit_log, decisions, versions
+from flows.release import audit_log, decisions, registration, versions
 from flows.workspace import files, paths
 from flows.workspace.paths import MainCheckout
 from tasks.errors import ArtifactError
@@ -20,7 +20,7 @@ GRACE = timedelta(minutes=10)  # in which an answer that was given in time reach
 
 
 def ask(
-    main: MainCheckout, asked: decisions.Registered, hours: float, place: Path, *, flow_run: str, refused: str = ""
+    main: MainCheckout, asked: registration.Registered, hours: float, place: Path, *, flow_run: str, refused: str = ""
 ) -> None:
     """Write the question of whether to approve a version to `place`, with all that an answer is held against. Asked
     again, it ends when the first question would have; `refused` says why a decision was not carried out.

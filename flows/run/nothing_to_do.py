@@ -1,6 +1,6 @@
 """A run that finds everything up to date: it ends what a run ends with, without a server, a flow or a record of its own."""
 
-from flows.release import decisions
+from flows.release import registration
 from flows.report import results
 from flows.report.page import write_report
 from flows.run.terminal import Display
@@ -27,5 +27,5 @@ def end(root: Workspace, checked: Params) -> str:
     Display().table(results.rows(root, checked))
     write_report(folder(root, "package"), folder(root, "select"), paths.report(root), params=checked)
     duties = checked.release.separate_duties
-    _, said = decisions.register_if_passed(root, worktrees.main_root(root), separate_duties=duties)
+    _, said = registration.register_if_passed(root, worktrees.main_root(root), separate_duties=duties)
     return said

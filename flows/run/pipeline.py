@@ -13,7 +13,7 @@ from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
 from flows.preflight import checks, plan
-from flows.release import decisions
+from flows.release import registration
 from flows.report import results
 from flows.report.page import write_report
 from flows.run import artifacts, graph, recovery, runners
@@ -39,7 +39,7 @@ class Result:
 
     outcomes: dict[Key, versioning.Outcome]
     rows: list[results.Row]
-    version: decisions.Registered | None  # None: nothing passed
+    version: registration.Registered | None  # None: nothing passed
     said: str  # of its registration, for a person
     report: Path
     work_s: float
@@ -80,7 +80,7 @@ def _run(root: Workspace, name: str, checked: params.Params, by: str | None, cha
         report = paths.report(root)
         write_report(folder(root, "package"), folder(root, "select"), report, params=checked)
         monitor.tracker.settle(MLFLOW_S)
-        version, said = decisions.register_if_passed(root, main, by, separate_duties=checked.release.separate_duties)
+        version, said = registration.register_if_passed(root, main, by, separate_duties=checked.release.separate_duties)
         if version:
             chosen = folder(root, "validate", results.bundle(root)["chosen"])
             mlflow_runs.tell_model(main, root, version.name, version.version, chosen)

