@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def test_unlabelled_rows_end_with_the_user(tmp_path: Path) -> None:
     found = read(path, role="unlabelled")
     assert [row.prompt[-1]["content"] for row in found] == ["turn it on", "open it"]
     path.write_bytes(chat(USER, ANSWER))
-    with pytest.raises(ConfigError, match="does not end with the user"):
+    with pytest.raises(ConfigError, match="end with the user"):
         read(path, role="unlabelled")
 
 
@@ -136,16 +137,14 @@ def test_ten_problems_are_listed_at_once_and_the_rest_counted(tmp_path: Path) ->
     assert "25 problems" in message
     assert "train.jsonl:10: " in message
     assert "train.jsonl:11: " not in message
-    assert "and 15 more" in message
+    assert "15 more" in message
 
 
 def test_an_empty_file_and_a_missing_one_are_told_together(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_bytes(b"\n\n")
     files = {"train": tmp_path / "empty.jsonl", "test": tmp_path / "none.jsonl"}
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"a\.jsonl: .*no rows\n +b\.jsonl: No such file"):
         rows.load(files, {"train": "a.jsonl", "test": "b.jsonl"}, "json")
-    assert "a.jsonl: the file holds no rows" in str(caught.value)
-    assert "b.jsonl: No such file" in str(caught.value)
 
 
 def test_text_answers_need_no_json(tmp_path: Path) -> None:
@@ -247,7 +246,7 @@ def test_a_repeated_prompt_is_named_in_both_places() -> None:
 def test_a_nearly_repeated_prompt_is_named_with_its_similarity() -> None:
     train = made("train", "please set the heating in the living room to twenty degrees")
     test = made("test", "please set the heating in the living room to twenty degrees!")
-    assert "test:1 nearly repeats (5-gram similarity 0.98) train:1" in leak(train=train, test=test)
+    assert re.search(r"test:1 .* 0\.98\) train:1", leak(train=train, test=test))
     rows.refuse_leaks({"train": train, "test": test}, 1.0)
 
 
@@ -333,9 +332,9 @@ def test_prompts_that_the_unlabelled_repeat_go_to_train() -> None:
 
 
 def test_too_few_unlike_prompts_are_refused() -> None:
-    with pytest.raises(ConfigError, match="5 rows in 1 groups of unlike prompts leave validation empty"):
+    with pytest.raises(ConfigError, match=r"all\.jsonl.*: 5 .* 1 .*validation"):
         rows.split(labelled(["the same prompt"] * 5, ["on"] * 5), [], validation=0.1, test=0.2, near=0.9, seed=0)
-    with pytest.raises(ConfigError, match="nothing to train on"):
+    with pytest.raises(ConfigError, match=r"acquire\.data: .*\(0\.5\) .*\(0\.5\)"):
         rows.split(labelled(["a prompt"], ["on"]), [], validation=0.5, test=0.5, near=0.9, seed=0)
 
 
@@ -353,12 +352,12 @@ def test_a_folder_gives_its_files_and_a_file_is_to_be_split(tmp_path: Path) -> N
     assert found.shown["unlabelled"] == "data/unlabelled.jsonl"
     assert set(found.files) == {"train", "validation", "test", "unlabelled"}
     assert set(local(tmp_path, path=Path("data/train.jsonl")).files) == {"all"}
-    with pytest.raises(ConfigError, match="remove one of the two"):
+    with pytest.raises(ConfigError, match=r"acquire\.data\.unlabelled: data .*unlabelled\.jsonl"):
         local(tmp_path, path=Path("data"), unlabelled=Path("data/test.jsonl"))
     (tmp_path / "data" / "test.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"data has no test\.jsonl"):
+    with pytest.raises(ConfigError, match=r"no test\.jsonl"):
         local(tmp_path, path=Path("data"))
-    with pytest.raises(ConfigError, match="none does not exist"):
+    with pytest.raises(ConfigError, match=r"acquire\.data\.path: none "):
         local(tmp_path, path=Path("none"))
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -63,14 +64,14 @@ def test_a_distribution_that_is_not_installed_names_the_command(tmp_path: Path) 
 @pytest.mark.parametrize("pattern", ["*.safetensors", "*.py*"])
 def test_a_pattern_must_match_one_file(tmp_path: Path, pattern: str) -> None:
     source = PackageModel(source="package", distribution="pytest", file=pattern)
-    with pytest.raises(ConfigError, match="must match one file"):
+    with pytest.raises(ConfigError, match=r"acquire\.model\.file: "):
         model_sources.package(source, tmp_path, tmp_path)
 
 
 def test_a_pinned_gguf_of_other_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     source = GgufModel(source="gguf", path=Path("m.gguf"), sha256="0" * 64)
-    with pytest.raises(ArtifactError, match=r"m\.gguf has sha256"):
+    with pytest.raises(ArtifactError, match=r"m\.gguf .*acquire\.model\.sha256"):
         model_sources.gguf(source, tmp_path, tmp_path)
 
 
@@ -107,9 +108,9 @@ def test_licences_are_compared_without_case_and_must_be_known() -> None:
     model_sources.check_licence("Apache-2.0", ("apache-2.0",), "the model", required=True)
     model_sources.check_licence(None, (), "the model", required=True)
     model_sources.check_licence(None, ("mit",), "the data", required=False)
-    with pytest.raises(ConfigError, match=r"licence of the model is unknown"):
+    with pytest.raises(ConfigError, match=r"unknown.*acquire\.licences"):
         model_sources.check_licence(None, ("mit",), "the model", required=True)
-    with pytest.raises(ConfigError, match=r"has the licence llama3\.2.* allows only mit"):
+    with pytest.raises(ConfigError, match=r"llama3\.2.*acquire\.licences.* mit:"):
         model_sources.check_licence("llama3.2", ("mit",), "the model", required=True)
 
 
@@ -189,7 +190,7 @@ def test_a_template_that_refuses_a_row_names_it(tiny_params: dict, tmp_path: Pat
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompt here') }}{% endif %}"
     (tmp_path / "data" / "model" / "chat_template.jinja").write_text(template)
     message = refused(tiny_params, tmp_path, ConfigError)
-    assert "train.jsonl:1: the model's chat template refuses it: no system prompt here" in message
+    assert re.search(r"train\.jsonl:1: .*: no system prompt here", message)
 
 
 def test_leaking_data_stops_the_stage_before_the_model_is_opened(tiny_params: dict, tmp_path: Path) -> None:
@@ -484,7 +485,7 @@ def test_the_licence_of_a_download_caches_snapshot_is_taken(tmp_path: Path) -> N
 def test_a_model_path_that_is_not_there_is_named(tiny_params: dict, tmp_path: Path) -> None:
     tiny_params["acquire"]["model"]["path"] = "data/nothing"
     tiny_params["acquire"]["licences"] = []
-    assert "data/nothing does not exist" in refused(tiny_params, tmp_path, ConfigError)
+    assert "acquire.model.path: data/nothing" in refused(tiny_params, tmp_path, ConfigError)
 
 
 def pack(header: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:
@@ -670,9 +671,7 @@ def test_a_gguf_whose_tokenizer_cannot_be_rebuilt_is_refused(
     """`falcon` splits digits in threes and punctuation its own way: close, and wrong."""
     with_pre_tokenizer(tiny_gguf, tmp_path / "data" / "tiny.gguf", "falcon")
     tiny_params["acquire"]["model"] = {"source": "gguf", "path": "data/tiny.gguf"}
-    message = refused(tiny_params, tmp_path)
-    assert "other tokens than llama.cpp" in message
-    assert "use the model's safetensors" in message
+    assert "other tokens than llama.cpp" in refused(tiny_params, tmp_path)
 
 
 def test_a_truncated_gguf_is_refused_by_the_stage(tiny_params: dict, tmp_path: Path, tiny_gguf: Path) -> None:

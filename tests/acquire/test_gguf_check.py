@@ -100,7 +100,7 @@ def test_version_2_passes(good: bytes, spot: Path) -> None:
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.gguf", tmp_path):
-        with pytest.raises(ArtifactError, match="readable GGUF file"):
+        with pytest.raises(ArtifactError, match=f"{path}: "):
             check(path)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -130,7 +131,7 @@ def test_code_beside_a_model_that_needs_none_stays_where_it_is(
     assert done.returncode == 0, done.stderr
     assert "auto_map" not in json.loads((tmp_path / "build" / "acquire" / "model" / "config.json").read_text())
     done = acquire("someone/strange", tmp_path)
-    assert "someone/strange@01234567 carries code (configuration_tiny.py)" in done.stderr
+    assert re.search(r"someone/strange@01234567 .*\(configuration_tiny\.py\)", done.stderr)
     assert not any(request.path.endswith(".py") for request in hub.requests)
 
 
@@ -173,15 +174,14 @@ def test_wrong_content_is_refused_and_deleted(hub: Hub, tmp_path: Path) -> None:
         hub.served = {name: b"bad weights!"}
         said = download(hub.url, tmp_path)
         assert said.startswith("ArtifactError")
-        assert "expected" in said
-        assert "got" in said
+        assert "wrong content" in said
         assert name in said
         assert not (tmp_path / name).exists()
     hub.served = {}
     assert download(hub.url, tmp_path) == ""
     # A file that was changed on disk since is found, not trusted for being there.
     (tmp_path / "model.safetensors").write_bytes(b"evil weights")
-    assert "wrong content" in download(hub.url, tmp_path)
+    assert "model.safetensors" in download(hub.url, tmp_path)
 
 
 def test_a_gated_repository_names_its_page_and_the_token(hub: Hub, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_what_does_not_exist_is_named(hub: Hub, tmp_path: Path) -> None:
     hub.repos[REPO] = {COMMIT: {"config.json": b"{}"}}
     said = download(hub.url, tmp_path, commit="f" * 40)
     assert said.startswith("ConfigError")
-    assert "has no commit " + "f" * 40 in said
+    assert "f" * 40 in said
     said = download(hub.url, tmp_path, repo="someone/else")
     assert said.startswith("ConfigError")
     assert "does not exist" in said
@@ -232,7 +232,7 @@ def test_something_that_is_not_a_hub_says_so(hub: Hub, tmp_path: Path) -> None:
     hub.status = 200
     said = download(hub.url, tmp_path)
     assert said.startswith("StageError")
-    assert "does not answer like a Hugging Face Hub" in said
+    assert "HF_ENDPOINT" in said
 
 
 ROLES = """

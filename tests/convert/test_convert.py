@@ -54,7 +54,7 @@ def test_a_converter_that_crashes_is_told_as_that(
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"teacher/model/config\.json is missing"):
+    with pytest.raises(ArtifactError, match=r"teacher/model/config\.json"):
         convert(None, teacher=tmp_path / "teacher", student=tmp_path / "student", out=tmp_path)
 
 
@@ -63,5 +63,5 @@ def test_an_unknown_architecture_is_told_in_the_converters_words(tiny_model_fold
     out.mkdir()
     config = json.loads((source / "model" / "config.json").read_text())
     (source / "model" / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysForCausalLM"]}))
-    with pytest.raises(StageError, match=r"refused the teacher .*NobodysForCausalLM is not supported"):
+    with pytest.raises(StageError, match=r"teacher .*NobodysForCausalLM is not supported"):
         convert(None, teacher=source, student=source, out=out)

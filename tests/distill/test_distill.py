@@ -94,7 +94,7 @@ def test_cached_targets_are_the_teachers_distribution(learned: Any, tmp_path: Pa
         want = model(input_ids=ids).logits[0, :-1][predicts].float().log_softmax(-1).topk(4)
         states = model.get_decoder()(input_ids=ids).last_hidden_state[0, :-1][predicts]
     tokens, logs, hidden = lookup([3])
-    with pytest.raises(ArtifactError, match="no targets of row 2"):
+    with pytest.raises(ArtifactError, match=r"t\.safetensors .*row 2\b"):
         lookup([1, 2])
     torch.testing.assert_close(hidden.float(), states, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(logs, want.values, atol=1e-3, rtol=1e-3)
@@ -237,7 +237,7 @@ def test_what_is_planned_to_go_reaches_the_target_and_no_more_than_it_must(
 
 def test_a_target_below_the_embeddings_is_refused(learned: Any, tmp_path: Path) -> None:
     settings = Prune(max_parameters=0.1)
-    with pytest.raises(ConfigError, match="embeddings and head alone"):
+    with pytest.raises(ConfigError, match=r"prune\.max_parameters is 0\.1"):
         prune(learned[0], learned[2][:2], [], settings)
 
 
@@ -312,7 +312,7 @@ def test_models_with_different_vocabularies_are_not_distilled(tiny_model_folder:
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ArtifactError, match=r"<\|new\|>"):
         loading.check_same_vocabulary(tiny_model_folder, tmp_path / "other")
-    with pytest.raises(ArtifactError, match="embedding only 49152 rows"):
+    with pytest.raises(ArtifactError, match="49152 rows"):
         loading.check_same_vocabulary(tmp_path / "other", tmp_path / "other")
 
 

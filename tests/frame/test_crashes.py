@@ -35,15 +35,13 @@ def test_a_crash_of_native_code_is_named_and_not_tried_again(tmp_path: Path, num
     assert type(error) is BrokenRuntimeError
     for part in (signal.Signals(number).name, str(code), "runtimes/llama.py", "slmops doctor"):
         assert part in str(error)
-    assert "run again" not in str(error)
 
 
 def test_a_process_that_the_system_killed_may_run_again(tmp_path: Path) -> None:
     error = crashes.error_for("distill@17", 137, "", tmp_path)
     assert type(error) is StageError
     assert "SIGKILL" in str(error)
-    assert "memory" in str(error)
-    assert "run again" in str(error)
+    assert "machine.parallel" in str(error)
 
 
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])

@@ -56,24 +56,24 @@ def test_every_command_takes_params_and_overrides(command: list[str], capsys: py
     ("words", "said"),
     [
         (["plan", "--set", "distill.epoch=1", "--set", "task.metric=xml"], "has 2 problems"),
-        (["plan", "--set", "finetune.learning_rate=1e-4"], "1.0e-04 with a dot"),
+        (["plan", "--set", "finetune.learning_rate=1e-4"], "1.0e-04"),
         (["plan", "--params", "nowhere.yaml"], "nowhere.yaml: No such file"),
-        (["run", "--name", "a/b"], "--name a/b: use up to 63"),
+        (["run", "--name", "a/b"], "--name a/b: "),
         (["run", "--set", "quantize.variants=[]"], "quantize.variants"),
         (["run", "--worktree", "--commit", "nowhere"], "invalid object name 'nowhere'"),
-        (["stage", "quantize"], "name one of q8_0, q4_0"),
-        (["stage", "distill", "17"], "build/acquire/manifest.json is missing: run that stage first"),
-        (["register"], "bundle.json is missing: nothing is packaged here yet"),
+        (["stage", "quantize"], "q8_0, q4_0"),
+        (["stage", "distill", "17"], "build/acquire/manifest.json is missing"),
+        (["register"], "bundle.json is missing"),
         (["report"], "bundle.json is missing"),
-        (["ask", "hello"], "nothing is packaged here yet"),
-        (["stage", "quantise"], "there is no stage quantise: name one of acquire, finetune"),
+        (["ask", "hello"], "--version N"),
+        (["stage", "quantise"], "no stage quantise: "),
+        (["plan", "--set", "acquire.model={source: local, path: data/none}"], "acquire.model.path: data/none "),
+        (["plan", "--set", "acquire.model={source: local, path: data/rows/train.jsonl}"], "`source: gguf`"),
         (
-            ["plan", "--set", "acquire.model={source: local, path: data/none}"],
-            "data/none does not exist: name the folder",
+            ["plan", "--set", "acquire.model={source: gguf, path: data/none.gguf}"],
+            "acquire.model.path: data/none.gguf ",
         ),
-        (["plan", "--set", "acquire.model={source: local, path: data/rows/train.jsonl}"], "is a file: name the folder"),
-        (["plan", "--set", "acquire.model={source: gguf, path: data/none.gguf}"], "data/none.gguf is no file"),
-        (["approve", "1", "--by", "Ada", "--reason", ""], "must not be empty"),
+        (["approve", "1", "--by", "Ada", "--reason", ""], "--by and --reason "),
         (["prune", "nothing"], "no run named nothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -89,7 +89,7 @@ def test_what_is_wrong_is_said_in_one_error(toy: Path, words: list[str], said: s
 def test_outside_a_workspace_the_way_in_is_told(tmp_path: Path) -> None:
     done = slmops(tmp_path, "runs")
     assert (done.returncode, done.stderr[:7]) == (1, "error: ")
-    assert "lies in no workspace" in done.stderr
+    assert "dvc.yaml and params.yaml" in done.stderr
 
 
 def test_a_stage_runs_alone_with_its_overrides(toy: Path) -> None:
@@ -298,16 +298,14 @@ def test_a_plan_for_a_model_that_is_not_there_says_so(tmp_path: Path) -> None:
     fetched = tmp_path / "build" / "acquire"
     (fetched / "model").mkdir(parents=True)
     for _ in ("nothing was fetched", "another one was"):
-        with pytest.raises(
-            ConfigError, match=r"a/b is on the Hub .* run `slmops stage acquire` with the same --set first"
-        ):
+        with pytest.raises(ConfigError, match=r"a/b .*`slmops stage acquire`"):
             planned_model.shape(acquire, tmp_path)
         (fetched / "lineage.json").write_text(json.dumps({"model": {"repo": "another/model", "revision": "0" * 40}}))
     (fetched / "lineage.json").write_text(json.dumps({"model": hub}))
     with pytest.raises(ArtifactError, match=r"config\.json"):
         planned_model.shape(acquire, tmp_path)
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
-    with pytest.raises(ArtifactError, match="has no hidden_size, intermediate_size"):
+    with pytest.raises(ArtifactError, match="hidden_size, intermediate_size"):
         planned_model.of_folder(tmp_path)
 
 

@@ -39,7 +39,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     text = DEFAULTS.read_text()
     (tmp_path / "params.yaml").write_text(text + "\nacquire:\n  watch: elsewhere\n")
     first, second = text.splitlines().index("acquire:") + 1, len(text.splitlines()) + 2
-    with pytest.raises(ConfigError, match=rf"acquire stands in line {first} and again in line {second}"):
+    with pytest.raises(ConfigError, match=rf"acquire .* {first} .* {second}\b"):
         params.load(tmp_path / "params.yaml")
 
 
@@ -157,7 +157,7 @@ def test_a_file_of_overrides_replaces_whole_values_and_later_ones_win(tmp_path: 
 
 def test_a_file_of_overrides_is_refused_where_it_has_no_sections_and_never_read_from_a_form(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("learning_rate: 1.0e-3\n")
-    with pytest.raises(ConfigError, match="learning_rate is no section with values"):
+    with pytest.raises(ConfigError, match=r"--set @.*r\.yaml: learning_rate "):
         params.expanded([f"@{tmp_path / 'r.yaml'}"])
     with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
         params.expanded(["@none.yaml"])

@@ -164,7 +164,6 @@ def test_a_volume_without_a_checkout_says_what_is_missing(repository: Path) -> N
     done = start(volume, None, "true")
     assert done.returncode != 0
     assert "SLMOPS_REPOSITORY" in done.stderr
-    assert "name the git repository to clone" in done.stderr
     done = start(volume, repository.parent / "nowhere", "true")
     assert done.returncode != 0
     assert [path.name for path in volume.iterdir()] == ["lost+found"]  # no half-done clone stays

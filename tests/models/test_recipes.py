@@ -254,7 +254,7 @@ def test_a_row_with_a_token_that_the_model_cannot_embed_is_named(originals: dict
     raw = raw_params(originals["gemma3"], tmp_path)
     path = tmp_path / "data" / "rows" / "train.jsonl"
     path.write_text(path.read_text().replace("the lamp in the kitchen", f"the {GEMMA_PLACE} in the kitchen"))
-    with pytest.raises(ConfigError, match=rf"train\.jsonl:1: the model has nothing for '{GEMMA_PLACE}'"):
+    with pytest.raises(ConfigError, match=rf"train\.jsonl:1: .*'{GEMMA_PLACE}'"):
         stage.run(STAGES["acquire"], STAGES, params.check(raw, "test"), tmp_path)
 
 
@@ -263,7 +263,7 @@ def test_gemma_without_its_vocabulary_is_refused_before_hours_of_training(
 ) -> None:
     raw = raw_params(originals["gemma3"], tmp_path)
     (tmp_path / "data" / "model" / "tokenizer.model").unlink()
-    with pytest.raises(ArtifactError, match=r"tokenizer\.model is missing: llama\.cpp's converter reads"):
+    with pytest.raises(ArtifactError, match=r"tokenizer\.model .*acquire\.model\.source"):
         stage.run(STAGES["acquire"], STAGES, params.check(raw, "test"), tmp_path)
 
 

@@ -80,7 +80,7 @@ def test_acquire_hands_it_on(tiny_workspace: Path) -> None:
     assert made.files[scoring.OWN]
     assert seen[0] != seen[1]
     file.write_text("def same(a, b): return False\n")
-    with pytest.raises(ConfigError, match="holds a reference for wrong"):
+    with pytest.raises(ConfigError, match=r"same of data/near\.py .*test\.jsonl:1\b"):
         stage.run(STAGES["acquire"], STAGES, checked, tiny_workspace)
 
 

@@ -109,7 +109,7 @@ def test_measured_numbers_stay_out_of_the_reproducible_reason(tmp_path: Path):
 
 def test_a_passing_variant_without_its_number_is_refused(tmp_path: Path):
     found = variants(tmp_path, ("q8_0", "pass", 0.9, 80.0, float("nan")))
-    with pytest.raises(ArtifactError, match="q8_0 passed, but its decode_tokens_per_s is nan"):
+    with pytest.raises(ArtifactError, match=r"q8_0 .*decode_tokens_per_s is nan"):
         choose(found, "fastest", {"llama"})
 
 
@@ -224,7 +224,7 @@ def test_a_file_that_reads_prompts_otherwise_is_not_packaged(
 ):
     path = folders["student"] / "model" / "chat_template.jinja"
     path.write_text(path.read_text().replace("assistant\n", "assistant \n"))
-    with pytest.raises(StageError, match="does not see the prompt its model was trained on"):
+    with pytest.raises(StageError, match=r"model\.gguf .*quantize\.variants"):
         packed(folders, tiny_params, tmp_path / "out")
 
 

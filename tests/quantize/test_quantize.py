@@ -79,7 +79,7 @@ def test_a_damaged_source_is_refused(tiny_model_folder: Path, tmp_path: Path) ->
     whole = converted(tiny_model_folder) / "student.gguf"
     (tmp_path / "student.gguf").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     (tmp_path / "out").mkdir()
-    with pytest.raises(StageError, match=r"cannot quantize it to q8_0: .*"):
+    with pytest.raises(StageError, match=r"student\.gguf: .*q8_0: .+"):
         quantize(PARAMS, student=tmp_path, converted=tmp_path, variant="q8_0", out=tmp_path / "out")
 
 
@@ -132,5 +132,5 @@ def test_onnx_failure_is_told_in_olives_words(tiny_model_folder: Path, tmp_path:
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysForCausalLM"]}))
     (tmp_path / "out").mkdir()
-    with pytest.raises(StageError, match=r"Olive cannot build onnx-int4: .*not currently supported"):
+    with pytest.raises(StageError, match=r"onnx-int4: .*not currently supported"):
         quantize(PARAMS, student=tmp_path, converted=tmp_path, variant="onnx-int4", out=tmp_path / "out")

@@ -79,7 +79,7 @@ def test_what_was_changed_is_found_by_its_line(path: Path, change: Callable[...,
     assert all(each.startswith(start) for each, start in zip(found, said, strict=True)), found
 
     path.write_bytes(changed)
-    with pytest.raises(ArtifactError, match="no decision is added to it: bring it back"):
+    with pytest.raises(ArtifactError, match=said[0]):
         audit_log.append(path, entry(), [head])
     assert path.read_bytes() == changed
 
@@ -128,7 +128,7 @@ def test_a_lost_last_line_break_is_no_damage(path: Path) -> None:
 
 
 def test_a_tag_that_is_no_head_is_refused() -> None:
-    with pytest.raises(ArtifactError, match=r"tag slmops\.audit_head is 'nothing'"):
+    with pytest.raises(ArtifactError, match=r"slmops\.audit_head .*'nothing'"):
         audit_log.parse_head("nothing")
 
 
@@ -239,7 +239,7 @@ def test_a_kill_in_the_middle_of_a_write_is_told_with_what_to_do(path: Path) -> 
     assert limited(path, "kill").returncode == -signal.SIGXFSZ
     assert len(path.read_bytes()) == len(before) + 100
 
-    with pytest.raises(ArtifactError, match=r"line 3 is torn.*did not happen: remove that line .*and decide again"):
+    with pytest.raises(ArtifactError, match=r"line 3 .*sed -i '\$d'"):
         audit_log.append(path, entry(), [head])
     subprocess.run(["sed", "-i", "$d", path], check=True)  # as the message says
     assert path.read_bytes() == before
@@ -257,12 +257,12 @@ def test_a_full_disk_leaves_the_record_as_it_was(path: Path) -> None:
     before = path.read_bytes()
     done = limited(path, "refuse")
     assert "StageError" in done.stderr
-    assert "cannot be written (File too large): nothing was decided" in done.stderr
+    assert "(File too large)" in done.stderr
     assert path.read_bytes() == before
 
 
 def test_a_record_that_cannot_be_opened_is_a_stage_error(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="cannot be written"):
+    with pytest.raises(StageError, match=r"history\.jsonl .*\(No such file"):
         audit_log.append(tmp_path / "missing" / "history.jsonl", entry())
 
 

@@ -157,7 +157,8 @@ def test_a_run_that_was_decided_on_by_command_waits_no_longer(root: Path, monkey
     pending.ask(root, registration.register(root, root), 1.0, place, flow_run="f")
     decisions.approve(root, NAME, "1", "Ada", "good")
     registered, said = registration.registered(root, root)
-    assert "is the champion" in approval.released(root, root, params.load(DEFAULTS), registered, said)
+    assert registered.champion
+    assert approval.released(root, root, params.load(DEFAULTS), registered, said) == said
     assert not place.exists()
 
 
@@ -166,7 +167,7 @@ def test_a_question_that_was_damaged_is_told(root: Path) -> None:
     place.parent.mkdir(parents=True)
     for content in ("", "[]", "{}"):
         place.write_text(content)
-        with pytest.raises(ArtifactError, match="is damaged"):
+        with pytest.raises(ArtifactError, match=place.name):
             pending.unsettled(root)
 
 
@@ -215,9 +216,9 @@ def test_a_bundle_goes_from_candidate_to_champion_and_back(root: Path) -> None:
     assert (again.version, again.fresh) == ("1", False)
     assert aliases(root) == {"candidate": "1"}
 
-    assert "version 1 is the champion" in decisions.approve(root, NAME, "1", "Ada", "good on all gates")
+    decisions.approve(root, NAME, "1", "Ada", "good on all gates")
     assert aliases(root) == {"champion": "1"}
-    with pytest.raises(ConfigError, match="no previous champion"):
+    with pytest.raises(ConfigError, match="slmops withdraw"):
         decisions.rollback(root, NAME, "Ada", "it was a mistake")
 
     write_bundle(root, "two")
@@ -225,7 +226,7 @@ def test_a_bundle_goes_from_candidate_to_champion_and_back(root: Path) -> None:
     assert aliases(root) == {"champion": "1", "candidate": "2"}
     decisions.approve(root, NAME, "2", "Bob", "smaller")
     assert aliases(root) == {"champion": "2", "previous": "1"}
-    assert "already" in decisions.approve(root, NAME, "2", "Bob", "smaller")
+    decisions.approve(root, NAME, "2", "Bob", "smaller")  # once more: no other line of the record
     decisions.rollback(root, NAME, "Eve", "wrong answers in the hall")
     assert aliases(root) == {"champion": "1", "previous": "2"}
 
@@ -248,7 +249,11 @@ def test_weights_are_linked_not_copied(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("chosen", "verdict", "message"),
-    [(None, "fail", "no variant passed"), ("q4_1", "undecided", "undecided"), ("q4_1", "fail", "fail")],
+    [
+        (None, "fail", "accuracy_retention 0.2"),
+        ("q4_1", "undecided", "q4_1 .*undecided"),
+        ("q4_1", "fail", "q4_1 .*fail"),
+    ],
 )
 def test_what_did_not_pass_is_not_registered(root: Path, chosen: str | None, verdict: str, message: str) -> None:
     write_bundle(root, chosen=chosen, verdict=verdict)
@@ -271,19 +276,19 @@ def test_approval_is_bound_to_the_bundle(root: Path) -> None:
     weights = placed / "llama-server" / "model.gguf"
     weights.unlink()
     weights.write_text("something else")
-    with pytest.raises(ArtifactError, match=r"changed llama-server/model\.gguf"):
+    with pytest.raises(ArtifactError, match=r"llama-server/model\.gguf"):
         decisions.approve(root, NAME, "1", "Ada", "good")
     assert aliases(root) == {"candidate": "1"}
 
 
 def test_approval_needs_a_version_a_name_and_a_reason(root: Path) -> None:
-    with pytest.raises(ConfigError, match="no model home-commands is registered"):
+    with pytest.raises(ConfigError, match=f"no model {NAME}"):
         decisions.approve(root, NAME, "1", "Ada", "good")
     write_bundle(root)
     registration.register(root, root)
-    with pytest.raises(ConfigError, match="no version 7: it has 1"):
+    with pytest.raises(ConfigError, match=r"version 7\b.* 1$"):
         decisions.approve(root, NAME, "7", "Ada", "good")
-    with pytest.raises(ConfigError, match="must not be empty"):
+    with pytest.raises(ConfigError, match=r"--by.*--reason"):
         decisions.approve(root, NAME, "1", "Ada", "  ")
     assert history.history(root, "other") == "nothing was registered under other yet"
 
@@ -292,16 +297,17 @@ def test_what_was_decided_on_is_what_is_released(root: Path) -> None:
     first, second, third = (registered(root, accuracy) for accuracy in (0.8, 0.9, 0.95))
     shown = decisions.compare(root, NAME, second)
     assert shown.champion == ""
-    with pytest.raises(ArtifactError, match=f"is bundle {shown.digest[:12]}, and the decision was on 0000"):
+    with pytest.raises(ArtifactError, match=f"{shown.digest[:12]}.* 0{{12}}:"):
         decisions.approve(root, NAME, second, "Ada", "good", digest="0" * 64)
     decisions.approve(root, NAME, first, "Bob", "quicker", digest=decisions.compare(root, NAME, first).digest)
-    with pytest.raises(ConfigError, match=r"is version 1 now, and the decision was made beside none: compare again"):
+    with pytest.raises(ConfigError, match=r"version 1 .* none:"):
         decisions.approve(root, NAME, second, "Ada", "good", digest=shown.digest, expected_champion=shown.champion)
     again = decisions.compare(root, NAME, second)
     decisions.approve(root, NAME, second, "Ada", "good", digest=again.digest, expected_champion=again.champion)
-    with pytest.raises(ConfigError, match=r"is version 2 now, and the decision was made beside version 1"):
+    with pytest.raises(ConfigError, match=r"version 2 .*version 1:"):
         decisions.approve(root, NAME, third, "Ada", "good", expected_champion="1")
-    assert "already" in decisions.approve(root, NAME, second, "Bob", "good", expected_champion="1")
+    decisions.approve(root, NAME, second, "Bob", "good", expected_champion="1")
+    assert history.decided(root, NAME)[-1]["by"] == "Ada"
     assert aliases(root) == {"champion": "2", "previous": "1", "candidate": "3"}
 
 
@@ -309,7 +315,7 @@ def test_who_started_a_run_may_be_forbidden_to_approve_it(root: Path) -> None:
     version = registered(root, 0.9)
     starter = history.started_by(root, NAME, version)
     assert starter
-    with pytest.raises(ConfigError, match=r"started the run of .* may not approve it: someone else must"):
+    with pytest.raises(ConfigError, match=r"release\.separate_duties"):
         decisions.approve(root, NAME, version, f" {starter.upper()} ", "good", separate_duties=True)
     decisions.approve(root, NAME, version, "someone else", "good", separate_duties=True)
     assert history.started_by(root, NAME, "7") is None
@@ -317,22 +323,22 @@ def test_who_started_a_run_may_be_forbidden_to_approve_it(root: Path) -> None:
     # Where it was the rule for the run, no later setting lifts it.
     write_bundle(root, "apart")
     other = registration.register(root, root, separate_duties=True).version
-    with pytest.raises(ConfigError, match="may not approve it"):
+    with pytest.raises(ConfigError, match=r"release\.separate_duties"):
         decisions.approve(root, NAME, other, starter, "good", even_if_worse=True)
 
 
 def test_a_verdict_that_was_withdrawn_refuses(root: Path) -> None:
     version = registered(root, 0.9)
     mlflow_store.client(root).set_model_version_tag(NAME, version, "verdict", "fail")
-    with pytest.raises(ConfigError, match="may not be released: its verdict is fail"):
+    with pytest.raises(ConfigError, match=r"verdict.* fail$"):
         decisions.approve(root, NAME, version, "Ada", "good")
-    assert "its verdict is fail" in decisions.auto_approve(root, NAME, version, 0.0)
+    decisions.auto_approve(root, NAME, version, 0.0)
     assert aliases(root) == {"candidate": "1"}
 
 
 @pytest.mark.parametrize(
     ("by", "reason", "message"),
-    [("Policy", "good", "what no person decided"), ("A\x1b[2Jda", "good", "no one can see"), (" ", "good", "empty")],
+    [("Policy", "good", "--by Policy"), ("A\x1b[2Jda", "good", "--by.* no one can see"), (" ", "good", "--by.* empty")],
 )
 def test_a_name_must_be_one(root: Path, by: str, reason: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -358,20 +364,20 @@ def test_a_rejected_version_comes_back_only_by_someone_who_says_so(root: Path) -
     version = registered(root, 0.9)
     assert decisions.reject(root, NAME, version, "Ada", "rude\n  answers") == f"{NAME} version 1 is rejected"
     assert aliases(root) == {}
-    with pytest.raises(ConfigError, match=r"was rejected by Ada \(rude answers\): --even-if-rejected"):
+    with pytest.raises(ConfigError, match=r"Ada \(rude answers\).*--even-if-rejected"):
         decisions.approve(root, NAME, version, "Bob", "good")
-    assert "Ada decided on it before (reject: rude answers)" in decisions.auto_approve(root, NAME, version, 0.0)
+    assert "(reject: rude answers)" in decisions.auto_approve(root, NAME, version, 0.0)
 
     again = registration.register(root, root)
     assert (again.version, again.fresh, again.rejected) == ("1", False, True)
-    assert "registered before and rejected" in again.text()
+    assert "slmops history" in again.text()
     assert aliases(root) == {}
 
     decisions.approve(root, NAME, version, "Bob", "they were jokes", even_if_rejected=True)
     assert aliases(root) == {"champion": "1"}
-    assert registration.register(root, root).text().endswith("and is the champion")
-    assert "they were jokes (no champion to compare with; over the rejection by Ada)" in history.history(root, NAME)
-    with pytest.raises(ConfigError, match="is the champion: `slmops rollback`"):
+    assert registration.register(root, root).champion
+    assert re.search(r"by Bob: they were jokes \(.*Ada\)", history.history(root, NAME))
+    with pytest.raises(ConfigError, match="slmops rollback"):
         decisions.reject(root, NAME, version, "Ada", "rude answers")
 
 
@@ -379,7 +385,7 @@ def test_a_rejected_version_is_no_way_back(root: Path) -> None:
     for accuracy in (0.8, 0.9):
         decisions.approve(root, NAME, registered(root, accuracy), "Ada", "good")
     decisions.reject(root, NAME, "1", "Ada", "it leaks")
-    with pytest.raises(ConfigError, match="no previous champion"):
+    with pytest.raises(ConfigError, match="slmops withdraw"):
         decisions.rollback(root, NAME, "Ada", "back")
     assert aliases(root) == {"champion": "2"}
 
@@ -394,13 +400,11 @@ def test_a_worse_version_is_released_only_by_someone_who_says_so(root: Path) -> 
     assert (shown.comparable, shown.worse, shown.reason) == (True, True, "the same data")
     assert set(shown.metrics) == {"accuracy", "size_bytes"}
     assert shown.metrics["size_bytes"].difference == 0
-    with pytest.raises(
-        ConfigError, match=r"accuracy 0\.8500 against 0\.9000 .* version 1, on the same data; --even-if"
-    ):
+    with pytest.raises(ConfigError, match=r"0\.8500 .*0\.9000 .*version 1\b.*--even-if-worse"):
         decisions.approve(root, NAME, version, "Ada", "smaller")
     decisions.approve(root, NAME, version, "Ada", "smaller", even_if_worse=True)
-    assert "smaller (accuracy 0.8500 against 0.9000" in history.history(root, NAME).splitlines()[-1]
-    assert decisions.compare(root, NAME, version).text() == "it is the champion"
+    assert re.search(r"smaller \(.*0\.8500 .*0\.9000", history.history(root, NAME).splitlines()[-1])
+    assert decisions.compare(root, NAME, version).champion == version
 
 
 SPLIT = {"data/train.jsonl": "1", "data/test.jsonl": "2"}
@@ -409,9 +413,9 @@ SPLIT = {"data/train.jsonl": "1", "data/test.jsonl": "2"}
 @pytest.mark.parametrize(
     ("files", "other", "comparable", "reason"),
     [
-        (SPLIT, SPLIT | {"data/train.jsonl": "3"}, True, "the same test.jsonl"),
-        (SPLIT, {"new/train.jsonl": "1", "new/test.jsonl": "2"}, True, "the same test.jsonl"),
-        (SPLIT, SPLIT | {"data/test.jsonl": "3"}, False, "they were tested on different rows"),
+        (SPLIT, SPLIT | {"data/train.jsonl": "3"}, True, "test.jsonl"),
+        (SPLIT, {"new/train.jsonl": "1", "new/test.jsonl": "2"}, True, "test.jsonl"),
+        (SPLIT, SPLIT | {"data/test.jsonl": "3"}, False, "different rows"),
         (SPLIT, {"data/test.jsonl": "2"}, False, "do not tell"),  # one file of that name, split by acquire
         (None, None, False, "do not tell"),
     ],
@@ -427,8 +431,8 @@ def test_accuracies_of_other_rows_are_not_compared(
     assert reason in shown.reason
     assert not shown.better_by(-1.0) or comparable
     if not comparable:
-        assert "not comparable with the champion, version 1" in decisions.auto_approve(root, NAME, version, 0.0)
-        assert "not comparable with" in decisions.approve(root, NAME, version, "Ada", "I tried both")
+        assert f"version 1: {shown.reason}" in decisions.auto_approve(root, NAME, version, 0.0)
+        assert shown.reason in decisions.approve(root, NAME, version, "Ada", "I tried both")
 
 
 @pytest.mark.parametrize("edited", [False, True], ids=["lost", "edited"])
@@ -442,9 +446,12 @@ def test_a_lost_champion_can_be_replaced_by_a_person_alone(root: Path, edited: b
         (place / "bundle.json").write_text(text.replace("0.9", "0.7"))
     else:
         shutil.rmtree(place)
-    assert "its bundle moved or changed" in decisions.auto_approve(root, NAME, version, 0.0)
+    shown = decisions.compare(root, NAME, version)
+    assert (shown.champion, shown.comparable) == ("1", False)
+    decisions.auto_approve(root, NAME, version, 0.0)
+    assert aliases(root)["champion"] == "1"
     decisions.approve(root, NAME, version, "Ada", "the old one is lost")
-    with pytest.raises(ArtifactError, match=r"bundle\.json is missing|is not the bundle that was registered"):
+    with pytest.raises(ArtifactError, match=place.name):
         decisions.rollback(root, NAME, "Ada", "back")
 
 
@@ -495,7 +502,7 @@ def test_an_alias_that_was_moved_by_hand_is_seen_and_put_right(root: Path, alias
     ):
         with pytest.raises(ArtifactError, match="slmops approve 2"):
             ask()
-    assert "not approved by the policy" in decisions.auto_approve(root, NAME, "3", 0.0)
+    decisions.auto_approve(root, NAME, "3", 0.0)
     assert audit_log.place(root).read_bytes() == before
     decisions.approve(root, NAME, "2", "Ada", "it was moved", even_if_worse=True)
     assert aliases(root) == {"candidate": "3", "champion": "2", "previous": "1"}
@@ -532,7 +539,7 @@ def test_a_version_that_was_deleted_in_mlflow_is_seen_and_no_way_back(root: Path
     decisions.approve(root, NAME, "3", "Ada", "better")
     assert aliases(root) == {"champion": "3"}
     history.verify_audit(root, NAME)
-    with pytest.raises(ConfigError, match="no previous champion"):
+    with pytest.raises(ConfigError, match="slmops withdraw"):
         decisions.rollback(root, NAME, "Ada", "back")
 
 
@@ -561,9 +568,8 @@ def test_a_decision_that_mlflow_refuses_is_taken_back_on_the_record(
     lines = [json.loads(line) for line in audit_log.place(root).read_bytes().splitlines()]
     assert [(line["action"], line.get("voids")) for line in lines[3:]] == [("approve", None), ("void", 4)]
     assert aliases(root) == {"champion": "1", "candidate": "2"}
-    assert "is the champion, version 1 the previous" in decisions.auto_approve(
-        root, NAME, "2", 0.0
-    )  # undecided, as it was
+    decisions.auto_approve(root, NAME, "2", 0.0)  # undecided, as it was
+    assert aliases(root) == {"champion": "2", "previous": "1"}
     history.verify_audit(root, NAME)
 
 
@@ -589,12 +595,12 @@ def test_code_that_was_edited_in_mlflow_is_seen(root: Path) -> None:
     two_champions(root)
     code = served_code(root)
     code.write_text(code.read_text() + "MAX_TOKENS = 1\n")
-    with pytest.raises(ArtifactError, match="was changed"):
+    with pytest.raises(ArtifactError, match=r"version 3 \(models:/.* was changed"):
         decisions.approve(root, NAME, "3", "Ada", "better")
     for path in (root / "mlruns").rglob("MLmodel"):
         path.write_text(path.read_text().replace("served_model.py", "other_model.py"))
     for ask in (history.verify_audit, released.champion):
-        with pytest.raises(ArtifactError, match="was changed"):
+        with pytest.raises(ArtifactError, match=r"version \d \(models:/"):
             ask(root, NAME)
 
 
@@ -602,32 +608,31 @@ def test_code_that_was_edited_in_mlflow_is_seen(root: Path) -> None:
 
 
 def test_the_policy_releases_what_beats_the_champion_by_the_margin(root: Path) -> None:
-    said = decisions.auto_approve(root, NAME, registered(root, 0.93), 0.02)
-    assert said == f"{NAME} version 1 is the champion; no champion to compare with"
-    assert "already" in decisions.auto_approve(root, NAME, "1", 0.02)
-    close = registered(root, 0.94)
-    assert decisions.auto_approve(root, NAME, close, 0.02) == (
-        f"{NAME} version 2 is not approved by the policy: accuracy 0.9400 against 0.9300 of the champion, version 1, "
-        "on the same data; the margin is 0.02"
-    )
+    decisions.auto_approve(root, NAME, registered(root, 0.93), 0.02)
+    assert aliases(root) == {"champion": "1"}
+    decisions.auto_approve(root, NAME, "1", 0.02)
+    assert [line["action"] for line in history.decided(root, NAME)] == ["register", "approve"]
+    said = decisions.auto_approve(root, NAME, registered(root, 0.94), 0.02)
+    assert re.search(r"version 2 .*0\.9400 .*0\.9300 .*version 1\b.* 0\.02$", said)
     assert aliases(root) == {"champion": "1", "candidate": "2"}
     assert 0.95 - 0.93 < 0.02
-    assert "is the champion, version 1" in decisions.auto_approve(root, NAME, registered(root, 0.95), 0.02)
+    decisions.auto_approve(root, NAME, registered(root, 0.95), 0.02)
+    assert aliases(root) == {"champion": "3", "previous": "1"}
     write_bundle(root, "as good", metrics={"accuracy": 0.95}, source="a")
-    assert "not approved by the policy" in decisions.auto_approve(
-        root, NAME, registration.register(root, root).version, 0.0
-    )
+    decisions.auto_approve(root, NAME, registration.register(root, root).version, 0.0)
+    assert aliases(root) == {"champion": "3", "previous": "1", "candidate": "4"}
     line = history.history(root, NAME).splitlines()[-2]
-    assert "by policy: it passed all gates and holds the margin of 0.02 (accuracy 0.9500 against 0.9300" in line
+    assert re.search(r"by policy: .* 0\.02 \(.*0\.9500 .*0\.9300", line)
 
 
 def test_the_policy_does_not_bring_back_what_people_took_back(root: Path) -> None:
     for accuracy in (0.8, 0.9):
         decisions.auto_approve(root, NAME, registered(root, accuracy), 0.0)
     decisions.rollback(root, NAME, "Ada", "wrong answers in the hall")
-    assert "policy decided on it before (approve" in decisions.auto_approve(root, NAME, "2", 0.0)
+    assert "(approve: " in decisions.auto_approve(root, NAME, "2", 0.0)
     assert aliases(root) == {"champion": "1", "previous": "2"}
-    assert "is the champion" in decisions.approve(root, NAME, "2", "Ada", "it was the hall")
+    decisions.approve(root, NAME, "2", "Ada", "it was the hall")
+    assert aliases(root) == {"champion": "2", "previous": "1"}
 
 
 def test_the_policy_section_changes_no_stage_and_may_be_absent(tmp_path: Path) -> None:
@@ -642,7 +647,7 @@ def test_the_policy_section_changes_no_stage_and_may_be_absent(tmp_path: Path) -
         False,
     )
     assert not [name for name, stage in STAGES.items() for key in stage.sections if key.startswith("release")]
-    with pytest.raises(ConfigError, match=r"release\.aproval: unknown key: did you mean 'approval'"):
+    with pytest.raises(ConfigError, match=r"release\.aproval: .*'approval'"):
         params.load(DEFAULTS, ["release.aproval=auto"])
 
 
@@ -676,52 +681,52 @@ def test_a_damaged_record_is_told_and_takes_no_decision(root: Path, monkeypatch:
     whole = path.read_bytes()
 
     path.write_bytes(whole.splitlines(keepends=True)[0])
-    with pytest.raises(ArtifactError, match="line 2 of 2 that MLflow knows of cannot be found: the end was cut off"):
+    with pytest.raises(ArtifactError, match="line 2 of 2"):
         history.verify_audit(root, NAME)
     path.unlink()
     with pytest.raises(ArtifactError, match="lines 1 to 2 of 2"):
         history.verify_audit(root, NAME)
     path.write_bytes(whole.replace(b"Ada", b"Eve") + b'{"torn')
-    with pytest.raises(ArtifactError, match=r"line 2 was edited(.|\n)*line 3 is torn"):
+    with pytest.raises(ArtifactError, match=r"line 2 (.|\n)*line 3 "):
         history.verify_audit(root, NAME)
-    assert "line 3 cannot be read: `slmops audit verify`" in history.history(root, NAME)
+    assert re.search("line 3 .*`slmops audit verify`", history.history(root, NAME))
     write_bundle(root, "two")
-    with pytest.raises(ArtifactError, match="line 2 was edited"):
+    with pytest.raises(ArtifactError, match="line 2 "):
         registration.register(root, root)
     assert aliases(root) == {"champion": version}
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.raises(ArtifactError, match=r"line 2 was edited(.|\n)*remove nothing before it was"):
+    with pytest.raises(ArtifactError, match=r"line 2 (.|\n)*127\.0\.0\.1:9"):
         history.verify_audit(root, NAME)
     path.write_bytes(whole)
-    assert "MLflow could not be asked, so a cut-off end would not be seen" in history.verify_audit(root, NAME)
+    assert "127.0.0.1:9" in history.verify_audit(root, NAME)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert registration.register(root, root).version == "2"
-    assert "3 lines, nothing changed" in history.verify_audit(root, NAME)
+    assert "3 lines" in history.verify_audit(root, NAME)
 
 
 def test_lines_from_before_the_chain_still_count(root: Path) -> None:
     (root / "registry").mkdir()
     old = {"at": "2026-01-01", "action": "register", "model": NAME, "version": "1", "bundle_digest": "d", "by": "A", "reason": "R"}  # fmt: skip
     audit_log.place(root).write_text(json.dumps(old) + "\n")
-    assert "lines 1 to 1 are from before there was a chain" in history.verify_audit(root, NAME)
+    assert "lines 1 to 1 " in history.verify_audit(root, NAME)
     registered(root, 0.9)
     assert len(history.history(root, NAME).splitlines()) == 2
     said = history.verify_audit(root, NAME)
-    assert "2 lines, nothing changed, as MLflow knows it; lines 1 to 1 are from before" in said
+    assert re.search("2 lines.*lines 1 to 1 ", said)
 
 
 def test_a_model_made_anew_in_mlflow_takes_over_no_old_decision(root: Path) -> None:
     decisions.reject(root, NAME, registered(root, 0.8), "Ada", "rude answers")
     mlflow_store.client(root).delete_registered_model(NAME)
-    with pytest.raises(ConfigError, match="no model home-commands is registered"):
+    with pytest.raises(ConfigError, match=f"model {NAME}"):
         decisions.compare(root, NAME, "1")
-    with pytest.raises(ArtifactError, match="lines 1 to 2 are not known to MLflow"):
+    with pytest.raises(ArtifactError, match="lines 1 to 2 are"):
         history.verify_audit(root, NAME)
     assert registered(root, 0.9) == "1"
     assert aliases(root) == {"candidate": "1"}
     decisions.approve(root, NAME, "1", "Ada", "another one")
-    assert "4 lines, nothing changed" in history.verify_audit(root, NAME)
+    assert "4 lines" in history.verify_audit(root, NAME)
 
 
 KILLED = """
@@ -737,8 +742,8 @@ decisions.approve(Path(sys.argv[1]), "home-commands", "2", "Ada", "better")
 @pytest.mark.parametrize(
     ("where", "verified"),
     [
-        ("set_model_version_tag", "line 4 is not known to MLflow"),
-        ("set_registered_model_tag", "line 4 is not known to MLflow"),
+        ("set_model_version_tag", "line 4 is not known"),
+        ("set_registered_model_tag", "line 4 is not known"),
         ("set_registered_model_alias", None),
     ],
 )
@@ -754,7 +759,7 @@ def test_a_killed_approval_is_on_record_and_can_be_made_again(root: Path, where:
     decisions.approve(root, NAME, "2", "Ada", "better, once more")
     assert aliases(root) == {"champion": "2", "previous": "1"}
     assert [line.split()[1] for line in history.history(root, NAME).splitlines()][3:] == ["approve", "approve"]
-    assert "5 lines, nothing changed" in history.verify_audit(root, NAME)
+    assert "5 lines" in history.verify_audit(root, NAME)
 
 
 STOPPED = """
@@ -776,14 +781,14 @@ def test_a_killed_rollback_is_finished_by_the_next(root: Path) -> None:
         decisions.approve(root, NAME, registered(root, accuracy), "Ada", "good")
     assert subprocess.run([sys.executable, "-c", STOPPED, str(root)], cwd=ROOT).returncode == -signal.SIGKILL
     assert aliases(root) == {"champion": "1", "previous": "1"}
-    assert decisions.rollback(root, NAME, "Ada", "wrong answers").startswith(f"{NAME} version 1 is the champion again")
+    decisions.rollback(root, NAME, "Ada", "wrong answers")
     assert aliases(root) == {"champion": "1", "previous": "2"}
     assert history.history(root, NAME).count("rollback") == 1
 
 
 def test_a_first_release_can_be_taken_back(root: Path) -> None:
     version = registered(root, 0.8)
-    with pytest.raises(ConfigError, match="nothing is released"):
+    with pytest.raises(ConfigError, match="no champion"):
         decisions.withdraw(root, NAME, "Ada", "wrong answers")
     decisions.approve(root, NAME, version, "Ada", "good")
     with pytest.raises(ConfigError, match="slmops withdraw"):
@@ -793,17 +798,17 @@ def test_a_first_release_can_be_taken_back(root: Path) -> None:
     mlflow_store.client(root).set_registered_model_alias(
         NAME, "champion", version
     )  # as if it was stopped a moment earlier
-    with pytest.raises(ArtifactError, match="the same `slmops withdraw` again"):
+    with pytest.raises(ArtifactError, match="slmops withdraw"):
         released.champion(root, NAME)
-    assert "nothing is released" in decisions.withdraw(root, NAME, "Ada", "wrong answers")
+    decisions.withdraw(root, NAME, "Ada", "wrong answers")
     assert aliases(root) == {}
     assert history.history(root, NAME).count("withdraw") == 1
-    with pytest.raises(ConfigError, match="no champion"):
+    with pytest.raises(ConfigError, match="slmops approve"):
         released.champion(root, NAME)
-    assert "decided on it before (withdraw" in decisions.auto_approve(root, NAME, version, 0.0)
+    assert "(withdraw: " in decisions.auto_approve(root, NAME, version, 0.0)
     decisions.approve(root, NAME, version, "Ada", "it was the speaker")
     assert aliases(root) == {"champion": version}
-    assert "nothing changed" in history.verify_audit(root, NAME)
+    assert "4 lines" in history.verify_audit(root, NAME)
 
 
 RIVAL = """
@@ -823,8 +828,8 @@ def test_of_two_who_decide_at_once_one_is_refused(root: Path) -> None:
     ]
     told = [rival.communicate()[1] for rival in rivals]
     assert sorted(rival.returncode for rival in rivals) == [0, 1]
-    assert "compare again" in "".join(told)
-    assert "5 lines, nothing changed" in history.verify_audit(root, NAME)
+    assert re.search(r"ConfigError: .*version [23] .*version 1:", "".join(told))
+    assert "5 lines" in history.verify_audit(root, NAME)
 
 
 def test_the_command_line_decides_and_verifies(
@@ -845,30 +850,30 @@ def test_the_command_line_decides_and_verifies(
     registered(root, 0.9)
     starter = str(history.started_by(root, NAME, "1"))
     code, said = slmops("approve", "1", "--by", starter, "--reason", "x", "--set", "release.separate_duties=true")
-    assert (code, "may not approve it" in said) == (1, True)
+    assert (code, "release.separate_duties" in said) == (1, True)
     assert slmops("reject", "1", *signed) == (0, f"{NAME} version 1 is rejected\n")
-    assert "--even-if-rejected approves it all the same" in slmops("approve", "1", *signed)[1]
+    assert "--even-if-rejected" in slmops("approve", "1", *signed)[1]
     assert slmops("approve", "1", *signed, "--even-if-rejected")[0] == 0
     registered(root, 0.8)
     shown = slmops("compare", "2")[1]
     assert re.search(r"Accuracy +80\.0 % +90\.0 % +-10\.0 %\n", shown), shown
-    assert "the decision was on 123456789012" in slmops("approve", "2", *signed, "--bundle", "123456789012")[1]
-    assert "--even-if-worse releases it all the same" in slmops("approve", "2", *signed)[1]
+    assert "123456789012" in slmops("approve", "2", *signed, "--bundle", "123456789012")[1]
+    assert "--even-if-worse" in slmops("approve", "2", *signed)[1]
     digest = re.search(r"\(bundle (\w{12})\)", shown)[1]
     assert slmops("approve", "2", *signed, "--even-if-worse", "--bundle", digest)[0] == 0
     assert "it is the champion" in slmops("compare", "2")[1].splitlines()[0]
 
     code, said = slmops("audit", "verify")
-    assert (code, "5 lines, nothing changed" in said) == (0, True)
+    assert (code, "5 lines" in said) == (0, True)
     audit_log.place(root).write_bytes(audit_log.place(root).read_bytes().replace(b"Ada", b"Eve"))
     code, said = slmops("audit", "verify")
-    assert (code, said[:7], "line 2 was edited" in said) == (1, "error: ", True)
+    assert (code, said[:7], "line 2 " in said) == (1, "error: ", True)
 
 
 def test_a_server_that_is_down_is_told_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_bundle(root)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.raises(StageError, match=r"127\.0\.0\.1:9 does not answer .* unset MLFLOW_TRACKING_URI"):
+    with pytest.raises(StageError, match=r"127\.0\.0\.1:9 .*MLFLOW_TRACKING_URI"):
         registration.register(root, root)
 
 
@@ -927,10 +932,10 @@ def test_what_nobody_approved_is_not_served(root: Path) -> None:
     model.check_released(*second)
     with pytest.warns(UserWarning, match="version 2"):
         model.check_released(*first)
-    with pytest.raises(ValueError, match="not released"):
+    with pytest.raises(ValueError, match=r"history\.jsonl .*register\b"):
         model.check_released(*third)
     decisions.reject(root, NAME, "1", "Ada", "rude")
-    with pytest.raises(ValueError, match="not released"):
+    with pytest.raises(ValueError, match=r"history\.jsonl .*reject\b"):
         model.check_released(*first)
 
 
@@ -950,7 +955,7 @@ mlflow.set_tracking_uri(sys.argv[1])
 try:
     mlflow.pyfunc.load_model("models:/home-commands@candidate")
 except ValueError as error:
-    print("refused", "is not released" in str(error))
+    print("refused", "unreleased" in str(error))
 mlflow.pyfunc.load_model("models:/home-commands@candidate", model_config={"unreleased": True})
 print("loaded")
 """

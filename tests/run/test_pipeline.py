@@ -163,7 +163,7 @@ def test_a_bug_in_a_stage_is_told_with_its_log(toy: Path) -> None:
     ("end", "family", "words"),
     [
         ("ctypes.string_at(0)", BrokenRuntimeError, ["SIGSEGV", "tasks/acquire/stage.py", "slmops doctor"]),
-        ("os.kill(os.getpid(), 9)", StageError, ["SIGKILL", "memory", "run again"]),
+        ("os.kill(os.getpid(), 9)", StageError, ["SIGKILL", "machine.parallel"]),
     ],
 )
 def test_a_stage_that_ends_by_a_signal_is_told_as_that(
@@ -178,7 +178,7 @@ def test_a_stage_that_ends_by_a_signal_is_told_as_that(
     assert type(told.value) is family
     for word in ("acquire", *words):
         assert word in str(told.value)
-    assert ("run again" in str(told.value)) == (family is StageError)
+    assert ("machine.parallel" in str(told.value)) == (family is StageError)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, SLOW_SIGTERM])
@@ -217,7 +217,7 @@ def test_ctrl_c_at_a_terminal_ends_a_run_with_a_server_of_its_own(toy: Path) -> 
         os.killpg(run.pid, signal.SIGINT)
         _, said = run.communicate(timeout=DEADLINE_S)
     assert run.returncode == 130
-    assert said.splitlines()[-1].startswith("error: stopped by hand: run it again")
+    assert said.splitlines()[-1].startswith("error: stopped by hand")
     assert "they are lost" not in said
     assert dict(runs(toy)) == {"stopped": "KILLED", "acquire": "FINISHED", "finetune": "KILLED"}
     with sqlite3.connect(Path(environment(toy)["PREFECT_HOME"]) / "prefect.db") as prefect:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,11 +113,11 @@ def test_a_killed_run_ends_truly_within_two_minutes_and_a_retry_takes_it_up(up: 
         lambda: flow_runs(servers) == {"CRASHED"} and statuses(up.root, name) == ["KILLED"], seconds=4 * TRUE_WITHIN_S
     )
     assert time.monotonic() - killed < TRUE_WITHIN_S
-    assert "no sign of life for 75 seconds" in ask(f"{servers.prefect}/flow_runs/{run}")["state"]["message"]
+    assert "75 seconds" in ask(f"{servers.prefect}/flow_runs/{run}")["state"]["message"]
     assert statuses(up.root, "distill@17") == ["KILLED"]
     tasks = {each["name"]: each["state_type"] for each in ask(f"{servers.prefect}/task_runs/filter", {})}
     assert (tasks["finetune"], tasks["distill-17"], "RUNNING" in tasks.values()) == ("COMPLETED", "CRASHED", False)
-    assert "Prefect was told that these tasks ended with their run: distill-17" in up.text()
+    assert re.search("Prefect .*: distill-17", up.text())
     assert not processes(up, "-m tasks")
     assert [each.state for each in worktrees.runs(up.root)] == ["stopped"]
     assert f"MLflow was told what run {name} left" in up.text()
@@ -235,8 +236,8 @@ def test_mlflow_that_stays_away_stops_the_registration_and_is_told_by_the_next_r
         kill(server)
         said = run.communicate(timeout=2 * DEADLINE_S)[1]
     assert run.returncode == 1
-    assert said.splitlines()[-1].startswith(f"error: the MLflow server at http://127.0.0.1:{port} does not answer")
-    assert "waits in" in said
+    assert re.match(f"error: .*http://127.0.0.1:{port} ", said.splitlines()[-1]), said
+    assert str(paths.spools(toy)) in said
     assert len(spool.left(toy)) == 1
 
     again = slmops(toy, "run", "--name", "next", PREFECT_API_URL=prefect_server())

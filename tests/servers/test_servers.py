@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -220,8 +221,8 @@ def test_commands_find_the_servers(plain: Up, monkeypatch: pytest.MonkeyPatch) -
 def test_another_checkout_must_not_share_prefects_database(plain: Up, tmp_path: Path) -> None:
     other = make_toy(tmp_path)
     error = refused(other, PREFECT_HOME=str(plain.root / "prefect"))
-    assert "another checkout uses Prefect's database" in error
-    assert "set PREFECT_HOME" in error
+    assert "another checkout" in error
+    assert "PREFECT_HOME" in error
 
 
 def test_a_server_that_dies_is_told_and_comes_back(plain: Up) -> None:
@@ -323,16 +324,16 @@ def test_a_taken_port_names_the_way_out(toy: Path, option: str) -> None:
         holder.listen()
         port = holder.getsockname()[1]
         error = refused(toy, option, str(port))
-    assert f"port {port} of 127.0.0.1 cannot be used (Address already in use): choose another with {option}" in error
+    assert re.search(rf"port {port} of 127\.0\.0\.1 .*\(Address already in use\).*{option}", error)
     assert left(toy) == []
 
 
 def test_servers_are_not_opened_to_the_network_without_passwords(toy: Path) -> None:
     error = refused(toy, "--host", "0.0.0.0")
-    assert "with --host 0.0.0.0 others reach the servers" in error
-    assert "set PREFECT_SERVER_API_AUTH_STRING and MLFLOW_AUTH_ADMIN_PASSWORD" in error
+    assert "--host 0.0.0.0 " in error
+    assert "PREFECT_SERVER_API_AUTH_STRING and MLFLOW_AUTH_ADMIN_PASSWORD" in error
     error = refused(toy, MLFLOW_AUTH_ADMIN_PASSWORD="only-one-of-two")
-    assert "one password was set and the other not: set PREFECT_SERVER_API_AUTH_STRING" in error
+    assert "set PREFECT_SERVER_API_AUTH_STRING (" in error
     assert "only-one-of-two" not in error
 
 
@@ -343,14 +344,14 @@ def test_both_servers_cannot_have_one_port(toy: Path) -> None:
 
 def test_a_server_that_dies_as_it_starts_ends_all(toy: Path) -> None:
     error = refused(toy, PREFECT_SERVER_DATABASE_TIMEOUT="soon")
-    assert "prefect ended while it started (exit code 1); the last lines of " in error
+    assert re.search(r"prefect .*\(exit code 1\); .*prefect\.log", error)
     assert "unable to parse string as a number" in error
     assert left(toy) == []
     assert not (toy / ".runs" / "servers.json").exists()
 
 
 def test_a_host_that_is_none_of_this_machine(toy: Path) -> None:
-    assert "cannot be used" in refused(toy, "--host", "192.0.2.1", **AUTH)
+    assert re.search(r"port \d+ of 192\.0\.2\.1 ", refused(toy, "--host", "192.0.2.1", **AUTH))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +360,7 @@ def test_a_host_that_is_none_of_this_machine(toy: Path) -> None:
      "postgresql://me:planted#1@host/name", "postgresql://me:plan/ted@host/name", "postgresql://host:planted/name"],
 )  # fmt: skip
 def test_what_is_no_postgresql_url_is_refused_and_not_repeated(url: str) -> None:
-    with pytest.raises(ConfigError, match="not of the form postgresql://user@host/name") as caught:
+    with pytest.raises(ConfigError, match="postgresql://user@host/name") as caught:
         server_env.hide_password(url)
     assert "plan" not in str(caught.value)
 
@@ -380,7 +381,7 @@ def test_deployments_are_applied_and_a_failure_is_told(tmp_path: Path, capsys: p
     assert capsys.readouterr().out == f"deployments: {tmp_path.name}, checkout, http://127.0.0.1:1/api\n"
 
     (package / "deployed" / "apply.py").write_text("def apply(root, place):\n    raise OSError('no such pool')\n")
-    with pytest.raises(PipelineError, match=r"(?s)were not applied:.*no such pool.*then `slmops deploy`"):
+    with pytest.raises(PipelineError, match=r"(?s)no such pool.*`slmops deploy`"):
         stack.apply_deployments(tmp_path, env)
 
 
@@ -414,7 +415,7 @@ def test_what_dies_too_often_ends_all(tmp_path: Path) -> None:
     supervisor = supervise.Supervisor(f"SLMOPS_TEST={tmp_path}", tmp_path, told.append)
     supervisor.start(shell(tmp_path, "frail", "echo too little memory; : >$READY; sleep 0.1; exit 3"))
     supervisor.wait("frail")
-    with pytest.raises(supervise.Died, match=r"(?s)exit code 3.*too little memory.*4 times within an hour"):
+    with pytest.raises(supervise.Died, match=r"(?s)frail .*exit code 3.*too little memory.* 4 times"):
         supervisor.watch()
     supervisor.stop()
     assert [text.splitlines()[-1] for text in told if "again (" in text] == [
@@ -469,7 +470,7 @@ def test_what_does_not_become_healthy_in_time_is_told(tmp_path: Path, monkeypatc
     monkeypatch.setattr(supervise, "DEADLINE_S", 0.5)
     supervisor = supervise.Supervisor(f"SLMOPS_TEST={tmp_path}", tmp_path, print)
     supervisor.start(shell(tmp_path, "slow", "echo waiting for the disk; exec sleep 60"))
-    with pytest.raises(supervise.Died, match=r"(?s)slow did not become healthy in .* waiting for the disk"):
+    with pytest.raises(supervise.Died, match=r"(?s)slow .*healthy in 0 s.* waiting for the disk"):
         supervisor.wait("slow")
     supervisor.stop()
 
@@ -503,7 +504,7 @@ def test_a_flow_does_not_get_the_servers_own_secrets(guarded: Up) -> None:
 def test_a_command_without_passwords_is_told_which(guarded: Up, monkeypatch: pytest.MonkeyPatch) -> None:
     done = slmops(guarded.root, "register", **own(guarded.root))
     assert done.returncode == 1
-    assert "set PREFECT_API_AUTH_STRING, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD" in done.stderr
+    assert "PREFECT_API_AUTH_STRING, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD" in done.stderr
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "a:b")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert stack.settings(guarded.root)["PREFECT_API_URL"].endswith("/api")
@@ -532,7 +533,7 @@ def test_a_password_that_is_not_mlflows_is_told(guarded: Up, tmp_path: Path) -> 
     users.parent.mkdir(parents=True)
     shutil.copy(guarded.root / ".runs" / "servers" / users.name, users)
     error = refused(root, "--host", "0.0.0.0", **{**AUTH, "MLFLOW_AUTH_ADMIN_PASSWORD": "planted-another"})
-    assert "MLFLOW_AUTH_ADMIN_PASSWORD is not MLflow's password" in error
+    assert "MLFLOW_AUTH_ADMIN_PASSWORD" in error
     assert str(users) in error
     assert "planted" not in error
     assert left(root) == []
@@ -552,7 +553,7 @@ def test_both_servers_on_postgresql(postgres: str, tmp_path: Path) -> None:
     import psycopg2
 
     root = make_toy(tmp_path)
-    assert "cannot be used" in refused(root, "--database", postgres.replace("/slmops", "/nowhere"))
+    assert "/nowhere" in refused(root, "--database", postgres.replace("/slmops", "/nowhere"))
     up = start(root, "--database", postgres)
     try:
         urls = asked(up)

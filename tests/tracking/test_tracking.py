@@ -153,7 +153,8 @@ def test_what_another_mlflow_was_told_is_not_told_to_this_one(main: Path, capsys
     shutil.copy(empty_store(), main / "mlflow.db")
     said: list[str] = []
     mlflow_store.deliver_left(main, said.append)
-    assert "is for another MLflow than" in said[0]
+    assert str(paths.spools(main) / "f1") in said[0]
+    assert mlflow_store.uri(main) in said[0]
     assert spool.left(main) == ["f1"]
 
 
@@ -179,7 +180,7 @@ def test_a_server_that_does_not_answer_is_told_before_any_work() -> None:
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         where = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(StageError, match=rf"{where} does not answer .*start it, or unset MLFLOW_TRACKING_URI"):
+        with pytest.raises(StageError, match=rf"{where} .*MLFLOW_TRACKING_URI"):
             mlflow_store.check_server(where)
     mlflow_store.check_server("sqlite:///no/server/to/ask.db")
 
@@ -228,15 +229,16 @@ def test_what_mlflow_keeps_no_record_in_is_told_before_any_work(where: str) -> N
 def test_a_database_that_is_away_is_told_at_once() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        with pytest.raises(StageError, match="does not answer"):
-            mlflow_store.check_server(f"postgresql+psycopg2://me@127.0.0.1:{taken.getsockname()[1]}/runs")
+        place = f"127.0.0.1:{taken.getsockname()[1]}/runs"
+        with pytest.raises(StageError, match=f"{place} .*MLFLOW_TRACKING_URI"):
+            mlflow_store.check_server(f"postgresql+psycopg2://me@{place}")
 
 
 def test_a_damaged_database_is_told(tmp_path: Path) -> None:
     path = tmp_path / "mlflow db?.db"
     mlflow_store.check_server(f"sqlite:///{path}")  # not made yet
     path.write_bytes(b"no database\n" * 100)
-    with pytest.raises(ArtifactError, match="damaged"):
+    with pytest.raises(ArtifactError, match=r"mlflow db\?\.db"):
         mlflow_store.check_server(f"sqlite:///{path}")
     path.unlink()
     sqlite3.connect(path).execute("CREATE TABLE t (a)").connection.close()
@@ -255,9 +257,9 @@ def test_a_run_goes_on_without_mlflow_and_tells_it_later(main: Path, monkeypatch
     (main / "out" / "verdict.json").unlink()  # what was told is kept as it was
     tracker.close("FINISHED", {}, {}, ())
     assert [text.split(":")[0] for text in said] == ["warning", "warning"]
-    assert "does not answer" in said[0]
-    assert f"waits in {paths.spools(main) / 'f1'} for the next `slmops run` or `slmops up`" in said[1]
-    with pytest.raises(StageError, match=r"does not answer .*waits in"):
+    assert "http://127.0.0.1:9 " in said[0]
+    assert str(paths.spools(main) / "f1") in said[1]
+    with pytest.raises(StageError, match=f"http://127.0.0.1:9 .*{paths.spools(main) / 'f1'}"):
         mlflow_store.deliver_left(main, said.append)
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
@@ -275,7 +277,7 @@ def test_what_mlflow_refuses_fails_the_run(main: Path) -> None:
     tracker.begin(STAGES["convert"], Item())
     tracker.point(STAGES["convert"], Item(), "no/such//name", 0.5, 1)
     tracker.end(STAGES["convert"], Item(), output(main), RAN)
-    with pytest.raises(StageError, match=r"MLflow at .* refused a record of this run: .*no/such//name"):
+    with pytest.raises(StageError, match="no/such//name"):
         tracker.close("FINISHED", {}, {}, ())
     assert found(main)["convert"].info.status == "FINISHED"
 
@@ -311,7 +313,7 @@ def test_a_journal_that_was_cut_off_is_taken_up(tmp_path: Path) -> None:
     first = spool.Spool(tmp_path, "s")
     first.add(number=1)
     first.add(number=2)
-    with pytest.raises(spool.Held, match="another process delivers"):
+    with pytest.raises(spool.Held, match=str(first.folder)):
         spool.Spool(tmp_path, "s")
     told: list[int] = []
 
@@ -340,6 +342,6 @@ def test_an_address_with_a_password_is_refused_and_not_repeated(
     where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", where)
-    with pytest.raises(ConfigError, match="into MLFLOW_TRACKING_USERNAME") as caught:
+    with pytest.raises(ConfigError, match=r"MLFLOW_TRACKING_URI .*MLFLOW_TRACKING_USERNAME") as caught:
         mlflow_store.uri(tmp_path)
     assert "planted" not in str(caught.value)

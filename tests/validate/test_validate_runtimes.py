@@ -256,7 +256,7 @@ def test_windows_do_not_overlap_and_begin_with_bos() -> None:
 
 def test_a_short_text_makes_one_shorter_window(capsys: pytest.CaptureFixture[str]) -> None:
     assert likelihood.split(list(range(30)), 512, 4, None) == [list(range(30))]
-    assert "only 30 tokens" in capsys.readouterr().err
+    assert "30 tokens" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"acquire\.data\.text"):
         likelihood.split([1, 2, 3], 512, 4, None)
 
@@ -271,8 +271,8 @@ def test_infinite_perplexity_is_no_crash() -> None:
 
 def test_a_damaged_file_is_named(tiny_model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(ArtifactError, match=r"model\.gguf: llama\.cpp cannot load it: .+"):
+    with pytest.raises(ArtifactError, match=r"model\.gguf: llama\.cpp .*: .+"):
         llama.Session(tmp_path / "model.gguf", threads=1, cells=32)
     (tmp_path / "onnx").mkdir()
-    with pytest.raises(ArtifactError, match="ONNX Runtime GenAI cannot load it"):
+    with pytest.raises(ArtifactError, match="onnx: ONNX Runtime GenAI"):
         onnx_genai.load(tmp_path / "onnx", 1)

@@ -109,7 +109,7 @@ def test_text_that_came_with_the_data_is_scored(inputs: dict, tiny_model_folder:
 def test_predictions_of_other_rows_are_refused(inputs: dict, tiny_model_folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_jsonl(source / "data" / "test.jsonl", tiny_rows(ROOMS[4:6]))
-    with pytest.raises(ArtifactError, match="made from other test rows"):
+    with pytest.raises(ArtifactError, match="other test rows"):
         run(inputs | {"source": source}, quantized(tiny_model_folder, "q8_0"), "q8_0", tmp_path / "out")
 
 
@@ -117,12 +117,12 @@ def test_a_process_that_dies_while_it_is_measured_is_told(inputs: dict, tmp_path
     whole = inputs["converted"] / "teacher.gguf"
     torn = tmp_path / "torn.gguf"
     torn.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    with pytest.raises(StageError, match=r"torn\.gguf: .*cannot load it"):
+    with pytest.raises(StageError, match=r"torn\.gguf: .*cannot load"):
         measure(LLAMA, whole, torn, [1, 2, 3], repeats=1)
 
 
 def test_a_missing_file_is_named(inputs: dict, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"model.gguf is missing: run quantize q4_0 again"):
+    with pytest.raises(ArtifactError, match=r"model\.gguf .*quantize q4_0"):
         run(inputs, tmp_path, "q4_0", tmp_path / "out")
 
 

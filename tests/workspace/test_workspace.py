@@ -36,7 +36,7 @@ def lines(root: Path) -> list[str]:
 
 def test_the_workspace_is_found_from_any_folder_in_it(root: Path) -> None:
     assert worktrees.find(root / "data" / "rows") == root
-    with pytest.raises(ConfigError, match="lies in no workspace"):
+    with pytest.raises(ConfigError, match=r"dvc\.yaml and params\.yaml"):
         worktrees.find(root.parent)
 
 
@@ -78,7 +78,7 @@ def test_a_persons_settings_of_git_neither_stop_a_run_nor_change_a_byte(
 
 def test_the_lock_names_its_holder_and_is_free_again(root: Path) -> None:
     with locks.locked(root, "first"):
-        with pytest.raises(locks.Busy, match=r"run first works in .* \(process \d+\)"), locks.locked(root, "b"):
+        with pytest.raises(locks.Busy, match=r"run first .*\(process \d+\)"), locks.locked(root, "b"):
             pytest.fail("two runs hold one workspace")
         assert json.loads((root / ".runs" / "lock").read_text())["name"] == "first"
     with locks.locked(root, "second"):
@@ -96,7 +96,7 @@ def test_the_lock_of_a_killed_run_is_free_unless_a_child_still_works(root: Path)
     run = subprocess.Popen([sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert run.stdin is not None
     run.wait(60)
-    with pytest.raises(locks.Busy, match=r"run dead .* was killed, but its stage still works"), locks.locked(root, "b"):  # fmt: skip
+    with pytest.raises(locks.Busy, match=rf"run dead .*\(process {run.pid} was killed"), locks.locked(root, "b"):  # fmt: skip
         pytest.fail("a stage of the killed run works in there")
     run.stdin.close()  # the child ends
     assert run.stdout is not None
@@ -126,7 +126,7 @@ def test_overrides_are_written_with_every_comment_kept(root: Path) -> None:
 
 def test_wrong_values_leave_params_yaml_alone(root: Path) -> None:
     before = lines(root)
-    with pytest.raises(ConfigError, match=r"distill\.epoch: unknown key: did you mean 'epochs'"), worktrees.in_place(root, "a", None, ["distill.epoch=3"]):  # fmt: skip
+    with pytest.raises(ConfigError, match=r"distill\.epoch: .*'epochs'"), worktrees.in_place(root, "a", None, ["distill.epoch=3"]):  # fmt: skip
         pytest.fail("a run would start")
     assert lines(root) == before
 
@@ -140,7 +140,7 @@ def test_a_params_file_never_replaces_changes_that_are_not_committed(
     other.write_text(yaml.safe_dump(raw))
     (root / "params.yaml").write_text((root / "params.yaml").read_text() + "# mine\n")
     with (
-        pytest.raises(ConfigError, match=r"not committed, and --params .* would replace them"),
+        pytest.raises(ConfigError, match=r"params\.yaml .*--params .*--worktree"),
         worktrees.in_place(root, "a", other, []),
     ):
         pytest.fail("a run would start")
@@ -160,7 +160,7 @@ def test_a_worktree_has_its_own_params_the_shared_cache_and_an_end_on_its_branch
         assert yaml.safe_load((place / "params.yaml").read_text())["distill"]["epochs"] == 7.0
         assert versioning.cache_folder(place) == versioning.cache_folder(root)
         assert [(run.name, run.state) for run in worktrees.runs(root)] == [("one", "running")]
-        with pytest.raises(ConfigError, match="still works"):
+        with pytest.raises(ConfigError, match="run one still works"):
             worktrees.prune(root, ["one"])
         (place / "dvc.lock").write_text("schema: '2.0'\n")
         made = worktrees.finish(place, "one", "Run one")
@@ -174,7 +174,7 @@ def test_a_worktree_has_its_own_params_the_shared_cache_and_an_end_on_its_branch
     assert not (root / ".runs" / "one").exists()
     assert git(root, "rev-parse", "runs/one") == made
     with (
-        pytest.raises(ConfigError, match="has ended as branch runs/one"),
+        pytest.raises(ConfigError, match="branch runs/one"),
         at_work(root, "one", "HEAD", []),
     ):
         pytest.fail("a finished run would be overwritten")
@@ -191,7 +191,7 @@ def test_a_run_that_stopped_is_taken_up_again(root: Path) -> None:
         assert yaml.safe_load((place / "params.yaml").read_text())["distill"]["epochs"] == 7.0
     assert worktrees.prune(root, ["two"]) == ["two"]
     assert git(root, "branch", "--list", "runs/two") == ""
-    with pytest.raises(ConfigError, match="no run named two"):
+    with pytest.raises(ConfigError, match="two: `slmops runs`"):
         worktrees.prune(root, ["two"])
 
 
@@ -207,12 +207,12 @@ def test_a_commit_needs_no_configured_person(root: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("name", "revision", "override", "message"),
     [
-        ("../out", "HEAD", "machine.retries=0", "use up to 63 letters"),
-        ("a b", "HEAD", "machine.retries=0", "use up to 63 letters"),
-        ("logs", "HEAD", "machine.retries=0", "use up to 63 letters"),
+        ("../out", "HEAD", "machine.retries=0", "--name .* 63 "),
+        ("a b", "HEAD", "machine.retries=0", "--name .* 63 "),
+        ("logs", "HEAD", "machine.retries=0", "--name .* 63 "),
         ("x", "nowhere", "machine.retries=0", "invalid object name"),
         ("x", "HEAD", "quantize.variants=[q9]", "quantize.variants"),
-        ("x", "HEAD", "acquire.watch=elsewhere", "lies outside watch"),
+        ("x", "HEAD", "acquire.watch=elsewhere", r"watch \(elsewhere\)"),
     ],
 )
 def test_a_worktree_that_cannot_be_leaves_nothing_behind(
@@ -228,7 +228,7 @@ def test_local_inputs_must_be_part_of_the_commit(root: Path) -> None:
     git(root, "rm", "-rq", "--cached", "data")
     (root / ".gitignore").write_text((root / ".gitignore").read_text() + "/data\n")
     commit(root)
-    with pytest.raises(ConfigError, match=r"`git add` and commit it, `dvc add` it"), at_work(root, "x", "HEAD", []):  # fmt: skip
+    with pytest.raises(ConfigError, match=r"acquire\.watch \(data\).*`dvc add`"), at_work(root, "x", "HEAD", []):  # fmt: skip
         pytest.fail("the data would be missing")
 
     subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "data"], cwd=root, check=True)
@@ -241,7 +241,7 @@ def test_local_inputs_must_be_part_of_the_commit(root: Path) -> None:
 def test_a_file_that_no_commit_holds_is_refused_before_a_worktree_is_made(root: Path) -> None:
     (root / "data" / "mine.jsonl").write_text("{}\n")
     with (
-        pytest.raises(ConfigError, match=r"data/mine\.jsonl is not part of commit HEAD"),
+        pytest.raises(ConfigError, match=r"data/mine\.jsonl .*commit HEAD"),
         at_work(root, "x", "HEAD", ["acquire.data.path=data/mine.jsonl"]),
     ):
         pytest.fail("there would be no such file")
@@ -268,8 +268,8 @@ def test_changes_that_a_worktree_does_not_see_are_listed(root: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "content", "way_out"),
     [
-        (".dvc/tmp/rwlock", '{"read": {', "delete it, no work is lost"),
-        (".dvc/tmp/rwlock", "[]", "delete it, no work is lost"),
+        (".dvc/tmp/rwlock", '{"read": {', "rwlock is damaged"),
+        (".dvc/tmp/rwlock", "[]", "rwlock is damaged"),
         ("dvc.lock", "schema: '2.0'\nstages:\n  acquire: {cmd", "git checkout dvc.lock"),
         ("dvc.lock", "", "git checkout dvc.lock"),
     ],
@@ -307,7 +307,7 @@ def test_a_missing_section_is_explained(root: Path) -> None:
     raw = yaml.safe_load((root / "params.yaml").read_text())
     del raw["task"]
     (root / "params.yaml").write_text(yaml.safe_dump(raw))
-    with pytest.raises(ConfigError, match=r"'task' .*params\.yaml must hold each section that dvc\.yaml names"):
+    with pytest.raises(ConfigError, match=r"'task' .*params\.yaml .*dvc\.yaml"):
         versioning.repro(root, "acquire", log=root / ".runs" / "log")
 
 
@@ -327,7 +327,7 @@ def test_a_key_that_dvc_reads_is_missed_before_the_work(root: Path, section: str
 
 
 def test_a_missing_pointer_in_the_cache_is_a_stage_error(root: Path) -> None:
-    with pytest.raises(StageError, match=r"dvc checkout nothing\.dvc failed"):
+    with pytest.raises(StageError, match=r"dvc checkout nothing\.dvc"):
         versioning.checkout(root, "nothing.dvc")
 
 
@@ -366,7 +366,7 @@ def dvc(root: Path, *arguments: str) -> str:
 
 
 def test_a_commit_that_git_would_take_for_an_option_is_refused(root: Path) -> None:
-    with pytest.raises(ConfigError, match="names no commit, branch or tag"):
+    with pytest.raises(ConfigError, match="--commit --output="):
         worktrees.planned(root, "one", f"--output={root}/x", None, [])
     assert worktrees.planned(root, "one", "HEAD~0", None, [])
 
@@ -385,7 +385,7 @@ def test_one_run_at_a_time_holds_a_model(root: Path) -> None:
     def hold(model: str, name: str) -> AbstractContextManager[None]:
         return locks.one_at_a_time(root, model, name)
 
-    busy = pytest.raises(locks.Busy, match="run first works on lamps: wait for it")
+    busy = pytest.raises(locks.Busy, match=r"run first .*lamps: .*package\.name")
     with hold("lamps", "first"), hold("doors", "beside"), busy, hold("lamps", "second"):
         pytest.fail("two runs work on one model")
     with hold("lamps", "second"):
@@ -401,7 +401,7 @@ def test_the_model_of_a_killed_run_is_free_at_once(root: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE) as run:
         assert run.stdout is not None
         run.stdout.readline()
-        with pytest.raises(locks.Busy, match="run dead works on lamps"), locks.one_at_a_time(root, "lamps", "next"):
+        with pytest.raises(locks.Busy, match=r"run dead .*lamps"), locks.one_at_a_time(root, "lamps", "next"):
             pytest.fail("two runs work on one model")
         run.kill()
         run.wait()
