@@ -16,6 +16,7 @@ from typing import Any
 
 from flows.cli import _parser
 from tasks.params import Params
+from tasks.profiles import Profile
 
 FOLDER = Path(__file__).resolve().parent
 Schema = dict[str, Any]
@@ -35,8 +36,10 @@ some. Sections that `dvc.yaml` names must stand in the file even where they have
 `1.0e-4`: YAML reads `1e-4` as text.
 
 An editor that knows YAML schemas completes and checks `params.yaml` by `docs/params.schema.json`, and the files in `recipes/`,
-which name only what differs, by `docs/recipe.schema.json`.
+which name only what differs, by `docs/recipe.schema.json`. The keys of a file in `profiles/` are in [the last section](#device-profiles).
 """
+
+PROFILES = "A file of `profiles/` says what a kind of device has and demands ([devices](devices.md)). Every key must be there."
 
 COMMANDS = """# Command line
 
@@ -87,6 +90,12 @@ def recipe_schema() -> Schema:
         if needed:
             model["required"] = needed
     return made
+
+
+def profile_schema() -> Schema:
+    """That of a device profile."""
+    named = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "urn:slmops:profile"}
+    return Profile.model_json_schema() | named | {"title": "a device profile of slmops"}
 
 
 def name_of(node: Schema) -> str:
@@ -174,6 +183,8 @@ def parameters() -> str:
     parts = [PARAMETERS.strip(), table(("section", "", "what it is for"), rows)]
     for key, model in sections.items():
         parts += tables(key, key, model, made["$defs"])
+    device = profile_schema()
+    parts += tables("Device profiles", "profile", device | {"description": PROFILES}, device["$defs"])
     return "\n\n".join(parts) + "\n"
 
 
@@ -272,6 +283,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "parameters.md": parameters,
     "params.schema.json": lambda: as_json(schema()),
     "recipe.schema.json": lambda: as_json(recipe_schema()),
+    "profile.schema.json": lambda: as_json(profile_schema()),
     "command-line.md": command_line,
 }
 

@@ -109,12 +109,28 @@ def _parser() -> argparse.ArgumentParser:
     add("report", report, "write report.html from the finished stages")
     sub = registered("ask", ask, "ask the packaged model something; or a registered one")
     sub.add_argument("text", help="what a user of the model would say")
-    which = sub.add_mutually_exclusive_group()
-    which.add_argument("--version", type=int, metavar="N", help="this registered version, released or not")
-    which.add_argument("--champion", action="store_true", help="the version that is released")
+    _one_of(sub)
     sub.add_argument(
         "--system", metavar="TEXT", help="system prompt (default: the one that all rows of its data share)"
     )
+    sub = registered(
+        "certify", certify, "write what the packaged model, or a registered one, is good for, and check that"
+    )
+    sub.add_argument("what", nargs="?", choices=["verify"], help="check a certificate instead of writing one")
+    sub.add_argument("file", nargs="?", type=Path, help="the certificate to check (default: certificate/)")
+    _one_of(sub)
+    sub.add_argument(
+        "--profile",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="for this device alone; repeatable (default: all)",
+    )
+    sub.add_argument(
+        "--key", type=Path, metavar="FILE", help="sign with this private key, or check with this public one (PEM)"
+    )
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where to write it (default: certificate/)")
+    sub.add_argument("--bundle", type=Path, metavar="DIR", help="hold this bundle against the certificate, too")
     add("register", register, "register the packaged model as `candidate`")
     sub = registered("compare", compare, "show a registered version's numbers beside the champion's")
     sub.add_argument("version", type=int, help="its number in the registry")
@@ -179,6 +195,12 @@ def _expanded(overrides: list[str]) -> list[str]:
     from tasks import params
 
     return params.expanded(overrides)
+
+
+def _one_of(sub: argparse.ArgumentParser) -> None:
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("--version", type=int, metavar="N", help="this registered version, released or not")
+    which.add_argument("--champion", action="store_true", help="the version that is released")
 
 
 def _signed(sub: argparse.ArgumentParser) -> None:
@@ -353,23 +375,50 @@ def report(args: argparse.Namespace) -> int:
 
 def ask(args: argparse.Namespace) -> int:
     """`slmops ask TEXT`."""
-    from flows.release import released
     from flows.release.ask import answer
+
+    print(answer(_bundle(args), args.text, args.system))
+    return 0
+
+
+def _bundle(args: argparse.Namespace) -> Path:
+    """The folder of the bundle that a command is about: the packaged one, or that of a registered version."""
+    from flows.release import released
     from flows.workspace import worktrees
     from tasks.frame.stage import folder
 
     if args.champion:
-        _, place = released.champion(*_model(args))
-    elif args.version is not None:
-        place = released.registered_bundle(*_model(args), str(args.version))
-    else:
-        place = folder(worktrees.find(Path()), "package")
-        if not place.exists():
-            raise ConfigError(
-                "nothing is packaged here yet: `slmops run` does it; a registered model is asked by --version N or "
-                "--champion, one of another name with --model NAME"
-            )
-    print(answer(place, args.text, args.system))
+        return released.champion(*_model(args))[1]
+    if args.version is not None:
+        return released.registered_bundle(*_model(args), str(args.version))
+    place = folder(worktrees.find(Path()), "package")
+    if not place.exists():
+        raise ConfigError(
+            "nothing is packaged here yet: `slmops run` does it; a registered model is named by --version N or --champion, "
+            "one of another name with --model NAME"
+        )
+    return place
+
+
+def certify(args: argparse.Namespace) -> int:
+    """`slmops certify` and `slmops certify verify FILE`."""
+    from flows.certificate import certificate
+    from flows.release import history
+    from flows.workspace import worktrees
+
+    if args.what == "verify":
+        for line in certificate.check(args.file or paths.certificate(worktrees.find(Path())), args.key, args.bundle):
+            print(line)
+        return 0
+    place = _bundle(args)
+    root = worktrees.find(Path())
+    out = args.out or paths.certificate(root)
+    decided = history.decided(worktrees.main_root(root), certificate.model(place))
+    values = certificate.issue(place, out, decided, args.profile, args.key)
+    for device in values["devices"]:
+        print(f"{device['label']}: {device['verdict']}. {device['reason']}")
+    signed = f"signed with {args.key}" if args.key else "not signed: --key FILE signs it"
+    print(f"certificate: {out / certificate.PAGE} ({signed})")
     return 0
 
 

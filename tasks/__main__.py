@@ -22,7 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument(
-        "item", nargs="*", help="for quantize, validate and judge a variant, for distill a seed of params.yaml"
+        "item",
+        nargs="*",
+        help="a variant, a seed or a device profile of params.yaml, for a stage that is done for each",
     )
     parser.add_argument("--params", type=Path, help="parameters to use instead of params.yaml")
     parser.add_argument(

@@ -45,7 +45,7 @@ class Metric:
     label: str
     shown_as: Callable[[float], str]
     better: Literal["higher", "lower"] | None
-    computed_by: str  # a module of tasks/validate
+    computed_by: str  # a module of tasks/validate, of tasks/measure where it is measured
     measured: bool = False
     column: str = ""  # its heading in the short tables of a run; "": it is not in them
 

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 MOVED = {
     "distill.seed": "select.seeds (a list)",
     "quantize.onnx": "quantize.options.model_builder",
+    "validate.repeats": "measure.repeats",
     **{f"distill.{key}": f"teach.{key}" for key in ("unlabelled_rows", "top_k", "temperature")},
     **{
         f"distill.{key}": f"prune.{key}"

@@ -21,6 +21,7 @@ from tasks.acquire.params import Acquire
 from tasks.distill.params import Distill
 from tasks.errors import ConfigError
 from tasks.finetune.params import Finetune
+from tasks.measure.params import Measure
 from tasks.models.params import OwnMetric, Task
 from tasks.package.params import Package
 from tasks.prune.params import Prune
@@ -85,6 +86,7 @@ class Params(Section):
     select: Select = Select()
     quantize: Quantize
     validate_: Validate = Field(alias="validate")
+    measure: Measure = Measure()
     package: Package
     machine: Machine = Machine()
     release: Release = Release()
@@ -255,13 +257,22 @@ def check(raw: dict[str, Any], where: str) -> Params:
     Raises:
         ConfigError: lists every problem with its key path.
     """
+    return checked(Params, raw, where)
+
+
+def checked(model: type[Model], raw: dict[str, Any], where: str) -> Model:
+    """Validate a raw mapping as `model`; `where` names its file.
+
+    Raises:
+        ConfigError: lists every problem with its key path.
+    """
     if keys := list(_with_nul(raw)):  # no path, name or prompt can hold it, and the system says so only when it is used
         raise ConfigError(f"{where}: {', '.join(keys)[:200]}: holds the character NUL: write it without")
     try:
         # JSON mode is strict about types yet takes lists for tuples and text for paths.
-        return Params.model_validate_json(json.dumps(raw, default=str))
+        return model.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
-        lines = param_errors.explained(error, Params)
+        lines = param_errors.explained(error, model)
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise ConfigError(f"{where} has {count}:\n  " + "\n  ".join(lines)) from None
 

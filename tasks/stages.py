@@ -48,15 +48,27 @@ _ROWS = (
     Stage("convert", _late("convert"), (), {"teacher": "finetune", "student": "select"}),
     Stage("quantize", _late("quantize"), ("quantize.options",), {"student": "select", "converted": "convert"}, per=("variant",)),
     Stage(
-        "validate", _late("validate"), ("validate.context", "validate.windows", "validate.repeats", "task"),
+        "validate", _late("validate"), ("validate.context", "validate.windows", "task"),
         {"source": "acquire", "distilled": "select", "converted": "convert", "artifact": "quantize"},
-        per=("variant",), measured=("measurements.json",),
+        per=("variant",),
     ),
-    # Apart from `validate`, so that another gate runs no model again. Its verdict may rest on what was measured.
-    Stage("judge", _late("judge"), ("validate",), {"validated": "validate"}, per=("variant",), measured=("verdict.json",)),
     Stage(
-        "package", _late("package"), ("package", "quantize.variants"),
-        {"source": "acquire", "student": "select", "artifacts": "quantize", "validated": "validate", "verdicts": "judge"},
+        "measure", _late("measure"), ("measure.repeats",),
+        {"source": "acquire", "student": "select", "converted": "convert", "artifact": "quantize"},
+        per=("variant", "profile"), sources=True, profile=("memory_mb", "threads", "context", "runtimes"),
+        measured=("measurements.json",),
+    ),
+    # Apart from both, so that another gate runs no model again. Its verdict may rest on what was measured.
+    Stage(
+        "judge", _late("judge"), ("validate",), {"validated": "validate", "measured": "measure"},
+        per=("variant", "profile"), sources=True, profile=("gates", "label", "memory_mb", "threads", "context", "runtimes"), measured=("verdict.json",),
+    ),
+    Stage(
+        "package", _late("package"), ("package", "quantize.variants", "measure.profiles"),
+        {
+            "source": "acquire", "student": "select", "artifacts": "quantize", "validated": "validate",
+            "measured": "measure", "verdicts": "judge",
+        },
         measured=("report.json",),
     ),
 )  # fmt: skip

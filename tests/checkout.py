@@ -27,6 +27,7 @@ WAIT_S, ASK_S = 300.0, 1200.0  # where other work has all the cores
 FILES = ("dvc.yaml", ".dvcignore", ".gitattributes", ".gitignore", "constraints.txt")
 
 TOYS = ROOT / "tests" / "toys"
+PROFILES = ROOT / "tests" / "profiles"
 
 
 @functools.cache
@@ -115,6 +116,7 @@ def make(root: Path, params: Mapping[str, object]) -> Path:
     skip = shutil.ignore_patterns("__pycache__")
     for name in ("tasks", "infra"):
         shutil.copytree(ROOT / name, root / name, ignore=skip)
+    shutil.copytree(PROFILES, root / "profiles")
     (root / ".dvc").mkdir()
     for name in ("config", ".gitignore"):
         shutil.copy(ROOT / ".dvc" / name, root / ".dvc" / name)

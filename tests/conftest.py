@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkout import DEFAULTS, free_ports
+from checkout import DEFAULTS, PROFILES, free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -131,7 +131,8 @@ def tiny_params(tmp_path: Path, tiny_model_folder: Path) -> dict:
     raw["prune"] |= {"calibration_rows": 4, "candidates": 2, "max_parameters": 0.99}
     raw["teach"] |= {"unlabelled_rows": 0}
     raw["quantize"] |= {"variants": ["q8_0", "q4_0"]}
-    raw["validate"] |= {"context": 64, "windows": 4, "bootstrap": 200, "repeats": 3}
+    raw["validate"] |= {"context": 64, "windows": 4, "bootstrap": 200}
+    raw["measure"] |= {"repeats": 3}
     # No gate on speed or memory: a verdict that rests on measurements may differ between two runs.
     raw["validate"]["gates"] = [{"name": "accuracy_retention", "at_least": 0.0}, {"name": "size_ratio", "at_most": 1.0}]
     return raw
@@ -141,6 +142,7 @@ def tiny_params(tmp_path: Path, tiny_model_folder: Path) -> dict:
 def tiny_workspace(tmp_path: Path, tiny_params: dict) -> Path:
     """A folder with params.yaml and data of a tiny run: the root that `stage.run` takes."""
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params, sort_keys=False))
+    shutil.copytree(PROFILES, tmp_path / "profiles")
     return tmp_path
 
 

@@ -97,10 +97,12 @@ def answer(model: Path, messages: chat.Messages) -> str:
     return tokenizer.decode(ids[:-1])
 
 
-def add_variant(root: Path, name: str, weights: Path, verdict: str = "pass", **numbers: float) -> None:
-    """One quantized variant and what validation said of it."""
-    artifact, validated, judged = (root / stage / name for stage in ("quantize", "validate", "judge"))
-    for folder in (artifact, validated, judged):
+def add_variant(
+    root: Path, name: str, weights: Path, verdict: str = "pass", devices: dict[str, str] | None = None, **numbers: float
+) -> None:
+    """One quantized variant and what validation said of it; `devices`: its verdict on each, where there are several."""
+    artifact, validated = (root / stage / name for stage in ("quantize", "validate"))
+    for folder in (artifact, validated):
         folder.mkdir(parents=True)
     if weights.is_dir():
         shutil.copytree(weights, artifact / "model")
@@ -108,17 +110,19 @@ def add_variant(root: Path, name: str, weights: Path, verdict: str = "pass", **n
         shutil.copy(weights, artifact / "model.gguf")
     speed = {"decode_tokens_per_s": numbers.pop("decode_tokens_per_s", 100.0)}
     metrics = {"accuracy": 0.9, "accuracy_retention": 1.0, "size_bytes": 9e6, "size_ratio": 0.4, "mean_kld": 0.01}
-    checks = [CHECK | ({"ok": True, "value": 1.0} if verdict == "pass" else {})]
-    for file, value in {
-        validated / "metrics.json": metrics | numbers,
-        validated / "measurements.json": speed,
-        judged / "intervals.json": {"accuracy_retention_interval": [0.98, 1.02]},
-        judged / "verdict.json": {"verdict": verdict, "checks": checks},
-    }.items():
-        file.write_text(json.dumps(value))
+    (validated / "metrics.json").write_text(json.dumps(metrics | numbers))
     _finish(artifact, "quantize")
-    _finish(validated, "validate", ["measurements.json"])
-    _finish(judged, "judge", ["verdict.json"])
+    _finish(validated, "validate")
+    for device, judgement in (devices or {"desktop": verdict}).items():
+        measured, judged = (root / stage / name / device for stage in ("measure", "judge"))
+        for folder in (measured, judged):
+            folder.mkdir(parents=True)
+        checks = [CHECK | ({"ok": True, "value": 1.0} if judgement == "pass" else {})]
+        (measured / "measurements.json").write_text(json.dumps(speed))
+        (judged / "intervals.json").write_text(json.dumps({"accuracy_retention_interval": [0.98, 1.02]}))
+        (judged / "verdict.json").write_text(json.dumps({"verdict": judgement, "checks": checks}))
+        _finish(measured, "measure", ["measurements.json"])
+        _finish(judged, "judge", ["verdict.json"])
 
 
 def _finish(folder: Path, stage: str, measured: list[str] | None = None) -> None:
@@ -139,11 +143,17 @@ def inputs(root: Path, model: Path) -> dict[str, Path]:
     shutil.copytree(model, student / "model")
     _finish(source, "acquire")
     _finish(student, "select")
-    made = {"artifacts": "quantize", "validated": "validate", "verdicts": "judge"}
+    made = {"artifacts": "quantize", "validated": "validate", "measured": "measure", "verdicts": "judge"}
     return {"source": source, "student": student, **{role: root / stage for role, stage in made.items()}}
 
 
-def settings(raw: dict, variants: list[str], **package: object) -> params.Params:
+def settings(
+    raw: dict, variants: list[str], profiles: tuple[str, ...] = ("desktop",), **package: object
+) -> params.Params:
     """The stage's view of the tiny run's parameters, with changes to its section."""
-    changed = {"package": raw["package"] | package, "quantize": raw["quantize"] | {"variants": variants}}
+    changed = {
+        "package": raw["package"] | package,
+        "quantize": raw["quantize"] | {"variants": variants},
+        "measure": {"profiles": list(profiles)},
+    }
     return params.check(raw | changed, "test").only(STAGES["package"].sections)

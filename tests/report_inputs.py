@@ -11,6 +11,13 @@ SIZES = {"q8_0": 0.41, "q5_1": 0.33, "q4_k_m": 0.31, "q4_0": 0.27, "onnx-int4": 
 HOSTILE = '<script>alert("x")</script>'
 
 
+MACHINE = {
+    "processor": "Some " + HOSTILE, "instructions": ["avx2"], "cores": 2, "memory_bytes": 8_000_000_000, "system": "Linux",
+}  # fmt: skip
+DESKTOP = {"label": "Desktop", "memory_mb": None, "threads": None, "context": 512, "runtimes": None}
+PHONE = {"label": "Phone " + HOSTILE, "memory_mb": 400, "threads": 4, "context": 512, "runtimes": ["llama"]}
+
+
 def variant(name: str) -> dict:
     at = list(SIZES).index(name)
     verdict = {"q4_0": "fail", "onnx-int4": "undecided"}.get(name, "pass")
@@ -30,19 +37,30 @@ def variant(name: str) -> dict:
         "ttft_p95_s": 0.048,
         "ttft_p99_s": 0.061,
     }
+    measurements = speed | {
+        "load_s": 0.12, "prefill_tokens_per_s": 919.0, "peak_rss_bytes": 2.1e8 + 1e7 * at, "decode_speedup": 1.26,
+        "peak_rss_ratio": 0.62, "threads": 2, "machine": MACHINE,
+        "reference": {"decode_tokens_per_s": 141.0, "ttft_p50_s": 0.05, "ttft_p95_s": 0.06, "ttft_p99_s": 0.08},
+    }  # fmt: skip
+    judged = {"verdict": verdict, "checks": [check], "device": DESKTOP}
+    if name == "q4_k_m":
+        small = {"verdict": judged | {"device": PHONE}, "measurements": measurements}
+    else:
+        ended = {"ended": "it held 420 MB " + HOSTILE}
+        failed = {"verdict": "fail", "checks": [check], "device": PHONE, **ended}
+        small = {"verdict": failed, "measurements": {**ended, "peak_rss_bytes": 4.2e8, "machine": MACHINE}}
     return {
         "runtime": "onnx_genai" if "onnx" in name else "llama",
         "targets": [],
-        "verdict": {"verdict": verdict, "checks": [check]},
+        "device": "desktop",
         "metrics": {
             "accuracy": 0.87 * retention, "accuracy_retention": retention, "perplexity": 18 + at, "mean_kld": 0.004 * 3**at,
             "perplexity_ratio": 1 + at / 30, "same_top_token": 0.96 - at / 18, "size_bytes": SIZES[name] * 271e6,
             "size_ratio": SIZES[name], "per_group": classes, "accuracy_interval": [0.8, 0.9], "scored_tokens": 6144, "unheard_of": 7,
         },
-        "measurements": speed | {
-            "load_s": 0.12, "prefill_tokens_per_s": 919.0, "peak_rss_bytes": 2.1e8 + 1e7 * at, "decode_speedup": 1.26,
-            "peak_rss_ratio": 0.62, "threads": 2,
-            "reference": {"decode_tokens_per_s": 141.0, "ttft_p50_s": 0.05, "ttft_p95_s": 0.06, "ttft_p99_s": 0.08},
+        "devices": {
+            "desktop": {"verdict": judged, "measurements": measurements},
+"phone": small,
         },
     }  # fmt: skip
 
@@ -55,7 +73,8 @@ def sample(root: Path, chosen: str | None = "q4_k_m", name: str = "home-commands
     variants = {each: variant(each) for each in SIZES}
     reason = "q4_k_m is the smallest of the 3 variants that passed. " + HOSTILE
     evaluation = {
-        n: bundle.Evaluation(verdict=v["verdict"]["verdict"], metrics=v["metrics"]) for n, v in variants.items()
+        n: bundle.Evaluation(verdict=v["devices"]["desktop"]["verdict"]["verdict"], metrics=v["metrics"])
+        for n, v in variants.items()
     }
     lineage = {
         "model": {"source": "package", "sha256": "ab" * 32, "architecture": "LlamaForCausalLM"},
@@ -67,7 +86,13 @@ def sample(root: Path, chosen: str | None = "q4_k_m", name: str = "home-commands
         licence=bundle.Licence(model="apache-2.0", data="CC-BY-4.0"), lineage=lineage, evaluation=evaluation,
         created_from={"source": "cd" * 32, "artifacts/q4_k_m": "ef" * 32},
     ))  # fmt: skip
-    report = {"name": name, "rule": "smallest", "chosen": chosen, "reason": reason, "variants": variants}
+    devices = {
+        "desktop": {"variant": chosen, "reason": reason},
+        "phone": {"variant": chosen, "reason": "q4_k_m is the only one that passed every gate of it (84.0 MB)."},
+    }
+    report = {
+        "name": name, "rule": "smallest", "chosen": chosen, "reason": reason, "devices": devices, "variants": variants,
+    }  # fmt: skip
     (package / "report.json").write_text(json.dumps(report))
     models = {
         each: {"accuracy": a, "parameters": p, "layers": n, "per_group": {"light_on": a, "set_temperature": a * 0.9, "decline": a**2}}

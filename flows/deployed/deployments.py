@@ -165,8 +165,8 @@ def validate_only(
     known = worktrees.finished(main)
     if run not in known:
         raise ConfigError(f"there is no finished run {run}: name one of {', '.join(known) or '(none yet)'}")
-    if "judge" not in yaml.safe_load(worktrees.git(main, "show", f"runs/{run}:dvc.yaml"))["stages"]:
-        raise ConfigError(f"run {run} is of a version that measured and judged in one: run its commit again instead")
+    if "measure" not in yaml.safe_load(worktrees.git(main, "show", f"runs/{run}:dvc.yaml"))["stages"]:
+        raise ConfigError(f"run {run} is of a version that validated and measured in one: run its commit again instead")
     overrides = _overrides({"quantize.variants": variants, "validate.gates": gates})
     planned = worktrees.planned(main, name, f"runs/{run}", None, overrides)
     checked = planned.params
@@ -177,12 +177,13 @@ def validate_only(
         if pulled := versioning.restore(place, *made):
             approval.logged(pulled)
         with pipeline.opened(place, name, checked) as monitor, monitor:
-            for stage in ("validate", "judge"):
-                for item in STAGES[stage].items(checked):
-                    pipeline.one(monitor, StageRun(place, name, stage, item, up_to_date=False), checked.machine.retries)
+            keys = [
+                (stage, item) for stage in ("validate", "measure", "judge") for item in STAGES[stage].items(checked)
+            ]
+            for stage, item in keys:
+                pipeline.one(monitor, StageRun(place, name, stage, item, up_to_date=False), checked.machine.retries)
         monitor.tracker.close("FINISHED", {"slmops.validated": run}, {}, ())
-        done = [versioning.address(stage, each) for stage in ("validate", "judge") for each in chosen]
-        approval.logged(versioning.push(place, *done))
+        approval.logged(versioning.push(place, *(versioning.address(stage, *item.words) for stage, item in keys)))
         table = results.markdown(results.rows(place, checked, packaged=False))
         create_markdown_artifact(table, key="result", description=f"Validation of run {run}")
         commit = worktrees.finish(place, name, f"Validate {run}\n\n{table}")

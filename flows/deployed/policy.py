@@ -1,18 +1,20 @@
 """Is one run's say about release at least as strict as a commit's? A form may tighten what a commit says, never loosen it.
 
-What decides on a release is the params section `release`, the gates, and how sure a gate must be
-(`validate.max_half_width`): all of it, and nothing else, is compared here.
+What decides on a release is the params section `release`, the gates, how sure a gate must be (`validate.max_half_width`),
+and the device profiles with their gates: all of it, and nothing else, is compared here.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import yaml
 
 from flows.workspace import worktrees
 from flows.workspace.paths import MainCheckout
-from tasks import params
+from tasks import params, profiles
 from tasks.errors import ConfigError
 from tasks.params import Params
+from tasks.profiles import Profile
 from tasks.validate.params import Gate
 
 RUNS = ("Run ", "Validate ")  # how the subjects begin of the commits that runs make
@@ -24,15 +26,16 @@ def check(main: MainCheckout, commit: str, wanted: Params) -> None:
     Raises:
         ConfigError: names every one of them, with its key.
     """
-    if loosenings := loosened_from(references(main, commit), wanted):
+    binding = references(main, commit)
+    if loosenings := [*loosened_from(binding, wanted), *_loosened_devices(main, list(binding), commit, wanted)]:
         raise ConfigError(
             "what a commit says about release no single run may loosen:\n  " + "\n  ".join(loosenings) + "\n"
             "leave that out of the form or settings, or commit other parameters and run that commit"
         )
 
 
-def references(main: MainCheckout, commit: str) -> list[tuple[str, Params]]:
-    """The parameters that bind a deployed run of `commit`, with the names of their commits: its own; those of the commit
+def references(main: MainCheckout, commit: str) -> dict[str, Params]:
+    """The parameters that bind a deployed run of `commit`, by the names of their commits: its own; those of the commit
     that a person made, where it is one that a run has made (of looser parameters, it may be); and those of HEAD, where
     that is newer, so that an old commit does not bring an old policy back.
 
@@ -45,7 +48,7 @@ def references(main: MainCheckout, commit: str) -> list[tuple[str, Params]]:
     while not _holds(main, head, made) and _by_a_run(main, made):
         made = worktrees.git(main, "rev-parse", f"{made}^")
     chosen = {own: commit, made: made[:12]} | ({head: "HEAD"} if _holds(main, head, made) else {})
-    return [(name, _params(main, sha, name)) for sha, name in chosen.items()]
+    return {name: _params(main, sha, name) for sha, name in chosen.items()}
 
 
 def _holds(main: MainCheckout, head: str, commit: str) -> bool:
@@ -73,6 +76,10 @@ def loosened(said: Params, wanted: Params) -> list[str]:
         for gate in said.validate_.gates
         if not any(_as_strict(gate, other) for other in wanted.validate_.gates)
     ]
+    if set(said.measure.profiles) != set(wanted.measure.profiles):  # to pass on one device is enough
+        loosenings.append(
+            f"measure.profiles: {', '.join(wanted.measure.profiles)} are not {', '.join(said.measure.profiles)}"
+        )
     if not wanted.validate_.max_half_width <= said.validate_.max_half_width:
         loosenings.append(
             _more("validate.max_half_width", said.validate_.max_half_width, wanted.validate_.max_half_width)
@@ -88,13 +95,42 @@ def loosened(said: Params, wanted: Params) -> list[str]:
     return loosenings
 
 
-def loosened_from(references: Sequence[tuple[str, Params]], wanted: Params) -> list[str]:
+def loosened_from(references: Mapping[str, Params], wanted: Params) -> list[str]:
     """`loosened` against each of several commits, named; what more than one of them says is told once."""
     lines: dict[str, str] = {}
-    for commit, said in references:
+    for commit, said in references.items():
         for line in loosened(said, wanted):
             lines.setdefault(line, f"{line} ({commit})")
     return list(lines.values())
+
+
+def _loosened_devices(main: MainCheckout, commits: Sequence[str], commit: str, wanted: Params) -> list[str]:
+    """Where the device profiles of `commit`, which a run of it reads, are looser than those of the commits that bind it."""
+    lines = []
+    for name in wanted.measure.profiles:
+        ours = _profile(main, commit, name)
+        for other in commits:
+            said = _profile(main, other, name)
+            if said is None or ours is None:  # the run itself says that it is missing
+                continue
+            where = f"{profiles.FOLDER}/{name}.yaml"
+            lines += [
+                f"{where}: {_gate(gate)} is missing or weaker ({other})"
+                for gate in said.gates
+                if not any(_as_strict(gate, each) for each in ours.gates)
+            ]
+            if said.memory_mb is not None and not (ours.memory_mb or math.inf) <= said.memory_mb:
+                lines.append(f"{where}: memory_mb is above {said.memory_mb} ({other})")
+    return lines
+
+
+def _profile(main: MainCheckout, commit: str, name: str) -> Profile | None:
+    """A device profile as a commit has it; None: it has none of that name."""
+    place = f"{profiles.FOLDER}/{name}.yaml"
+    if not worktrees.git(main, "ls-tree", commit, "--", place):
+        return None
+    text = worktrees.git(main, "show", f"{commit}:{place}")
+    return profiles.parsed(text.encode(), f"{place} of {commit}")
 
 
 def _as_strict(gate: Gate, other: Gate) -> bool:

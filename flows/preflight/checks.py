@@ -2,6 +2,7 @@
 
 from flows.preflight import planned_model
 from flows.workspace.paths import Workspace
+from tasks import profiles
 from tasks.errors import ConfigError
 from tasks.models import supports
 from tasks.params import Params
@@ -12,8 +13,10 @@ def check(root: Workspace, checked: Params) -> None:
     """Refuse a run that would fail after its training.
 
     Raises:
-        ConfigError: names every step that cannot be done, with what to change.
+        ConfigError: a device profile is missing or wrong; or it names every step that cannot be done, with what to change.
     """
+    for name in checked.measure.profiles:
+        profiles.load(root, name)
     kind = planned_model.architecture(checked.acquire, root)
     obstacles = problems(kind, checked.prune.max_parameters, checked.quantize.variants) if kind else []
     if obstacles:

@@ -24,6 +24,8 @@ from tasks.frame import cores
 from tasks.frame.items import Item
 from tasks.judge import gates
 from tasks.learning.params import Training
+from tasks.measure.speed import ROUNDS
+from tasks.measure.timed import CONTEXT, DECODED
 from tasks.models import loading, sizes
 from tasks.models.sizes import Shape
 from tasks.prune import width as width_pruning
@@ -47,13 +49,16 @@ OVERHEAD_S = {
     "select": 2.0,
     "convert": 10.0,
     "quantize": 3.0,
-    "validate": 8.0,
+    "validate": 5.0,
+    "measure": 6.0,
     "judge": 1.0,
     "package": 10.0,
 }
 
 
-MODELS_RUN = frozenset({"acquire", "finetune", "teach", "prune", "distill", "convert", "quantize", "validate"})
+MODELS_RUN = frozenset(
+    {"acquire", "finetune", "teach", "prune", "distill", "convert", "quantize", "validate", "measure"}
+)
 
 
 @dataclass(frozen=True)
@@ -263,7 +268,13 @@ def _work(
     generated = (1 - AGREEMENT) * counted.count["test"] * 16
     answers = sum(generated * size / DECODE_BYTES_PER_S for size in predicted.values())
     works.append(Work("validate", None, prompts * count, count * (OVERHEAD_S["validate"] + each) + answers))
-    works.append(Work("judge", None, None, count * OVERHEAD_S["judge"]))
+    devices = len(checked.measure.profiles)
+    # The file and the teacher's F16, by turns: prompts, prefills of 512 tokens, and 64 tokens one by one.
+    read = checked.measure.repeats * counted.tokens + ROUNDS["prefill"] * CONTEXT
+    written = ROUNDS["decode"] * DECODED * (sum(predicted.values()) + count * 2 * base.parameters) / DECODE_BYTES_PER_S
+    timed = count * (OVERHEAD_S["measure"] + 2 * (base.parameters + student.parameters) * read / (plain * PREFILL))
+    works.append(Work("measure", None, None, devices * (timed + written)))
+    works.append(Work("judge", None, None, devices * count * OVERHEAD_S["judge"]))
     works.append(Work("package", None, None, OVERHEAD_S["package"]))
     return works
 

@@ -90,6 +90,7 @@ class Page:
     chosen: Verdict | None
     tiles: list[tuple[str, str]]
     verdicts: list[Verdict]
+    devices: list[Verdict]
     quality: list[Figure]
     latency: list[Figure]
     variants: list[Table]
@@ -131,7 +132,7 @@ def _render(page: Page) -> str:
 
 
 def _page(package_folder: Path, student_folder: Path, finetune_folder: Path | None, params: Params | None) -> Page:
-    bundle, report = load(package_folder), _json(package_folder / "report.json")
+    bundle, report = load(package_folder), _report(package_folder)
     models = _json(student_folder / "models.json")
     variants: Mapping[str, Any] = report["variants"]
     digest = bundle_digest(package_folder)
@@ -142,6 +143,7 @@ def _page(package_folder: Path, student_folder: Path, finetune_folder: Path | No
         chosen=_chosen(bundle),
         tiles=_tiles(bundle, variants),
         verdicts=_verdicts(bundle, variants),
+        devices=_devices(report),
         quality=_figures(_quality_plots(bundle, variants)),
         latency=_figures(_latency_plots(bundle, variants)),
         variants=_variant_tables(bundle, variants),
@@ -152,6 +154,13 @@ def _page(package_folder: Path, student_folder: Path, finetune_folder: Path | No
         facts=_facts(bundle, digest),
         parameters=_parameters(params) if params else None,
     )
+
+
+def _report(package_folder: Path) -> Any:
+    """report.json, with the verdict and the measurements of each variant on the device on which it does best."""
+    report = _json(package_folder / "report.json")
+    variants = {name: {**each, **each["devices"][each["device"]]} for name, each in report["variants"].items()}
+    return {**report, "variants": variants}
 
 
 def _json(path: Path) -> Any:
@@ -190,13 +199,44 @@ def _tiles(bundle: Bundle, variants: Mapping[str, Any]) -> list[tuple[str, str]]
 
 def _verdicts(bundle: Bundle, variants: Mapping[str, Any]) -> list[Verdict]:
     """What ships first, then by verdict."""
-    verdicts = {name: variant["verdict"] for name, variant in variants.items()}
-    order = sorted(verdicts, key=lambda name: (name != bundle.chosen, ORDER.get(verdicts[name]["verdict"], 2)))
-    return [Verdict(name, verdicts[name]["verdict"], _told(verdicts[name])) for name in order]
+    verdicts = {name: variant["verdict"]["verdict"] for name, variant in variants.items()}
+    order = sorted(verdicts, key=lambda name: (name != bundle.chosen, ORDER.get(verdicts[name], 2)))
+    return [Verdict(name, verdicts[name], _told(variants[name])) for name in order]
 
 
-def _told(verdict: Mapping[str, Any]) -> str:
-    return results.misses(verdict) or ": ".join(filter(None, ["every gate held", results.narrowest(verdict)]))
+def _told(variant: Mapping[str, Any]) -> str:
+    verdict, devices = variant["verdict"], {name: each["verdict"] for name, each in variant["devices"].items()}
+    held = ": ".join(filter(None, ["every gate held", results.narrowest(verdict)]))
+    return (
+        results.misses_by_device(devices)
+        if verdict["verdict"] != "pass"
+        else "; ".join(
+            filter(
+                None,
+                [
+                    held if len(devices) == 1 else f"{results.summary(devices)}, {held}",
+                    results.misses_by_device(devices),
+                ],
+            )
+        )
+    )
+
+
+def _devices(report: Mapping[str, Any]) -> list[Verdict]:
+    """What is best for each kind of device, where there are several."""
+    if len(report["devices"]) < 2:
+        return []
+    labels = {
+        name: each["verdict"]["device"]["label"]
+        for variant in report["variants"].values()
+        for name, each in variant["devices"].items()
+    }
+    return [
+        Verdict(
+            f"{labels[name]}: {best['variant'] or 'nothing'}", "pass" if best["variant"] else "fail", best["reason"]
+        )
+        for name, best in report["devices"].items()
+    ]
 
 
 def _variant_tables(bundle: Bundle, variants: Mapping[str, Any]) -> list[Table]:
@@ -234,7 +274,7 @@ def plots(package_folder: Path, student_folder: Path) -> Plots:
     Raises:
         ArtifactError: a file that they rest on is missing or damaged.
     """
-    bundle, variants = load(package_folder), _json(package_folder / "report.json")["variants"]
+    bundle, variants = load(package_folder), _report(package_folder)["variants"]
     css = (HERE / "report.css").read_text(encoding="utf-8")
     charted = _quality_plots(bundle, variants) | _latency_plots(bundle, variants) | _curves(_histories(student_folder))
     return {key: (title, charts.standalone(svg, css)) for key, (title, svg) in charted.items()}
@@ -362,11 +402,21 @@ def _curves(histories: Mapping[str, list[Mapping[str, float]]]) -> Plots:
 def _facts(bundle: Bundle, digest: str) -> list[tuple[str, str]]:
     """The facts say what the bundle is made from."""
     licence = bundle.licence
-    facts = [("bundle digest", digest), ("licence of the model", licence.model), ("licence of the data", licence.data)]
-    facts += [(f"runtime {name}", version) for name, version in bundle.runtimes.items()]
-    for part, value in bundle.lineage.items():
+    return [
+        ("bundle digest", digest),
+        *facts_of(licence.model_dump(), bundle.runtimes, bundle.lineage, bundle.created_from),
+    ]
+
+
+def facts_of(
+    licence: Mapping[str, str], software: Mapping[str, str], lineage: Mapping[str, Any], inputs: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """Each fact of a bundle's origin, with its name."""
+    facts = [(f"licence of the {part}", name) for part, name in licence.items()]
+    facts += [(f"version of {name}", version) for name, version in software.items()]
+    for part, value in lineage.items():
         facts += [(f"{part}.{key}", text) for key, text in _texts(value)]
-    return facts + [(f"input {role}, sha256 of its manifest", value) for role, value in bundle.created_from.items()]
+    return facts + [(f"input {role}, sha256 of its manifest", value) for role, value in inputs.items()]
 
 
 def _texts(value: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 from flows.workspace.paths import Workspace
 from tasks.frame.stage import folder, read_json
 from tasks.metrics import COLUMNS, show
-from tasks.package.choose import failing
+from tasks.package.choose import best, failing
 from tasks.params import Params
 from tasks.validate.params import Gate
 
@@ -42,27 +42,39 @@ def bundle(root: Workspace) -> dict[str, Any]:
 
 
 def rows(root: Workspace, params: Params, *, packaged: bool = True) -> list[Row]:
-    """The variants of a finished run, in the order of params; `packaged`: one of them may have been chosen.
+    """The variants of a finished run, in the order of params, with the numbers of the device on which each does best;
+    `packaged`: one of them may have been chosen.
 
     Raises:
-        ArtifactError: validate, judge or package did not run.
+        ArtifactError: validate, measure, judge or package did not run.
     """
     chosen = bundle(root)["chosen"] if packaged else None
     table = []
     for variant in params.quantize.variants:
-        here = folder(root, "validate", variant)
-        metrics, measured = read_json(here / "metrics.json"), read_json(here / "measurements.json")
-        verdict = read_json(folder(root, "judge", variant) / "verdict.json")
+        metrics = read_json(folder(root, "validate", variant) / "metrics.json")
+        verdicts = {
+            device: read_json(folder(root, "judge", variant, device) / "verdict.json")
+            for device in params.measure.profiles
+        }
+        device = best(verdicts)
+        measured = read_json(folder(root, "measure", variant, device) / "measurements.json")
         table.append(
             Row(
                 variant=variant,
-                verdict=verdict["verdict"],
+                verdict=summary(verdicts),
                 numbers={**metrics, **measured},
                 chosen=variant == chosen,
-                misses=misses(verdict),
+                misses=misses_by_device(verdicts),
             )
         )
     return table
+
+
+def summary(verdicts: Mapping[str, Mapping[str, Any]]) -> str:
+    """The verdicts of the devices in a few words."""
+    verdict = str(verdicts[best(verdicts)]["verdict"])
+    passed = sum(each["verdict"] == "pass" for each in verdicts.values())
+    return f"pass on {passed} of {len(verdicts)}" if 0 < passed < len(verdicts) else verdict
 
 
 def _value(numbers: dict[str, Any], name: str) -> float:
@@ -87,7 +99,16 @@ def student(root: Workspace, gates: Sequence[Gate]) -> str:
 
 def misses(verdict: Mapping[str, Any]) -> str:
     """What did not hold of a variant's verdict, or was not decided; "" where all did."""
-    return "; ".join(_against_limit(check) for check in failing(verdict))
+    ended = [verdict["ended"]] if "ended" in verdict else []
+    return "; ".join([*ended, *(_against_limit(check) for check in failing(verdict))])
+
+
+def misses_by_device(verdicts: Mapping[str, Mapping[str, Any]]) -> str:
+    """`misses` of a variant on each device, named where there are several; what is the same on all is told once."""
+    lines = {name: why for name, verdict in verdicts.items() if (why := misses(verdict))}
+    if len(set(lines.values())) == 1 and len(lines) == len(verdicts):
+        return next(iter(lines.values()))
+    return "; ".join(f"on {name}: {why}" for name, why in lines.items())
 
 
 def narrowest(verdict: Mapping[str, Any]) -> str:

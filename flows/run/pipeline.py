@@ -82,8 +82,8 @@ def _run(root: Workspace, name: str, checked: params.Params, by: str | None, cha
         monitor.tracker.settle(MLFLOW_S)
         version, said = registration.register_if_passed(root, main, by, separate_duties=checked.release.separate_duties)
         if version:
-            chosen = folder(root, "validate", results.bundle(root)["chosen"])
-            mlflow_runs.tell_model(main, root, version.name, version.version, chosen)
+            numbers = next(row.numbers for row in rows if row.chosen)
+            mlflow_runs.tell_model(main, root, version.name, version.version, numbers)
         page = artifacts.show(root, name, rows, said)
     result = Result(monitor.done, rows, version, said, report, covered(monitor.spans), page)
     ended = {"slmops.dvc_lock": versioning.lock_digest(root), "slmops.registered": said}

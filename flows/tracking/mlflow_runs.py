@@ -222,15 +222,18 @@ def pages(main: MainCheckout, root: Workspace) -> tuple[str, str] | None:
     return f"{page}?{VIEW}", f"{page}/artifacts/report.html?{VIEW}"
 
 
-def tell_model(main: MainCheckout, root: Workspace, name: str, version: str, folder: Path) -> None:
-    """Tie the newest run in the workspace `root` to the version that it registered; both get the numbers in `folder`."""
+def tell_model(main: MainCheckout, root: Workspace, name: str, version: str, numbers: Mapping[str, Any]) -> None:
+    """Tie the newest run in the workspace `root` to the version that it registered; both get the numbers of its file."""
     from mlflow.entities import LoggedModelOutput, Metric
 
     with _answering(main):
         store = mlflow_store.client(main)
         run = _newest(store, main, root)
         model = store.get_model_version(name, version).source.removeprefix("models:/")  # its model_id is empty
-        metrics = [Metric(key, value, mlflow_store.now(), 0, model_id=model) for key, value in _numbers(folder).items()]
+        metrics = [
+            Metric(key, value, mlflow_store.now(), 0, model_id=model)
+            for key, value in _flat_numbers("", numbers).items()
+        ]
         store.log_batch(run.info.run_id, metrics=metrics)
         store.log_inputs(
             run.info.run_id, [mlflow_store.dataset(each) for each in _datasets(stage_folder(root, "acquire"))]
@@ -282,7 +285,7 @@ def _datasets(folder: Path) -> list[dict[str, str]]:
 
 
 def _numbers(folder: Path) -> dict[str, float]:
-    """The numbers of validate's two files, nested ones (`ttft_s`) with a dotted name."""
+    """The numbers of what validate and measure wrote, nested ones (`reference`) with a dotted name."""
     numbers: dict[str, float] = {}
     for name in ("metrics.json", "measurements.json"):
         path = folder / name
@@ -296,6 +299,7 @@ def _flat_numbers(prefix: str, value: Any) -> dict[str, float]:
         return {
             name: number
             for key, item in value.items()
+            if key != "machine"  # its facts are in the file
             for name, number in _flat_numbers(f"{prefix}.{key}" if prefix else str(key), item).items()
         }
     return {prefix: float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else {}

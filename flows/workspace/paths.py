@@ -30,6 +30,11 @@ def report(root: Workspace) -> Path:
     return root / "report.html"
 
 
+def certificate(root: Workspace) -> Path:
+    """The folder of the certificate."""
+    return root / "certificate"
+
+
 def run_lock(root: Workspace) -> Path:
     """Held by the run that works here, and by its stages."""
     return root / RUNS / "lock"

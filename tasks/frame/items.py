@@ -7,7 +7,11 @@ from typing import Any
 
 from tasks.params import Params
 
-AXES = {"variant": "quantize.variants", "seed": "select.seeds"}  # the list of params.yaml with the values of each
+AXES = {
+    "variant": "quantize.variants",
+    "seed": "select.seeds",
+    "profile": "measure.profiles",
+}  # the list of params.yaml with the values of each
 
 
 class Item(Mapping[str, Any]):

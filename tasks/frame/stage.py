@@ -40,6 +40,7 @@ class Stage:
     scratch: bool = False  # wants a folder that survives a kill
     alone: bool = False  # takes a machine whole: beside anything, its threads would fight for the cores
     sources: bool = False  # reads files outside build/: gets the workspace root
+    profile: tuple[str, ...] = ()  # keys of its item's device profile that it reads
     measured: tuple[str, ...] = ()  # files whose bytes differ from run to run
     limits: Callable[[Params, Path], Limits] | None = None  # what it may use, where its inputs are not trusted
 

@@ -52,9 +52,11 @@ def check(gate: Gate, value: Any, interval: Interval | None, max_half_width: flo
     return line
 
 
-def judge(params: Validate, values: Mapping[str, Any], spread: Mapping[str, Interval]) -> dict[str, Any]:
+def judge(
+    params: Validate, rules: Sequence[Gate], values: Mapping[str, Any], spread: Mapping[str, Interval]
+) -> dict[str, Any]:
     """The content of verdict.json: a check that fails beyond doubt outweighs one that cannot be decided."""
-    checks = [check(gate, values.get(gate.name), spread.get(gate.name), params.max_half_width) for gate in params.gates]
+    checks = [check(gate, values.get(gate.name), spread.get(gate.name), params.max_half_width) for gate in rules]
     open_checks = [line for line in checks if line.get("undecided")]
     failed = any(not line["ok"] for line in checks if line not in open_checks)
     verdict: Verdict = "fail" if failed else "undecided" if open_checks else "pass"

@@ -40,9 +40,10 @@ class Target(Value):
 
 
 class Evaluation(Value):
-    """One variant's verdict and the numbers that equal work reproduces."""
+    """One variant's verdict, where it does best and by device profile, and the numbers that equal work reproduces."""
 
     verdict: str
+    devices: dict[str, str] = {}
     metrics: dict[str, JsonValue]
 
 
@@ -58,6 +59,7 @@ class Bundle(Value):
     chosen: str | None  # None: nothing passed its gates, and no weights are here
     reason: str
     variants: dict[str, list[str]]  # every variant -> targets that carry it
+    devices: dict[str, str | None] = {}  # device profile -> the best variant for it; None: nothing passed there
     targets: dict[str, Target]
     files: dict[str, File]
     minimum_ram_bytes: int | None

@@ -15,7 +15,7 @@ from tasks.frame.events import progress
 from tasks.frame.stage import read_json
 from tasks.models import chat, dated, loading
 from tasks.package import bundle, card, parity
-from tasks.package.choose import Candidate, candidates, choose
+from tasks.package.choose import Candidate, Choice, candidates, choose
 from tasks.package.params import TARGETS, Package
 from tasks.package.prompt_format import probe
 from tasks.package.release import Release, write
@@ -29,7 +29,15 @@ COMPOSE = (
 
 
 def package(
-    params: Params, *, source: Path, student: Path, artifacts: Path, validated: Path, verdicts: Path, out: Path
+    params: Params,
+    *,
+    source: Path,
+    student: Path,
+    artifacts: Path,
+    validated: Path,
+    measured: Path,
+    verdicts: Path,
+    out: Path,
 ) -> dict[str, float]:
     """Fill `out` with one folder a target, bundle.json, report.json, MODEL_CARD.md and LICENSE.
 
@@ -39,7 +47,8 @@ def package(
     """
     settings, model = params.package, student / "model"
     wanted = [TARGETS[name] for name in settings.targets]
-    variants = candidates(artifacts, validated, verdicts, params.quantize.variants)
+    devices = params.measure.profiles
+    variants = candidates(artifacts, validated, measured, verdicts, params.quantize.variants, devices)
     choice = choose(variants, settings.choose, {target.runtime.name for target in wanted})
     lineage = read_json(source / "lineage.json")
     names = bundle.Licence(model=_named(lineage, "model"), data=_named(lineage, "data"))
@@ -73,6 +82,7 @@ def package(
         chosen=chosen.name if chosen else None,
         reason=choice.reason + left_out,
         variants={c.name: [name for name, t in targets.items() if t.variant == c.name] for c in variants},
+        devices={device: best.name if (best := choice.devices.get(device)) else None for device in devices},
         targets=targets,
         files={},
         minimum_ram_bytes=releases[chosen.runtime.name].minimum_ram_bytes if chosen else None,
@@ -85,7 +95,7 @@ def package(
     )
     write(out / "MODEL_CARD.md", card.card(made, releases[chosen.runtime.name] if chosen else None))
     bundle.write(out, made.model_copy(update={"files": bundle.listing(out)}))
-    _report(out, settings.choose, choice.measured_reason + left_out, made, variants)
+    _report(out, settings.choose, choice, choice.measured_reason + left_out, made, variants)
     return {
         "passing": float(sum(c.passed for c in variants)),
         "targets": float(len(targets)),
@@ -144,13 +154,14 @@ def _named(lineage: Mapping[str, Any], part: str) -> str:
 
 def _evaluation(candidate: Candidate) -> bundle.Evaluation:
     metrics = {name: bundle.finite(value) for name, value in sorted(candidate.metrics.items())}
-    return bundle.Evaluation(verdict=candidate.verdict["verdict"], metrics=metrics)
+    devices = {device: verdict["verdict"] for device, verdict in candidate.verdicts.items()}
+    return bundle.Evaluation(verdict=candidate.verdict["verdict"], devices=devices, metrics=metrics)
 
 
 def _digests(variants: list[Candidate], source: Path, student: Path, artifacts: Path, verdicts: Path) -> dict[str, str]:
     folders = {"source": source, "student": student}
     folders |= {f"artifacts/{c.name}": artifacts / c.name for c in variants}
-    folders |= {f"verdicts/{c.name}": verdicts / c.name for c in variants}
+    folders |= {f"verdicts/{c.name}/{device}": verdicts / c.name / device for c in variants for device in c.verdicts}
     return {role: manifest.digest(folder) for role, folder in folders.items()}
 
 
@@ -159,14 +170,21 @@ def _bytes(weights: Path) -> int:
     return sum(p.stat().st_size for p in files)
 
 
-def _report(out: Path, rule: str, reason: str, made: bundle.Bundle, found: list[Candidate]) -> None:
+def _report(out: Path, rule: str, choice: Choice, reason: str, made: bundle.Bundle, found: list[Candidate]) -> None:
     """What the HTML report and the approval form read, measured numbers included."""
     variants = {
         c.name: {
-            "runtime": c.runtime.name, "targets": made.variants[c.name], "verdict": c.verdict,
-            "metrics": c.metrics, "measurements": c.measurements,
+            "runtime": c.runtime.name, "targets": made.variants[c.name], "metrics": c.metrics,
+            "device": c.device,
+            "devices": {
+                name: {"verdict": verdict, "measurements": c.measured[name]} for name, verdict in c.verdicts.items()
+            },
         }
         for c in found
     }  # fmt: skip
-    report = {"name": made.name, "rule": rule, "chosen": made.chosen, "reason": reason, "variants": variants}
+    devices = {name: {"variant": made.devices[name], "reason": why} for name, why in choice.why.items()}
+    report = {
+        "name": made.name, "rule": rule, "chosen": made.chosen, "reason": reason, "devices": devices,
+        "variants": variants,
+    }  # fmt: skip
     (out / "report.json").write_text(json.dumps(bundle.finite(report), indent=2, ensure_ascii=False) + "\n")

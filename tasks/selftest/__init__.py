@@ -32,10 +32,10 @@ _ROOT = Path(__file__).resolve().parents[2]  # where `tasks` is importable from
 
 def used(stage: str, variant: str | None) -> tuple[Runtime, ...]:
     """The runtimes whose arithmetic a stage relies on, of those that have native code."""
-    if stage not in ("quantize", "validate") or variant is None:
+    if stage not in ("quantize", "validate", "measure") or variant is None:
         return ()
     own = VARIANTS[variant].runtime
-    wanted = (LLAMA, own) if stage == "validate" and own is not LLAMA else (own,)  # held against the F16 file
+    wanted = (LLAMA, own) if stage != "quantize" and own is not LLAMA else (own,)  # held against the F16 file
     return tuple(each for each in wanted if each.package)
 
 

@@ -43,8 +43,8 @@ class Validate(Section):
         description="Largest half width of a 95 % interval that holds a gate's limit (0.03: 3 points). With a wider one the gate is "
         "undecided: the test rows are too few.",
     )
-    repeats: Annotated[int, Field(ge=3)] = Field(
-        20, description="How often the time to the first token is measured, after a warm-up."
+    gates: tuple[Gate, ...] = Field(
+        description="Rules that a variant must hold to pass, the same for all variants and on all devices. A device profile adds its "
+        "own."
     )
-    gates: tuple[Gate, ...] = Field(description="Rules that a variant must hold to pass, the same for all variants.")
     seed: int = Field(17, description="Seed of the bootstrap.")

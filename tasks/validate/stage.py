@@ -1,7 +1,7 @@
 """The shipped file itself, in its own runtime, against the teacher and the F16 student.
 
-Quality (accuracy, perplexity, KLD) is the same on every run and goes into metrics.json; speed and memory
-are measured in a process of their own and go into measurements.json. Whether that is good enough, `judge` says.
+Quality (accuracy, perplexity, KLD) is the same on every run. Speed and memory are for `measure`. Whether that is good
+enough, `judge` says.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.errors import ArtifactError
 from tasks.frame import jsonl
-from tasks.frame.cores import busy, quiet
+from tasks.frame.cores import busy
 from tasks.frame.events import doing
 from tasks.frame.stage import require_file, write_json
 from tasks.metrics import METRICS
@@ -25,7 +25,7 @@ from tasks.variants import VARIANTS
 def validate(
     params: Params, *, source: Path, distilled: Path, converted: Path, artifact: Path, variant: str, out: Path
 ) -> dict[str, float]:
-    """Write metrics.json, measurements.json and predictions.jsonl into `out`; return the metrics.
+    """Write metrics.json and predictions.jsonl into `out`; return the metrics.
 
     Raises:
         ArtifactError: an input is missing, or the teacher's predictions are of other test rows.
@@ -51,21 +51,17 @@ def validate(
 
     doing("wait while another variant is measured")
     with busy(artifact.parent):
-        metrics = _evaluated(shipped, measured=False)
-    doing("wait for the other variants' work")
-    with quiet(artifact.parent):
-        measured = _evaluated(shipped, measured=True)
+        metrics = _evaluated(shipped)
     write_json(out / "metrics.json", metrics)
-    write_json(out / "measurements.json", measured)
     jsonl.write(out / "predictions.jsonl", shipped.predictions)
     numbers = {name: metrics.get(name) for name, metric in METRICS.items() if metric.better and not metric.measured}
     return {name: value for name, value in numbers.items() if isinstance(value, float) and math.isfinite(value)}
 
 
-def _evaluated(shipped: Shipped, *, measured: bool) -> Mapping[str, Any]:
+def _evaluated(shipped: Shipped) -> Mapping[str, Any]:
     """What each module that computes such metrics says, in the order of the table."""
     numbers: dict[str, Any] = {}
-    for module in dict.fromkeys(metric.computed_by for metric in METRICS.values() if metric.measured == measured):
+    for module in dict.fromkeys(metric.computed_by for metric in METRICS.values() if not metric.measured):
         numbers |= import_module(f"tasks.validate.{module}").evaluate(shipped)
     return numbers
 

@@ -179,14 +179,15 @@ def test_validation_alone_trains_nothing(servers: Servers) -> None:
     gates = [{"name": "accuracy", "at_least": 0.5}]
     run = servers.run("validate-only", {"run": made, "variants": ["q4_0"], "gates": gates})
     name = servers.wait(run, "Completed")["name"]
-    assert started(servers.root)[len(before) :] == ["judge-q4_0"]  # what was measured is in the cache
+    assert started(servers.root)[len(before) :] == ["judge-q4_0-desktop"]  # what was measured is in the cache
     assert "| q4_0 | pass | 90.0 % |" in servers.artifact(run, "result")
     assert yaml.safe_load(git(servers.root, "show", f"runs/{name}:params.yaml"))["validate"]["gates"] == gates
     tracked = {each["data"]["tags"]["mlflow.runName"]: each for each in servers.tracked(name)}
     assert {run: each["info"]["status"] for run, each in tracked.items()} == {
         name: "FINISHED",
         "validate@q4_0": "FINISHED",
-        "judge@q4_0": "FINISHED",
+        "measure@q4_0-desktop": "FINISHED",
+        "judge@q4_0-desktop": "FINISHED",
     }
     assert tracked["validate@q4_0"]["data"]["metrics"]["accuracy"] == 0.9
     for parameters, told in (

@@ -65,8 +65,8 @@ def test_what_passes_the_stricter_gates_passes_the_others(
 ) -> None:
     if policy.loosened(said, wanted):
         return
-    if judging.judge(wanted.validate_, values, {})["verdict"] == "pass":
-        assert judging.judge(said.validate_, values, {})["verdict"] == "pass"
+    if judging.judge(wanted.validate_, wanted.validate_.gates, values, {})["verdict"] == "pass":
+        assert judging.judge(said.validate_, said.validate_.gates, values, {})["verdict"] == "pass"
     assert wanted.release.margin >= said.release.margin
     assert (said.release.approval, wanted.release.approval) != ("manual", "auto")
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from checkout import ROOT
+from checkout import PROFILES, ROOT
 from conftest import ROOMS, tiny_rows
 from package_inputs import digits_apart
 
@@ -41,9 +41,10 @@ RUN = {  # small, and with all that the page adds
     "words": {"most": 3},
     "quantize": {"variants": ["q3_k_s", "plain"], "options": {"three_bits": {"embedding": "f16"}}},
     "validate": {
-        "context": 64, "windows": 2, "repeats": 3, "bootstrap": 100,
+        "context": 64, "windows": 2, "bootstrap": 100,
         "gates": [{"name": "exact_match", "at_least": 0.5}],
     },
+    "measure": {"profiles": ["desktop"], "repeats": 3},
     "package": {"targets": ["llama-cli"]},
 }  # fmt: skip
 # One process loads the libraries; each command, and the converter, is a child of it. What was acquired is teacher and
@@ -104,9 +105,11 @@ converted.mkdir()
 child(convert, selected / "model", converted / "student.gguf")
 os.link(converted / "student.gguf", converted / "teacher.gguf")
 finish("convert")
-for name in ("quantize", "validate", "judge"):
-    for variant in ("q3_k_s", "plain"):
-        stage(name, variant)
+for variant in ("q3_k_s", "plain"):
+    stage("quantize", variant)
+    stage("validate", variant)
+    stage("measure", variant, "desktop")
+    stage("judge", variant, "desktop")
 stage("package")
 child(slmops, "report")
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/house/test_architecture.py", "tests/house/test_docs.py", "tests/quantize/test_quantize.py", "-k", house]))
@@ -175,6 +178,7 @@ def root(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
             shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, home / name)
+    shutil.copytree(PROFILES, home / "profiles")
     for step in steps():
         follow(step, home)
     _data(home / "data", tiny_model_folder)
@@ -243,7 +247,7 @@ def test_the_quantizer_makes_what_it_was_told_to(root: Path) -> None:
 
 
 def test_the_runtime_answers_scores_and_is_timed(root: Path) -> None:
-    metrics, measured = (read(root, f"validate/plain/{name}.json") for name in ("metrics", "measurements"))
+    metrics, measured = read(root, "validate/plain/metrics.json"), read(root, "measure/plain/desktop/measurements.json")
     assert metrics["accuracy"] == 1.0
     assert metrics["perplexity_ratio"] == pytest.approx(1.0, abs=0.01)  # the same weights as the F16 file's
     assert metrics["mean_kld"] < 0.001
@@ -261,7 +265,7 @@ def test_the_metric_is_computed_gated_and_shown(root: Path) -> None:
         found = read(root, f"validate/{variant}/metrics.json")["exact_match"]
         assert found == sum(exact) / len(exact) == 1.0
         assert read(root, f"validate/{variant}/manifest.json")["metrics"]["exact_match"] == found
-        verdict = read(root, f"judge/{variant}/verdict.json")
+        verdict = read(root, f"judge/{variant}/desktop/verdict.json")
         assert [(check["name"], check["ok"]) for check in verdict["checks"]] == [("exact_match", True)]
     card, report = (root / "build/package/MODEL_CARD.md").read_text(), (root / "report.html").read_text()
     for page in (card, report):

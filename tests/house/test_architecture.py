@@ -14,7 +14,7 @@ import yaml
 from checkout import ROOT
 from report_inputs import sample
 
-from tasks import params
+from tasks import params, profiles
 from tasks.acquire.params import DATA_SOURCES, MODEL_SOURCES, Source
 from tasks.frame.items import AXES
 from tasks.metrics import METRICS
@@ -40,19 +40,30 @@ HEAVY = (
 # The rooms, lowest first: a room imports those on floors below its own. On one floor no room imports another.
 FLOORS = {
     "tasks": (
-        ("errors", "metrics"), ("schema",), ("options",), ("variants",), ("sections", "param_errors"), ("params",), ("frame",), ("models",), ("learning", "runtimes"),
+        ("errors", "metrics"), ("schema",), ("options",), ("variants",), ("sections", "param_errors"), ("params",), ("profiles",), ("frame",), ("models",), ("learning", "runtimes"),
         (*STAGES, "selftest"),
         ("stages",), ("__main__",),
     ),
     "flows": (
-        ("environment",), ("workspace",), ("report", "tracking"), ("preflight", "release"), ("servers",), ("run",),
+        ("environment",), ("workspace",), ("report", "tracking"), ("preflight", "release"), ("certificate", "servers"), ("run",),
         ("deployed",), ("cli",),
     ),
 }  # fmt: skip
 
 
 # Carries a stage rather than making its result: a change there redoes nothing.
-FRAME = {"errors", "metrics", "schema", "options", "variants", "sections", "param_errors", "params", "frame"}
+FRAME = {
+    "errors",
+    "metrics",
+    "schema",
+    "options",
+    "variants",
+    "sections",
+    "param_errors",
+    "params",
+    "profiles",
+    "frame",
+}
 
 
 def module(path: Path) -> str:
@@ -185,8 +196,9 @@ def test_every_target_has_its_function() -> None:
 
 
 def test_every_metric_has_its_function() -> None:
-    for module in {metric.computed_by for metric in METRICS.values()}:
-        assert callable(importlib.import_module(f"tasks.validate.{module}").evaluate), module
+    for metric in METRICS.values():
+        room, function = ("measure", "measure") if metric.measured else ("validate", "evaluate")
+        assert callable(getattr(importlib.import_module(f"tasks.{room}.{metric.computed_by}"), function)), metric
 
 
 def test_scoring_holds_what_the_params_name() -> None:
@@ -212,14 +224,15 @@ def test_dvc_says_what_the_stage_says(dvc: dict, name: str) -> None:
     assert written["cmd"] == " ".join(["infra/python -m tasks", name, *words.values()])
     assert written.get("matrix", {}) == {axis: f"${{{AXES[axis]}}}" for axis in stage.per}
     assert written["outs"] == ["/".join(["build", name, *words.values()])]
-    assert written.get("params", []) == list(stage.sections)
+    own = [{f"{profiles.FOLDER}/${{item.profile}}.yaml": list(stage.profile)}] if stage.profile else []
+    assert written.get("params", []) == [*stage.sections, *own]
     folders = {
         "/".join(["build", source, *(words[axis] for axis in STAGES[source].per if axis in words)])
         for source in stage.inputs.values()
     }
     deps = set(written["deps"])
     assert {dep for dep in deps if dep.startswith("build/")} == folders
-    assert ("${acquire.watch}" in deps) == stage.sources
+    assert ("${acquire.watch}" in deps) == (stage.sources and not stage.profile)
     assert {dep for dep in deps if dep.startswith("tasks/")} == {f"tasks/{name}", *shared_code(name)}
 
 
@@ -255,7 +268,7 @@ def test_params_yaml_has_every_key_that_dvc_reads(dvc: dict) -> None:
     """DVC fails on a parameter that is not in the file, even where the code has a default."""
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     for stage in dvc["stages"].values():
-        for key in stage.get("params", []):
+        for key in (each for each in stage.get("params", []) if isinstance(each, str)):
             node = raw
             for part in key.split("."):
                 assert part in node, key

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from checkout import DEFAULTS, ROOT, SLMOPS, commit, environment, git, make_toy, slmops
+from checkout import DEFAULTS, PROFILES, ROOT, SLMOPS, commit, environment, git, make_toy, slmops
 
 from flows.cli import main
 from flows.preflight import doctor, plan, planned_model
@@ -172,7 +172,7 @@ def test_a_plan_tells_all_of_a_run_before_any_work(tmp_path: Path) -> None:
     checked = params.load(DEFAULTS, ["finetune.epochs=2.0", "finetune.batch_tokens=1000"])
     slow, fast = (plan.predict(ROOT, checked, flops, flops) for flops in (1e10, 1e12))
     assert list(slow.sizes) == list(checked.quantize.variants)
-    assert [work.stage for work in slow.work] == ["acquire", "finetune", "teach", "prune", "distill", "select", "convert", "quantize", "validate", "judge", "package"]  # fmt: skip
+    assert [work.stage for work in slow.work] == ["acquire", "finetune", "teach", "prune", "distill", "select", "convert", "quantize", "validate", "measure", "judge", "package"]  # fmt: skip
     tuned = slow.work[1]
     assert tuned.tokens is not None
     assert tuned.steps == tuned.tokens // 1000
@@ -180,7 +180,13 @@ def test_a_plan_tells_all_of_a_run_before_any_work(tmp_path: Path) -> None:
     assert all(slow.ram[name] > size for name, size in slow.sizes.items())
 
 
-SHARES = [("distill", Item(seed=17)), ("validate", Item(variant="q8_0")), ("judge", Item(variant="q8_0"))]
+ON_DESKTOP = Item(variant="q8_0", profile="desktop")
+SHARES = [
+    ("distill", Item(seed=17)),
+    ("validate", Item(variant="q8_0")),
+    ("measure", ON_DESKTOP),
+    ("judge", ON_DESKTOP),
+]
 
 
 def test_a_run_is_told_the_minutes_of_what_it_is_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +196,7 @@ def test_a_run_is_told_the_minutes_of_what_it_is_to_do(monkeypatch: pytest.Monke
     told = plan.outlook(ROOT, checked, SHARES)
     assert told.doubts == []
     assert told.minutes == pytest.approx(
-        {"distill": whole["distill"] / 2, **{name: whole[name] / 6 for name in ("validate", "judge")}}
+        {"distill": whole["distill"] / 2, **{name: whole[name] / 6 for name in ("validate", "measure", "judge")}}
     )
 
 
@@ -204,7 +210,7 @@ def test_a_run_is_told_what_is_doubtful_of_its_data(tmp_path: Path, monkeypatch:
 def test_a_run_whose_work_cannot_be_foreseen_is_told_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.loading, "product_rates", lambda: pytest.fail("measured for nothing"))
     checked, nothing = params.load(DEFAULTS), plan.Outlook({}, [])
-    assert plan.outlook(ROOT, checked, SHARES[2:]) == nothing  # no model runs
+    assert plan.outlook(ROOT, checked, SHARES[3:]) == nothing  # no model runs
     hub = {"source": "hub", "repo": "a/b", "revision": "0" * 40}
     raw = params.read(DEFAULTS)
     raw["acquire"]["model"] = hub
@@ -244,6 +250,7 @@ def local_data(root: Path, rows: int, between: str = " ") -> params.Params:
     jsonl.write(root / "data" / "rows.jsonl", ({"prompt": f"a{between}b {i}", "completion": "{}"} for i in range(rows)))
     raw = params.read(DEFAULTS) | {"acquire": {"watch": "data", "model": model, "data": data}}
     raw["teach"]["unlabelled_rows"] = 0
+    shutil.copytree(PROFILES, root / "profiles", dirs_exist_ok=True)
     return params.check(raw, "test")
 
 

@@ -2,17 +2,18 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
-from checkout import DEFAULTS
+from checkout import DEFAULTS, PROFILES
 from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.report import results
-from tasks import params
-from tasks.errors import ArtifactError
+from tasks import params, profiles
+from tasks.errors import ArtifactError, ConfigError
 from tasks.judge import gates
 from tasks.judge.stage import judge
 from tasks.stages import STAGES
@@ -20,7 +21,7 @@ from tasks.validate.params import Gate, Validate
 
 
 def judged(values: dict, *rules: Gate, spread: dict | None = None, half: float = 0.03) -> dict:
-    return gates.judge(Validate(gates=rules, max_half_width=half), values, spread or {})
+    return gates.judge(Validate(gates=(), max_half_width=half), rules, values, spread or {})
 
 
 @pytest.mark.parametrize(
@@ -90,38 +91,90 @@ def test_intervals_hold_their_order_and_repeat(rows: list[tuple[bool, bool]], se
         assert all(map(math.isnan, first["accuracy_retention"]))
 
 
-def measured(folder: Path, **numbers: float) -> Path:
-    """What `validate` leaves: 40 rows, of which the file has 30 right and the teacher 32."""
+def measured(folder: Path, **numbers: object) -> Path:
+    """What `validate` and `measure` leave: 40 rows, of which the file has 30 right and the teacher 32."""
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps({"mean_kld": 0.2, "perplexity": None, "per_group": {"lamp": 0.7}}))
-    (folder / "measurements.json").write_text(json.dumps({"decode_speedup": 1.5, "ttft_p95_s": 0.2} | numbers))
+    (folder / "measurements.json").write_text(json.dumps({"decode_speedup": 1.5, "ttft_p95_s": 0.2, **numbers}))
     rows = [{"reference": "a", "answer": "\u2028", "correct": i < 30, "teacher_correct": i < 32} for i in range(40)]
     write_jsonl(folder / "predictions.jsonl", rows)
     return folder
 
 
-def judge_with(validated: Path, out: Path, *rules: Gate) -> dict:
+def judge_with(validated: Path, out: Path, *rules: Gate, device: str = "desktop") -> dict:
     whole = params.load(DEFAULTS).only(STAGES["judge"].sections)
     section = whole.validate_.model_copy(update={"gates": rules, "bootstrap": 200})
     out.mkdir()
-    judge(whole.model_copy(update={"validate_": section}), validated=validated, variant="q4_0", out=out)
+    judge(
+        whole.model_copy(update={"validate_": section}), root=out.parent, validated=validated, measured=validated,
+        variant="q4_0", profile=device, out=out,
+    )  # fmt: skip
     return {name: json.loads((out / f"{name}.json").read_text()) for name in ("verdict", "intervals")}
 
 
-def test_what_was_measured_is_judged_without_the_files(tmp_path: Path) -> None:
-    validated = measured(tmp_path / "validated")
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    shutil.copytree(PROFILES, tmp_path / "profiles")
+    return tmp_path
+
+
+def test_what_was_measured_is_judged_without_the_files(root: Path) -> None:
+    validated = measured(root / "validated")
     rules = [Gate(name="mean_kld", at_most=0.25), Gate(name="ttft_p95_s", at_most=0.3)]
-    made = judge_with(validated, tmp_path / "out", *rules)
+    made = judge_with(validated, root / "out", *rules)
     assert made["verdict"]["verdict"] == "pass"
     assert [line["value"] for line in made["verdict"]["checks"]] == [0.2, 0.2]
     low, high = made["intervals"]["accuracy_retention_interval"]
     assert low < 30 / 32 < high
     stricter = judge_with(
-        validated, tmp_path / "stricter", Gate(name="mean_kld", at_most=0.1), Gate(name="perplexity", at_most=9.0)
+        validated, root / "stricter", Gate(name="mean_kld", at_most=0.1), Gate(name="perplexity", at_most=9.0)
     )
     assert stricter["verdict"]["verdict"] == "fail"
     assert [line["value"] for line in stricter["verdict"]["checks"]] == [0.2, None]
     assert stricter["intervals"] == made["intervals"]
+
+
+PHONE = "label: Phone\nmemory_mb: 300\nthreads: 1\ncontext: 512\nruntimes: null\ngates: [{name: ttft_p95_s, at_most: 0.1}]\n"
+
+
+def test_a_device_adds_its_gates_and_its_memory(root: Path) -> None:
+    (root / "profiles" / "phone.yaml").write_text(PHONE)
+    validated = measured(root / "validated", peak_rss_bytes=2.9e8)
+    rule = Gate(name="mean_kld", at_most=0.25)
+    assert judge_with(validated, root / "desktop", rule)["verdict"]["verdict"] == "pass"
+    made = judge_with(validated, root / "phone", rule, device="phone")["verdict"]
+    assert made["verdict"] == "fail"
+    assert made["device"]["label"] == "Phone"
+    assert [(check["name"], check["limit"], check["ok"]) for check in made["checks"]] == [
+        ("mean_kld", 0.25, True), ("ttft_p95_s", 0.1, False), ("peak_rss_bytes", 3e8, True),
+    ]  # fmt: skip
+
+
+def test_what_did_not_run_fails_whatever_the_gates(root: Path) -> None:
+    validated = measured(root / "validated", ended="the device has no such runtime")
+    made = judge_with(validated, root / "out", Gate(name="mean_kld", at_most=0.25))["verdict"]
+    assert (made["verdict"], made["ended"]) == ("fail", "the device has no such runtime")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (PHONE.replace("memory_mb: 300", "memory_mb: 0"), "memory_mb"),
+        (PHONE.replace("threads: 1", "thread: 1"), "thread"),
+        (PHONE.replace("ttft_p95_s", "ttft_p96_s"), "gates.0.name"),
+        (PHONE.replace("runtimes: null", "runtimes: [lama]"), "runtimes.0"),
+        (PHONE.replace("context: 512\n", ""), "context"),
+    ],
+)
+def test_a_wrong_profile_is_told_by_file_and_key(root: Path, text: str, key: str) -> None:
+    (root / "profiles" / "phone.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"(?s)phone\.yaml.*\b{key}\b"):
+        profiles.load(root, "phone")
+
+
+def test_a_missing_profile_names_those_that_are_there(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"measure\.profiles.*tablet\.yaml.*desktop"):
+        profiles.load(root, "tablet")
 
 
 def test_another_gate_changes_what_judge_depends_on_and_nothing_that_runs_a_model() -> None:
@@ -133,11 +186,11 @@ def test_another_gate_changes_what_judge_depends_on_and_nothing_that_runs_a_mode
     assert again == {"package"}
 
 
-def test_damaged_predictions_are_named(tmp_path: Path) -> None:
-    validated = measured(tmp_path / "validated")
+def test_damaged_predictions_are_named(root: Path) -> None:
+    validated = measured(root / "validated")
     (validated / "predictions.jsonl").write_text('{"correct": true}\n')
     with pytest.raises(ArtifactError, match=r"predictions\.jsonl"):
-        judge_with(validated, tmp_path / "out", Gate(name="mean_kld", at_most=0.1))
+        judge_with(validated, root / "out", Gate(name="mean_kld", at_most=0.1))
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def packed(folders: dict[str, Path], raw: dict, out: Path, **changes: object) ->
 # --- the choice ----------------------------------------------------------------------------------------
 
 
+def read(root: Path, names: list[str], devices: tuple[str, ...] = ("desktop",)) -> list:
+    folders = (root / stage for stage in ("quantize", "validate", "measure", "judge"))
+    return candidates(*folders, names, devices)
+
+
 def variants(root: Path, *rows: tuple[str, str, float, float, float]) -> list:
     """Candidates whose weights nobody opens: (name, verdict, accuracy, MB, tokens/s)."""
     (root / "empty.gguf").write_bytes(b"")
@@ -52,7 +57,7 @@ def variants(root: Path, *rows: tuple[str, str, float, float, float]) -> list:
     for name, verdict, accuracy, size, speed in rows:
         weights = root / "onnx" if name.startswith("onnx") else root / "empty.gguf"
         add_variant(root, name, weights, verdict, accuracy=accuracy, size_bytes=size * 1e6, decode_tokens_per_s=speed)
-    return candidates(root / "quantize", root / "validate", root / "judge", [row[0] for row in rows])
+    return read(root, [row[0] for row in rows])
 
 
 ROWS = (
@@ -96,10 +101,10 @@ def test_the_reason_tells_every_candidates_numbers_and_fate(tmp_path: Path):
 
 def test_measured_numbers_stay_out_of_the_reproducible_reason(tmp_path: Path):
     found = variants(tmp_path, *ROWS)
-    path = tmp_path / "judge" / "q4_0" / "verdict.json"
+    path = tmp_path / "judge" / "q4_0" / "desktop" / "verdict.json"
     check = {"name": "peak_rss_ratio", "value": 1.3141, "limit": 1.0, "direction": "at_most", "ok": False}
     path.write_text(json.dumps({"verdict": "fail", "checks": [check]}))
-    found = candidates(tmp_path / "quantize", tmp_path / "validate", tmp_path / "judge", [row[0] for row in ROWS])
+    found = read(tmp_path, [row[0] for row in ROWS])
     choice = choose(found, "fastest", {"llama", "onnx_genai"})
     assert "300.0 tokens/s" in choice.measured_reason
     assert "1.314" in choice.measured_reason
@@ -115,15 +120,56 @@ def test_a_passing_variant_without_its_number_is_refused(tmp_path: Path):
 
 def test_what_an_earlier_run_with_other_variants_left_is_not_looked_at(tmp_path: Path):
     variants(tmp_path, *ROWS)
-    found = candidates(tmp_path / "quantize", tmp_path / "validate", tmp_path / "judge", ["q8_0", "q4_0"])
+    found = read(tmp_path, ["q8_0", "q4_0"])
     assert [candidate.name for candidate in found] == ["q4_0", "q8_0"]
 
 
 def test_a_variant_that_was_not_validated_is_named(tmp_path: Path):
     variants(tmp_path, ROWS[4])
-    (tmp_path / "judge" / "q8_0" / "verdict.json").unlink()
-    with pytest.raises(ArtifactError, match=r"q8_0/verdict\.json"):
-        candidates(tmp_path / "quantize", tmp_path / "validate", tmp_path / "judge", ["q8_0"])
+    (tmp_path / "judge" / "q8_0" / "desktop" / "verdict.json").unlink()
+    with pytest.raises(ArtifactError, match=r"q8_0/desktop/verdict\.json"):
+        read(tmp_path, ["q8_0"])
+
+
+DEVICES = ("desktop", "phone")
+ON_DEVICES = (
+    ("q4_0", {"desktop": "pass", "phone": "fail"}, 60.0, 400.0),
+    ("q5_0", {"desktop": "pass", "phone": "pass"}, 90.0, 200.0),
+    ("q8_0", {"desktop": "pass", "phone": "pass"}, 120.0, 100.0),
+)
+
+
+def on_devices(root: Path, *rows: tuple[str, dict, float, float]) -> list:
+    (root / "empty.gguf").write_bytes(b"")
+    for name, devices, size, speed in rows:
+        add_variant(root, name, root / "empty.gguf", devices=devices, size_bytes=size * 1e6, decode_tokens_per_s=speed)
+    return read(root, [row[0] for row in rows], DEVICES)
+
+
+def test_what_passes_on_more_devices_is_shipped_and_each_device_has_its_best(tmp_path: Path):
+    choice = choose(on_devices(tmp_path, *ON_DEVICES), "smallest", {"llama"})
+    assert choice.chosen.name == "q5_0"
+    assert {device: best.name for device, best in choice.devices.items()} == {"desktop": "q4_0", "phone": "q5_0"}
+    assert choice.reason == (
+        "q5_0 (90.0 MB) is the smallest of the 2 variants that passed on all 2 devices; behind it q8_0 (120.0 MB), "
+        "q4_0 (60.0 MB). q4_0 did not pass on phone."
+    )
+
+
+def test_a_device_on_which_nothing_passes_has_no_best(tmp_path: Path):
+    choice = choose(on_devices(tmp_path, *ON_DEVICES[:1]), "fastest", {"llama"})
+    assert set(choice.devices) == {"desktop"}
+    assert "on 1 of 2 devices" in choice.reason
+
+
+def test_a_file_that_does_not_run_on_any_device_says_why(tmp_path: Path):
+    on_devices(tmp_path, ("q4_0", dict.fromkeys(DEVICES, "fail"), 60.0, 400.0), ON_DEVICES[2])
+    path = tmp_path / "judge" / "q4_0" / "desktop" / "verdict.json"
+    unmeasured = {"name": "decode_tokens_per_s", "value": None, "limit": 9, "direction": "at_least", "ok": False}
+    path.write_text(json.dumps({"verdict": "fail", "checks": [unmeasured], "ended": "it held 400 MB"}))
+    choice = choose(read(tmp_path, ["q4_0", "q8_0"], DEVICES), "smallest", {"llama"})
+    assert "q4_0 does not run on desktop: it held 400 MB." in choice.measured_reason
+    assert "400 MB" not in choice.reason
 
 
 # --- the bundles -----------------------------------------------------------------------------------------
@@ -138,7 +184,7 @@ def test_a_bundle_of_the_smallest(folders: dict[str, Path], tiny_params: dict, t
     assert made.licence.model == "Apache-2.0"
     assert made.evaluation["q4_0"].metrics["accuracy"] == 0.4
     assert set(made.created_from) == {"source", "student"} | {
-        f"{role}/{name}" for role in ("artifacts", "verdicts") for name in ("f16", "q8_0", "q4_0")
+        each for name in ("f16", "q8_0", "q4_0") for each in (f"artifacts/{name}", f"verdicts/{name}/desktop")
     }
     served, original = tmp_path / "out/llama-server/model.gguf", folders["artifacts"] / "q8_0/model.gguf"
     assert served.stat().st_ino == original.stat().st_ino
@@ -234,7 +280,7 @@ def test_a_file_that_reads_prompts_otherwise_is_not_packaged(
 def test_other_measurements_give_the_same_bundle(folders: dict[str, Path], tiny_params: dict, tmp_path: Path):
     packed(folders, tiny_params, tmp_path / "one")
     for name in ("f16", "q8_0"):
-        path = folders["validated"] / name / "measurements.json"
+        path = folders["measured"] / name / "desktop" / "measurements.json"
         path.write_text(json.dumps({"decode_tokens_per_s": 1.5}))
     packed(folders, tiny_params, tmp_path / "two")
     assert bundle.bundle_digest(tmp_path / "one") == bundle.bundle_digest(tmp_path / "two")

@@ -1,12 +1,14 @@
 """What an architecture does not allow is told before a run, with the parameter to change."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from checkout import PROFILES
 
 from flows.preflight import checks
 from tasks import params
@@ -18,6 +20,7 @@ from tasks.prune.params import Prune
 
 def named(raw: dict, root: Path, kind: str, **changes: Any) -> params.Params:
     (root / "data" / "model" / "config.json").write_text(json.dumps({"model_type": kind}))
+    shutil.copytree(PROFILES, root / "profiles", dirs_exist_ok=True)
     raw["prune"]["max_parameters"] = changes.get("max_parameters", 0.9)
     raw["quantize"]["variants"] = changes.get("variants", ["q8_0"])
     return params.check(raw, "test")

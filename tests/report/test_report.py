@@ -74,8 +74,9 @@ def spoil_package(package: Path) -> None:
     """Put hostile text wherever a package may hold text."""
     report = json.loads((package / "report.json").read_text())
     spoilt = report["variants"].pop("q4_0")
-    spoilt["verdict"]["verdict"] = hostile("verdict")
-    spoilt["verdict"]["checks"][0] |= {"name": hostile("check"), "direction": hostile("direction")}
+    judged = spoilt["devices"]["desktop"]["verdict"]
+    judged["verdict"] = hostile("verdict")
+    judged["checks"][0] |= {"name": hostile("check"), "direction": hostile("direction")}
     spoilt["metrics"][hostile("metric")] = 7
     spoilt["metrics"]["per_group"][hostile("class")] = 0.5
     report |= {"reason": hostile("reason"), "variants": {hostile("variant"): spoilt} | report["variants"]}
@@ -192,8 +193,8 @@ def test_numbers_that_are_missing_leave_gaps_not_errors(tmp_path: Path):
     report = json.loads((package / "report.json").read_text())
     for each in report["variants"].values():
         each["metrics"] = {"accuracy": None}
-        each["measurements"] = {}
-        each["verdict"]["checks"] = [
+        each["devices"]["desktop"]["measurements"] = {}
+        each["devices"]["desktop"]["verdict"]["checks"] = [
             {"name": "mean_kld", "value": None, "limit": 0.2, "direction": "at_most", "ok": False}
         ]
     (package / "report.json").write_text(json.dumps(report))

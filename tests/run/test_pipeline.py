@@ -72,7 +72,8 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
     done = run_toy(toy, "--name", "one", HF_TOKEN="hf_planted")
     assert done.returncode == 0, done.stderr
     everything = ["acquire", "finetune", "teach", "prune", "distill-17", "select", "convert"]
-    variants = {f"{stage}-{variant}" for stage in ("quantize", "validate", "judge") for variant in ("q8_0", "q4_0")}
+    variants = {f"{stage}-{variant}" for stage in ("quantize", "validate") for variant in ("q8_0", "q4_0")}
+    variants |= {f"{stage}-{variant}-desktop" for stage in ("measure", "judge") for variant in ("q8_0", "q4_0")}
     assert started(toy)[:7] == everything
     assert set(started(toy)[7:-1]) == variants
     assert started(toy)[-1] == "package"
@@ -80,14 +81,14 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
     assert "version 1 registered" in done.stdout
 
     names = dict(runs(toy))
-    assert names == dict.fromkeys(("one", "acquire", "finetune", "teach", "prune", "distill@17", "select", "convert", "quantize@q8_0", "quantize@q4_0", "validate@q8_0", "validate@q4_0", "judge@q8_0", "judge@q4_0", "package"), "FINISHED")  # fmt: skip
+    assert names == dict.fromkeys(("one", "acquire", "finetune", "teach", "prune", "distill@17", "select", "convert", "quantize@q8_0", "quantize@q4_0", "validate@q8_0", "validate@q4_0", "measure@q8_0-desktop", "measure@q4_0-desktop", "judge@q8_0-desktop", "judge@q4_0-desktop", "package"), "FINISHED")  # fmt: skip
     store = mlflow_store.client(toy)
     by_name = {run.data.tags["mlflow.runName"]: run for run in store.search_runs([mlflow_store.experiment(store, toy)])}
     parent, child = by_name["one"], by_name["validate@q4_0"]
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.tags["slmops.cached"] == "false"
     assert child.data.metrics["accuracy"] == 0.9
-    assert child.data.metrics["ttft_p95_s"] == 0.2
+    assert by_name["measure@q4_0-desktop"].data.metrics["ttft_p95_s"] == 0.2
     assert [point.value for point in store.get_metric_history(by_name["distill@17"].info.run_id, "loss")] == [1, 1 / 2, 1 / 3, 1 / 4]  # fmt: skip
     assert parent.data.params["package.name"] == "home-commands"
     assert parent.data.tags["slmops.git_commit"] == git(toy, "rev-parse", "HEAD")
@@ -147,7 +148,7 @@ def test_one_failing_variant_stops_only_what_needs_it(toy: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: quantize@q4_0: told to fail: do not tell it"
     assert "validate-q8_0" in started(toy)
-    assert not {"validate-q4_0", "judge-q4_0", "package"} & set(started(toy))
+    assert not {"validate-q4_0", "measure-q4_0-desktop", "judge-q4_0-desktop", "package"} & set(started(toy))
 
 
 def test_a_bug_in_a_stage_is_told_with_its_log(toy: Path) -> None:

@@ -1,7 +1,7 @@
 from tasks.toys import VERDICT, work, write
 
 
-def judge(params, *, variant, out, **rest):
-    metrics = work(f"judge-{variant}")
+def judge(params, *, variant, profile, out, **rest):
+    metrics = work(f"judge-{variant}-{profile}")
     write(out / "verdict.json", VERDICT)
     return metrics

@@ -19,7 +19,7 @@ BUNDLE = {
     "runtimes": {},
     "licence": {"model": "apache-2.0", "data": "apache-2.0"},
     "lineage": {},
-    "evaluation": {name: {"verdict": "pass", "metrics": {}} for name in ("q4_0", "q8_0")},
+    "evaluation": {name: {"verdict": "pass", "devices": {"desktop": "pass"}, "metrics": {}} for name in ("q4_0", "q8_0")},
     "created_from": {},
 }  # fmt: skip
 
@@ -29,6 +29,8 @@ def package(params, *, out, **rest):
     (out / "llama-server").mkdir()
     (out / "llama-server" / "model.gguf").write_bytes(WEIGHTS)
     write(out / "bundle.json", BUNDLE)
-    judged = {"metrics": METRICS, "measurements": MEASURED, "verdict": VERDICT}
-    write(out / "report.json", {"reason": "toys pass", "variants": {"q4_0": judged, "q8_0": judged}})
+    devices = {"desktop": {"verdict": VERDICT, "measurements": MEASURED}}
+    judged = {"metrics": METRICS, "device": "desktop", "devices": devices}
+    best = {"desktop": {"variant": "q4_0", "reason": "toys pass"}}
+    write(out / "report.json", {"reason": "toys pass", "devices": best, "variants": {"q4_0": judged, "q8_0": judged}})
     return metrics

@@ -16,7 +16,8 @@ from tasks.frame import events
 MODEL = {"accuracy": 0.9, "parameters": 1000, "layers": 4, "per_group": {"lamp": 0.9}}
 METRICS = {"accuracy": 0.9, "accuracy_retention": 0.98, "mean_kld": 0.02, "size_bytes": 400, "size_ratio": 0.3}
 MEASURED = {"decode_tokens_per_s": 123.0, "ttft_p50_s": 0.1, "ttft_p95_s": 0.2, "ttft_p99_s": 0.3}
-VERDICT = {"verdict": "pass", "checks": []}
+DEVICE = {"label": "Desktop", "memory_mb": None, "threads": None, "context": 512, "runtimes": None}
+VERDICT = {"verdict": "pass", "checks": [], "device": DEVICE}
 
 
 def work(name: str) -> dict[str, float]:

@@ -311,7 +311,7 @@ def test_a_missing_section_is_explained(root: Path) -> None:
         versioning.repro(root, "acquire", log=root / ".runs" / "log")
 
 
-@pytest.mark.parametrize(("section", "key"), [("task", None), ("validate", "repeats"), ("select", "seeds")])
+@pytest.mark.parametrize(("section", "key"), [("task", None), ("measure", "repeats"), ("select", "seeds")])
 def test_a_key_that_dvc_reads_is_missed_before_the_work(root: Path, section: str, key: str | None) -> None:
     raw = yaml.safe_load((root / "params.yaml").read_text())
     if key:

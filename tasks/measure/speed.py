@@ -3,9 +3,14 @@
 A process of its own makes the peak memory that of this file alone, and its first load a real one. Whatever else the
 machine does changes within seconds, so the two take turns, and a ratio is that of neighbours in time. Times are wall
 clock, medians where one number stands for several runs.
+
+Both keep to the cores of the device. The file's process is ended as soon as it holds more memory than the device has: its peak
+(VmHWM of proc(5)) is looked at many times a second. A limit of the address space (RLIMIT_AS) would count what is
+mapped and never touched, and a control group needs rights that most people do not have.
 """
 
 import json
+import select
 import statistics
 import subprocess
 import sys
@@ -17,32 +22,37 @@ from typing import Any, Self
 
 from tasks.frame import crashes
 from tasks.frame.cores import available
-from tasks.frame.events import doing
-from tasks.models import chat
-from tasks.validate.shipped import Shipped
-from tasks.validate.timed import CONTEXT, DECODED
+from tasks.measure.timed import CONTEXT, DECODED, peak_rss
+from tasks.profiles import Limits
 from tasks.variants import LLAMA, Runtime
 
 ROUNDS = {"prefill": 3, "decode": 5}  # medians; a gate may rest on the second
+WATCHED_S = 0.02  # between two looks at the memory of a process
 _ROOT = Path(__file__).resolve().parents[2]  # where `tasks` is importable from
 
 
-def evaluate(shipped: Shipped) -> dict[str, Any]:
-    """Speed and memory of the shipped file with the prompt of middle length, those of the teacher's F16 file beside it."""
-    doing("measure speed and memory")
-    rows = shipped.rows
-    middle = sorted(rows, key=lambda row: len(str(row)))[len(rows) // 2]
-    prompt = chat.prompt_ids(shipped.tokenizer, middle[:-1])
-    return measure(shipped.variant.runtime, shipped.file, shipped.yardstick, prompt, shipped.settings.repeats)
+class OverMemory(Exception):
+    """A process held more memory than its device has, and was ended. `peak`: bytes."""
+
+    def __init__(self, peak: int) -> None:
+        super().__init__(peak)
+        self.peak = peak
 
 
-def measure(runtime: Runtime, file: Path, yardstick: Path, prompt: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Load time, time to first token of `prompt`, prefill and decode speed, peak memory; those of the yardstick, a GGUF, as `reference`.
+def measure(
+    runtime: Runtime, file: Path, yardstick: Path, prompt: Sequence[int], repeats: int, limits: Limits
+) -> dict[str, Any]:
+    """Load time, time to first token of `prompt`, prefill and decode speed, peak memory; those of the yardstick, a GGUF, as
+    `reference`, on the same cores and with as much memory as it wants.
 
     Raises:
+        OverMemory: the file's process held more than the device's memory.
         StageError: a process dies; of its own family, where to run it again will not help.
     """
-    with _Timed(runtime, file) as ours, _Timed(LLAMA, yardstick) as theirs:
+    cores = min(limits.threads or available(), available())
+    memory = limits.memory_mb * 1_000_000 if limits.memory_mb else None
+    cells = max(limits.context, CONTEXT)
+    with _Timed(runtime, file, cores, cells, memory) as ours, _Timed(LLAMA, yardstick, cores, cells) as theirs:
         for each in (ours, theirs):  # started side by side, timed one after the other
             each.ready()
         for each in (ours, theirs):
@@ -60,7 +70,7 @@ def measure(runtime: Runtime, file: Path, yardstick: Path, prompt: Sequence[int]
         "decode_speedup": speedup,
         "peak_rss_ratio": measured["peak_rss_bytes"] / reference["peak_rss_bytes"],
         "prompt_tokens": len(prompt),
-        "threads": available(),
+        "threads": cores,
         "reference": reference,
     }
 
@@ -68,19 +78,14 @@ def measure(runtime: Runtime, file: Path, yardstick: Path, prompt: Sequence[int]
 class _Timed:
     """A loaded file that does, and times, what it is told."""
 
-    def __init__(self, runtime: Runtime, file: Path) -> None:
-        self.file = file
+    def __init__(self, runtime: Runtime, file: Path, cores: int, cells: int, memory: int | None = None) -> None:
+        self.file, self.memory = file, memory
         self.seconds: dict[str, list[float]] = {"ttft": [], "prefill": [], "decode": []}
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed on exit
         command = [
-            sys.executable,
-            "-m",
-            "tasks.validate.timed",
-            runtime.name,
-            str(file.resolve()),
-            "--threads",
-            str(available()),
-        ]
+            sys.executable, "-m", "tasks.measure.timed", runtime.name, str(file.resolve()),
+            "--threads", str(cores), "--cells", str(cells),
+        ]  # fmt: skip
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=_ROOT
         )
@@ -105,15 +110,28 @@ class _Timed:
         """The next number that it says.
 
         Raises:
+            OverMemory: it held more memory than it may.
             StageError: it has ended.
         """
         assert self.process.stdout
+        self._watch()
         try:
             return float(self.process.stdout.readline())
         except (OSError, ValueError):
             code = self.process.wait()
         self.errors.seek(0)
         raise crashes.error_for(f"measuring {self.file}", code, self.errors.read(), self.file.parent)
+
+    def _watch(self) -> None:
+        """Wait until it says something, or holds too much."""
+        assert self.process.stdout
+        while self.memory is not None:
+            said, _, _ = select.select([self.process.stdout.fileno()], [], [], WATCHED_S)
+            with suppress(OSError, ValueError):  # it has ended
+                if (peak := peak_rss(self.process.pid)) > self.memory:
+                    raise OverMemory(peak)
+            if said:
+                return
 
     def ready(self) -> None:
         """Wait until its runtime is imported."""

@@ -1,4 +1,4 @@
-"""`python -m tasks.validate.timed RUNTIME FILE`: load one file, then time what standard input asks for.
+"""`python -m tasks.measure.timed RUNTIME FILE`: load one file, then time what standard input asks for.
 
 It says 0 when the runtime is imported. The first line of input is a prompt as token ids in JSON, so that no tokenizer is
 loaded; the answer is the seconds until the file was loaded and had decoded one token. Each further line is `ttft`, `prefill` or `decode`, answered by
@@ -8,6 +8,7 @@ the seconds it took, or `peak_rss`, answered in bytes.
 import argparse
 import faulthandler
 import json
+import os
 import re
 import sys
 import time
@@ -23,18 +24,20 @@ WARM_UP = 3
 
 def main(argv: list[str] | None = None) -> int:
     faulthandler.enable()  # whoever started this process reads where native code crashed
-    parser = argparse.ArgumentParser(prog="python -m tasks.validate.timed", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tasks.measure.timed", description=__doc__)
     parser.add_argument("runtime", choices=RUNTIMES)
     parser.add_argument("file", type=Path, help="what the runtime loads")
-    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True, help="and cores that it keeps to")
+    parser.add_argument("--cells", type=int, default=CONTEXT, help="tokens that must fit")
     args = parser.parse_args(argv)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     runtime = RUNTIMES[args.runtime]
     import_module(runtime.package or runtime.module.__name__)
     print(0, flush=True)
     prompt = json.loads(sys.stdin.readline())
 
     began = time.perf_counter()
-    step: Step = runtime.module.stepper(args.file, args.threads, CONTEXT)
+    step: Step = runtime.module.stepper(args.file, args.threads, args.cells)
     step(prompt[:1], 0)
     print(time.perf_counter() - began, flush=True)
 
@@ -60,12 +63,17 @@ def _seconds(step: Step, prompt: list[int], what: str) -> float:
     return time.perf_counter() - began
 
 
-def peak_rss() -> int:
-    """Bytes of memory this process held at most (VmHWM of proc(5), in kibibytes there)."""
-    status = Path("/proc/self/status").read_text()
+def peak_rss(process: int | str = "self") -> int:
+    """Bytes of memory that a process held at most (VmHWM of proc(5), in kibibytes there).
+
+    Raises:
+        OSError: there is no such process.
+        ValueError: it has ended, or the system does not tell.
+    """
+    status = Path(f"/proc/{process}/status").read_text()
     match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
     if not match:
-        raise SystemExit("/proc/self/status has no VmHWM: peak memory can only be measured on Linux")
+        raise ValueError("/proc has no VmHWM: peak memory can only be measured on Linux")
     return int(match[1]) * 1024
 
 
