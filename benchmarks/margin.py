@@ -4,7 +4,7 @@ Trains the teacher and the student of params.yaml with each seed in float32 and 
 answer all test rows in its own runtime: the stages themselves, one workspace a run under .cache/margin. A stage that was
 done is not done again, so the benchmark can be stopped and started; a whole one takes hours on two cores. The numbers of
 each run lie in benchmarks/margin_runs with the processor that made them, so that runs of several machines make one table:
-what is there for the same parameters is not made again (--again makes it; --recorded shows it and makes nothing). Exit code
+what is there of students of the same parameters, whatever files were made of them, is not made again (--again makes it; --recorded shows it and makes nothing). Exit code
 1 when a promise of the README does not hold: every student keeps 96 % of its teacher's accuracy, 97.5 % on average, with at
 most 85 % of the parameters, and in each run two files of at most 40 % of the teacher's F16 pass all gates on quality.
 
@@ -22,15 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from tasks import params
-from tasks.frame import manifest
+from tasks.frame import jsonl, manifest
 from tasks.frame.stage import folder, read_json, write_json
+from tasks.judge import gates
+from tasks.metrics import METRICS
 from tasks.stages import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "margin_runs"
 LEAST, MEAN, PARAMETERS = 0.96, 0.975, 0.85  # of the teacher's accuracy in each run and on average, of its parameters
 SMALL, FILES = 0.40, 2  # so many files of at most this share of the teacher's F16 pass
-TIMED = {"decode_speedup", "peak_rss_ratio"}  # gates of a quiet machine: no part of this
 
 
 def main() -> int:
@@ -71,7 +72,7 @@ class Run:
             f"finetune.precision={precision}", f"distill.precision={precision}",
         ]  # fmt: skip
         self.values = params.load(ROOT / "params.yaml", self.settings)
-        self.digest = self.values.digest({key for stage in measured() for key in stage.sections})
+        self.digest = self.values.digest({key for stage in until("select") for key in stage.sections})
         self.record = RECORDS / f"{precision}-{seed}.json"
 
     def known(self) -> dict[str, Any] | None:
@@ -90,9 +91,10 @@ class Run:
         return run
 
 
-def measured() -> list[Stage]:
-    """The stages that make what is measured: all but the last."""
-    return [stage for stage in STAGES.values() if stage.name != "package"]
+def until(last: str) -> list[Stage]:
+    """The stages up to that one."""
+    names = list(STAGES)
+    return [STAGES[name] for name in names[: names.index(last) + 1]]
 
 
 def one_run(root: Path, values: params.Params, settings: list[str]) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def one_run(root: Path, values: params.Params, settings: list[str]) -> dict[str,
     root.mkdir(parents=True, exist_ok=True)
     if not (root / "data").exists():
         (root / "data").symlink_to(ROOT / "data")
-    for stage in measured():
+    for stage in until("validate"):
         for item in stage.items(values):
             if not (folder(root, stage.name, *item.words) / manifest.NAME).is_file():
                 run_stage(root, settings, stage.name, *item.words)
@@ -108,7 +110,7 @@ def one_run(root: Path, values: params.Params, settings: list[str]) -> dict[str,
     student = manifest.load(folder(root, "distill", str(seed))).metrics
     made = {name: student[name] for name in ("retention", "accuracy", "parameters_ratio", "validation_loss")}
     made["teacher_accuracy"] = manifest.load(folder(root, "teach")).metrics["accuracy"]
-    return made | {"files": {variant: judged(root, variant) for variant in values.quantize.variants}}
+    return made | {"files": {variant: judged(root, values, variant) for variant in values.quantize.variants}}
 
 
 def run_stage(root: Path, settings: list[str], *stage: str) -> None:
@@ -121,15 +123,14 @@ def run_stage(root: Path, settings: list[str], *stage: str) -> None:
         raise SystemExit(f"{root.name}: {' '.join(stage)} failed, see above")
 
 
-def judged(root: Path, variant: str) -> dict[str, Any]:
-    """What a file keeps, and which gates on quality and size it misses."""
-    metrics = json.loads((folder(root, "validate", variant) / "metrics.json").read_text())
-    verdict = json.loads((folder(root, "judge", variant) / "verdict.json").read_text())
-    missed = [
-        check["name"]
-        for check in verdict["checks"]
-        if check["name"] not in TIMED and (not check["ok"] or check.get("undecided"))
-    ]
+def judged(root: Path, values: params.Params, variant: str) -> dict[str, Any]:
+    """What a file keeps, and which gates on quality and size it misses. Those on speed and memory want a quiet machine."""
+    made, settings = folder(root, "validate", variant), values.validate_
+    metrics, answers = read_json(made / "metrics.json"), jsonl.read(made / "predictions.jsonl")
+    ours, theirs = ([bool(line[name]) for line in answers] for name in ("correct", "teacher_correct"))
+    rules = [gate for gate in settings.gates if not METRICS[gate.name].measured]
+    verdict = gates.judge(settings, rules, metrics, gates.intervals(ours, theirs, settings.bootstrap, settings.seed))
+    missed = [check["name"] for check in verdict["checks"] if not check["ok"] or check.get("undecided")]
     names = ("accuracy", "accuracy_retention", "mean_kld", "size_ratio")
     return {name: metrics[name] for name in names} | {"missed": missed}
 
@@ -152,7 +153,7 @@ def spread(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """The runs as a Markdown table, as docs show it."""
-    variants = list(report["runs"][0]["files"])
+    variants = list(dict.fromkeys(name for run in report["runs"] for name in run["files"]))
     lines = [
         f"| arithmetic | seed | processor | teacher | student | of the teacher's | {' | '.join(variants)} |",
         "|---" * (6 + len(variants)) + "|",
@@ -160,7 +161,9 @@ def table(report: dict[str, Any]) -> str:
     for run in report["runs"]:
         files = [
             f"{file['accuracy_retention']:.1%}" + (f" ({', '.join(file['missed'])})" if file["missed"] else "")
-            for file in run["files"].values()
+            if (file := run["files"].get(name))
+            else "-"
+            for name in variants
         ]
         lines.append(
             f"| {run['precision']} | {run['seed']} | {run['processor']} | {run['teacher_accuracy']:.3f} | {run['accuracy']:.3f} | "

@@ -39,7 +39,9 @@ An editor that knows YAML schemas completes and checks `params.yaml` by `docs/pa
 which name only what differs, by `docs/recipe.schema.json`. The keys of a file in `profiles/` are in [the last section](#device-profiles).
 """
 
-PROFILES = "A file of `profiles/` says what a kind of device has and demands ([devices](devices.md)). Every key must be there."
+PROFILES = (
+    "A file of `profiles/` says what a kind of device has and demands ([devices](devices.md)). Every key must be there."
+)
 
 COMMANDS = """# Command line
 

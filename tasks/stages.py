@@ -46,7 +46,10 @@ _ROWS = (
     Stage("select", _late("select"), ("select",), {"students": "distill"}),
     # HF -> F16 GGUF, once for all variants; the teacher's file is the yardstick of size and speed.
     Stage("convert", _late("convert"), (), {"teacher": "finetune", "student": "select"}),
-    Stage("quantize", _late("quantize"), ("quantize.options",), {"student": "select", "converted": "convert"}, per=("variant",)),
+    Stage(
+        "quantize", _late("quantize"), ("quantize.options",),
+        {"source": "acquire", "student": "select", "converted": "convert"}, per=("variant",),
+    ),
     Stage(
         "validate", _late("validate"), ("validate.context", "validate.windows", "task"),
         {"source": "acquire", "distilled": "select", "converted": "convert", "artifact": "quantize"},

@@ -95,7 +95,8 @@ _GGML_TYPES = (
 QUANTIZERS: Mapping[str, Quantizer] = {
     each.name: each
     for each in (
-        Quantizer("ggml_types", RUNTIMES["llama"], _GGML_TYPES),
+        Quantizer("ggml_types", RUNTIMES["llama"], _GGML_TYPES, options.GgmlTypes),
+        Quantizer("gguf_auto", RUNTIMES["llama"], ("auto-q5_0", "auto-q4_k_m", "auto-q4_0"), options.GgufAuto),
         Quantizer("model_builder", RUNTIMES["onnx_genai"], ("onnx-int4",), options.ModelBuilder),
     )
 }

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from checkout import DEFAULTS
+from conftest import ROOMS, tiny_rows, write_jsonl
 
 from tasks import params
 from tasks.convert.stage import convert
@@ -36,5 +37,8 @@ def quantized(model: Path, variant: str) -> Path:
     files = converted(model)
     out = files.with_name("quantize") / variant
     out.mkdir(parents=True)
-    quantize(params.load(DEFAULTS), student=files.with_name("source"), converted=files, variant=variant, out=out)
+    source = files.with_name("source")
+    if not (source / "data").exists():
+        write_jsonl(source / "data" / "train.jsonl", tiny_rows(ROOMS[:4]))
+    quantize(params.load(DEFAULTS), source=source, student=source, converted=files, variant=variant, out=out)
     return out

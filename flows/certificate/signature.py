@@ -39,7 +39,13 @@ def check(folder: Path, signature: Path, key: Path) -> None:
     config.set_hashing_config(hashing.Config().set_ignored_paths(paths=[signature]))
     try:
         config.verify(folder, signature)
-    except (InvalidSignature, ValueError, LookupError, TypeError, AttributeError) as error:  # what it raises of a signature that is none
+    except (
+        InvalidSignature,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # what it raises of a signature that is none
         raise ArtifactError(
             f"{signature} does not hold ({_first_line(error)}): do not trust this certificate"
         ) from None

@@ -9,6 +9,7 @@ import ctypes
 import io
 import logging
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -20,7 +21,11 @@ from tasks.frame.cores import threads
 from tasks.frame.events import doing
 from tasks.frame.manifest import sha256
 from tasks.frame.stage import disk_full, need_space, place, require_file
+from tasks.models import chat
 from tasks.models.sizes import Shape, Tensor
+from tasks.quantize.importance import Importance, importance
+from tasks.quantize.inputs import Inputs
+from tasks.quantize.options import GgmlTypes
 
 # Bits of a weight in each of ggml's types, its scales included.
 BITS: Mapping[str, float] = {
@@ -39,23 +44,44 @@ FALLBACK: Mapping[str, str] = {
 SOURCE = "run the convert stage again"
 
 
-def quantize(variant: str, _: None, __: Path, f16: Path, out: Path) -> None:
+def quantize(variant: str, options: GgmlTypes, inputs: Inputs, out: Path) -> None:
     """Write `out`/model.gguf, equal bytes for equal input, and check it by loading it.
 
-    The F16 file's sha256, the quantizer and its version, and the type are written under `slmops.*` and
+    Raises:
+        StageError: the disk is full, llama.cpp refuses, or the file does not load.
+    """
+    require_file(inputs.f16, SOURCE)
+    if variant == "f16":  # the file itself; a hard link where the file system has them
+        place(inputs.f16, out / "model.gguf")
+        return
+    weighed = None
+    if options.importance:
+        rows = chat.read_rows(inputs.data / "train.jsonl")
+        weighed = importance(inputs.student, architecture(inputs.f16), rows, tokens=options.tokens)
+    write(variant, variant, inputs.f16, out, weighed=weighed)
+
+
+def write(
+    variant: str,
+    main: str,
+    f16: Path,
+    out: Path,
+    types: Mapping[str, str] | None = None,
+    weighed: Importance | None = None,
+) -> None:
+    """Write `out`/model.gguf as llama.cpp's file type `main` (`q4_0`), and check it by loading it. `types`: tensors that
+    get another type than `main` would give them. `weighed`: the importance of each tensor's columns.
+
+    The F16 file's sha256, the quantizer and its version, and the variant are written under `slmops.*` and
     `general.quantized_by`.
 
     Raises:
         StageError: the disk is full, llama.cpp refuses, or the file does not load.
     """
-    require_file(f16, SOURCE)
-    if variant == "f16":  # the file itself; a hard link where the file system has them
-        place(f16, out / "model.gguf")
-        return
     import llama_cpp
 
     doing("read the F16 file")
-    need_space(out, int(most_bytes(variant, f16.stat().st_size)) + 1_000_000)
+    need_space(out, int(most_bytes(main, f16.stat().st_size)) + 1_000_000)
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     quantizer = f"llama-cpp-python {version('llama-cpp-python')}"
     overrides = _texts(
@@ -64,12 +90,16 @@ def quantize(variant: str, _: None, __: Path, f16: Path, out: Path) -> None:
             "slmops.source.sha256": sha256(f16),
             "slmops.quantizer": quantizer,
             "slmops.type": variant.upper(),
+            **({"slmops.importance": "mean squares of activations on training rows"} if weighed else {}),
         }
     )
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant.upper()}")
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{main.upper()}")
     params.nthread = threads()
     params.kv_overrides = overrides
+    params.tt_overrides = _tensor_types(types or {})
+    if weighed:
+        params.imatrix = _importance(weighed)
     target = out / "model.gguf"
     errors = io.StringIO()
     doing(f"quantize to {variant}")
@@ -98,9 +128,9 @@ def most_bytes(variant: str, f16: int) -> float:
     return f16 * min(1.0, (0.6 * bits + 0.4 * max(bits, BITS["q8_0"])) / 16 + 0.03)
 
 
-def predicted_size(variant: str, _: None, shape: Shape) -> int:
+def predicted_size(variant: str, _: GgmlTypes | None, shape: Shape) -> int:
     """Bytes of the file that `quantize` would write."""
-    bits = sum(BITS[_type(tensor, variant, shape)] * tensor.elements for tensor in shape.tensors)
+    bits = sum(BITS[type_of(tensor, variant, shape)] * tensor.elements for tensor in shape.tensors)
     return int(bits / 8) + shape.header
 
 
@@ -109,7 +139,8 @@ def obstacle(architecture: str) -> str | None:
     return None
 
 
-def _type(tensor: Tensor, variant: str, shape: Shape) -> str:
+def type_of(tensor: Tensor, variant: str, shape: Shape) -> str:
+    """The type that a tensor has in a plain variant."""
     if not tensor.matrix:
         return "f32"
     if variant in ("f16", "bf16", "q8_0"):
@@ -156,6 +187,35 @@ def _texts(values: dict[str, str]) -> Any:
     for entry, (key, value) in zip(array, values.items(), strict=False):
         entry.tag, entry.key = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, key.encode()
         entry.value.val_str = value.encode()[:127]
+    return array
+
+
+def _importance(weighed: Importance) -> Any:
+    """The C array of importances, ended by one without a name."""
+    import llama_cpp
+
+    array = (llama_cpp.llama_model_imatrix_data * (len(weighed) + 1))()
+    for entry, (name, columns) in zip(array, weighed.items(), strict=False):
+        entry.name, entry.size = name.encode(), len(columns)
+        entry.data = columns.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    return array
+
+
+def architecture(f16: Path) -> str:
+    """Of a GGUF file, as its metadata has it."""
+    from gguf import GGUFReader
+
+    return str(GGUFReader(f16).fields["general.architecture"].contents())
+
+
+def _tensor_types(types: Mapping[str, str]) -> Any:
+    """The C array of types of single tensors, ended by an empty pattern. A pattern is searched for in names."""
+    import llama_cpp
+
+    array = (llama_cpp.llama_model_tensor_override * (len(types) + 1))()
+    for entry, (name, kind) in zip(array, types.items(), strict=False):
+        entry.pattern = f"^{re.escape(name)}$".encode()
+        entry.type = getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
     return array
 
 

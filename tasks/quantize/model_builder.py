@@ -22,6 +22,7 @@ from tasks.frame.environment import NO_TELEMETRY, OFFLINE, QUIET
 from tasks.frame.events import doing
 from tasks.frame.stage import disk_full, need_space, require_file
 from tasks.models.sizes import Shape
+from tasks.quantize.inputs import Inputs
 from tasks.quantize.options import ModelBuilder
 
 # Olive's own records of the run: times, paths and random names, of no use to a runtime.
@@ -33,12 +34,13 @@ READ = frozenset({
 })  # fmt: skip
 
 
-def quantize(_: str, options: ModelBuilder, student: Path, __: Path, out: Path) -> None:
+def quantize(_: str, options: ModelBuilder, inputs: Inputs, out: Path) -> None:
     """Write `out`/model: the ONNX graph and weights, genai_config.json, tokenizer and chat template.
 
     Raises:
         StageError: the disk is full, or Olive fails.
     """
+    student = inputs.student
     require_file(student / "config.json", "run the distill and select stages again")
     weights = sum(file.stat().st_size for file in student.glob("*.safetensors"))
     # Olive keeps the fp32 embedding and both passes' outputs until it is done.

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tasks.schema import Section
+from tasks.schema import Positive, Section, Seed
 
 
 class ModelBuilder(Section):
@@ -17,3 +17,23 @@ class ModelBuilder(Section):
         4,
         description="Least exact type that the runtime may compute products in. 1: float32. 2: float16. 3: bfloat16. 4: int8.",
     )
+
+
+class GgmlTypes(Section):
+    """llama.cpp's own quantizer."""
+
+    importance: bool = Field(
+        False,
+        description="Weigh errors by an importance matrix from training rows. It does harm where the acquired model was quantized "
+        "before: its weights lie near a grid, and a better fit to that undoes what was learned.",
+    )
+    tokens: Positive = Field(4096, description="Tokens of training rows that it is made from, at most.")
+
+
+class GgufAuto(Section):
+    """How the loss of each tensor in each type is foreseen."""
+
+    tokens: Positive = Field(
+        512, description="Tokens of training rows that are read, at most: as many as their gradients fit into 500 MB."
+    )
+    seed: Seed = Field(17, description="Seed of the tokens that the model draws.")

@@ -24,7 +24,9 @@ PARAMS = params.load(DEFAULTS)
 
 def make(tiny: Path, variant: str, out: Path) -> Path:
     out.mkdir(parents=True)
-    quantize(PARAMS, student=converted(tiny).with_name("source"), converted=converted(tiny), variant=variant, out=out)
+    quantized(tiny, "f16")  # so that there are rows
+    source = converted(tiny).with_name("source")
+    quantize(PARAMS, source=source, student=source, converted=converted(tiny), variant=variant, out=out)
     return out
 
 
@@ -46,7 +48,7 @@ def test_a_runtime_has_what_its_row_promises(runtime: Runtime) -> None:
         assert kinds(getattr(runtime.module, name)) == kinds(function)[1:], name  # without self
 
 
-@pytest.mark.parametrize("variant", ["f16", "q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0"])
+@pytest.mark.parametrize("variant", ["f16", "q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0", "auto-q4_0"])
 def test_equal_input_gives_equal_bytes(
     tiny_model_folder: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +82,7 @@ def test_a_damaged_source_is_refused(tiny_model_folder: Path, tmp_path: Path) ->
     (tmp_path / "student.gguf").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     (tmp_path / "out").mkdir()
     with pytest.raises(StageError, match=r"student\.gguf: .*q8_0: .+"):
-        quantize(PARAMS, student=tmp_path, converted=tmp_path, variant="q8_0", out=tmp_path / "out")
+        quantize(PARAMS, source=tmp_path, student=tmp_path, converted=tmp_path, variant="q8_0", out=tmp_path / "out")
 
 
 # --- onnx-int4 -------------------------------------------------------------------------------------
@@ -133,4 +135,6 @@ def test_onnx_failure_is_told_in_olives_words(tiny_model_folder: Path, tmp_path:
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysForCausalLM"]}))
     (tmp_path / "out").mkdir()
     with pytest.raises(StageError, match=r"onnx-int4: .*not currently supported"):
-        quantize(PARAMS, student=tmp_path, converted=tmp_path, variant="onnx-int4", out=tmp_path / "out")
+        quantize(
+            PARAMS, source=tmp_path, student=tmp_path, converted=tmp_path, variant="onnx-int4", out=tmp_path / "out"
+        )

@@ -8,6 +8,8 @@ import pytest
 
 from tasks.models import sizes
 from tasks.quantize import ggml_types
+from tasks.quantize.inputs import Inputs
+from tasks.quantize.options import GgmlTypes
 from tasks.variants import LLAMA, QUANTIZERS
 
 TYPES = [name for name in QUANTIZERS["ggml_types"].variants if name != "f16"]
@@ -76,11 +78,11 @@ def test_every_tensor_has_the_foreseen_type(f16: tuple[sizes.Shape, Path], varia
     from gguf import GGUFReader
 
     shape, source = f16
-    ggml_types.quantize(variant, None, tmp_path, source, tmp_path)
+    ggml_types.quantize(variant, GgmlTypes(), Inputs(tmp_path, source, tmp_path), tmp_path)
     file = tmp_path / LLAMA.weights
     reader = GGUFReader(file)
     made = {tensor.name: tensor.tensor_type.name.lower() for tensor in reader.tensors}
-    assert made == {tensor.name: ggml_types._type(tensor, variant, shape) for tensor in shape.tensors}
+    assert made == {tensor.name: ggml_types.type_of(tensor, variant, shape) for tensor in shape.tensors}
     weights = sum(int(tensor.n_bytes) for tensor in reader.tensors)
     assert ggml_types.predicted_size(variant, None, shape) - shape.header == weights
     assert file.stat().st_size <= ggml_types.most_bytes(variant, source.stat().st_size) + 1_000_000
