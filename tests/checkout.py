@@ -116,7 +116,7 @@ def make(root: Path, params: Mapping[str, object]) -> Path:
     skip = shutil.ignore_patterns("__pycache__")
     for name in ("tasks", "infra"):
         shutil.copytree(ROOT / name, root / name, ignore=skip)
-    shutil.copytree(PROFILES, root / "profiles")
+    shutil.copytree(PROFILES, root / "profiles", dirs_exist_ok=True)
     (root / ".dvc").mkdir()
     for name in ("config", ".gitignore"):
         shutil.copy(ROOT / ".dvc" / name, root / ".dvc" / name)

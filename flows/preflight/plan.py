@@ -16,7 +16,7 @@ from typing import Any
 
 from flows.preflight import checks, planned_model
 from flows.workspace.paths import Workspace
-from tasks import params
+from tasks import params, profiles
 from tasks.acquire import data_sources, rows, watched
 from tasks.acquire.params import LocalData
 from tasks.errors import PipelineError
@@ -79,6 +79,7 @@ class Plan:
     student: Shape
     sizes: dict[str, int]
     ram: dict[str, int]
+    fits: dict[str, list[str]]  # variant -> device profiles
     work: list[Work]
     disk: int
     doubts: list[str]
@@ -117,7 +118,13 @@ def facts(root: Workspace, path: Path, overrides: Sequence[str]) -> dict[str, An
         "student": told(plan.student),
         "context_length": checked.package.context_length,
         "files": [
-            {"variant": variant, "bytes": size, "of_teacher_f16": size / whole, "ram_bytes": plan.ram[variant]}
+            {
+                "variant": variant,
+                "bytes": size,
+                "of_teacher_f16": size / whole,
+                "ram_bytes": plan.ram[variant],
+                "fits": plan.fits[variant],
+            }
             for variant, size in plan.sizes.items()
         ],
         "work": [asdict(work) for work in plan.work],
@@ -144,9 +151,10 @@ def show(plan: Mapping[str, Any]) -> None:
     table = Table("variant", title="Student's files", title_justify="left")
     for heading in ("MB", "of teacher's F16", f"RAM at {plan['context_length']} tokens, MB"):
         table.add_column(heading, justify="right")
+    table.add_column("fits")
     for file in plan["files"]:
         megabytes = f"{file['bytes'] / 1e6:.1f}", f"{file['of_teacher_f16']:.0%}", f"{file['ram_bytes'] / 1e6:.0f}"
-        table.add_row(file["variant"], *megabytes)
+        table.add_row(file["variant"], *megabytes, ", ".join(file["fits"]) or "no device")
     console.print(table)
     console.print("Work (times are estimates, on this machine" + (f": {plan['busy']})" if plan["busy"] else ")"))
     table = Table("stage")
@@ -178,11 +186,31 @@ def predict(root: Workspace, checked: params.Params, training: float, plain: flo
         variant: VARIANTS[variant].runtime.module.minimum_memory(size, student.config, checked.package.context_length)
         for variant, size in predicted.items()
     }
+    fits = _fits(root, checked, student, predicted)
     work = _work(checked, base, student, predicted, counted, training, plain)
     # bf16 folders of base, teacher and students, the checkpoint (fp32 weights and two moments), two F16 files.
     folders = 2 * 2 * base.parameters + 2 * len(checked.select.seeds) * student.parameters + 12 * base.parameters
     files = 2 * base.parameters + 2 * student.parameters + sum(predicted.values())
-    return Plan(base, student, predicted, ram, work, int(1.1 * (folders + files)), _doubts(checked, counted))
+    return Plan(base, student, predicted, ram, fits, work, int(1.1 * (folders + files)), _doubts(checked, counted))
+
+
+def _fits(root: Workspace, checked: params.Params, student: Shape, predicted: dict[str, int]) -> dict[str, list[str]]:
+    """The devices that could hold each file: that have its runtime, and room for its bytes and for its memory at their context,
+    as both are foreseen.
+    """
+    devices = {name: profiles.load(root, name) for name in checked.measure.profiles}
+
+    def fits(variant: str, size: int, device: profiles.Profile) -> bool:
+        runtime = VARIANTS[variant].runtime
+        limits = [gate.at_most for gate in device.gates if gate.name == "size_bytes" and gate.at_most is not None]
+        needed = runtime.module.minimum_memory(size, student.config, device.context)
+        enough = device.memory_mb is None or needed <= device.memory_mb * 1_000_000
+        return device.has(runtime) and enough and all(size <= limit for limit in limits)
+
+    return {
+        variant: [name for name, device in devices.items() if fits(variant, size, device)]
+        for variant, size in predicted.items()
+    }
 
 
 @dataclass(frozen=True)

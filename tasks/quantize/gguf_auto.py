@@ -1,7 +1,7 @@
 """GGUF variants of mixed types: for each tensor the type that its loss asks for, at no more bytes than a plain variant.
 
-`auto-q4_0` has no more bytes than q4_0. What each tensor would lose in each type is foreseen on training rows
-(`sensitivity`), bits go where they save most (`allocation`), and llama.cpp's own quantizer writes an ordinary file.
+`auto-q4_0` has no more bytes than q4_0. What each tensor would lose in each type, rounded with and without an importance matrix,
+is foreseen on training rows (`sensitivity`), bits go where they save most (`allocation`), and llama.cpp's own quantizer writes an ordinary file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,16 +34,17 @@ def quantize(variant: str, options: GgufAuto, inputs: Inputs, out: Path) -> None
     shape = _shape(require_file(inputs.f16, ggml_types.SOURCE))
     rows = chat.read_rows(inputs.data / "train.jsonl")
     matrices = {tensor.name: tensor for tensor in shape.tensors if tensor.matrix}
-    losses = sensitivity.losses(
+    foreseen = sensitivity.foresee(
         inputs.student, shape.architecture, rows, lambda name: _kinds(matrices[name]),
         tokens=options.tokens, seed=options.seed,
     )  # fmt: skip
     plain = {tensor.name: ggml_types.type_of(tensor, base, shape) for tensor in matrices.values()}
-    types = choose(losses, matrices, plain)
-    foreseen = sum(losses[name][kind] for name, kind in types.items())
-    note(f"{variant}: a mean KLD of {foreseen:.3f} is foreseen on training rows")
-    ggml_types.write(variant, base, inputs.f16, out, plain | types)
-    write_json(out / "types.json", {"types": plain | types, "foreseen_kld": foreseen})
+    types = choose(foreseen.losses, matrices, plain)
+    loss = sum(foreseen.losses[name][kind] for name, kind in types.items())
+    note(f"{variant}: a mean KLD of {loss:.3f} is foreseen on training rows")
+    weighed = {name: foreseen.importance[name] for name, kind in types.items() if kind in foreseen.weighed[name]}
+    ggml_types.write(variant, base, inputs.f16, out, plain | types, weighed)
+    write_json(out / "types.json", {"types": plain | types, "weighed": sorted(weighed), "foreseen_kld": loss})
 
 
 def choose(losses: sensitivity.Losses, matrices: Mapping[str, Tensor], plain: Mapping[str, str]) -> dict[str, str]:

@@ -10,8 +10,9 @@ from tasks.frame.cores import threads
 Matrix = Any  # a float32 NumPy array (rows, row length)
 
 
-def rounded(matrix: Matrix, kind: str) -> Matrix:
-    """The values that are left of `matrix` in the type `kind` (`q5_0`), whose blocks must fit its rows.
+def rounded(matrix: Matrix, kind: str, importance: Matrix | None = None) -> Matrix:
+    """The values that are left of `matrix` in the type `kind` (`q5_0`), whose blocks must fit its rows. `importance`: a
+    float32 number a column, by which errors are weighed.
 
     Rows are quantized one by one, so neither their order nor how many there are matters.
     """
@@ -26,12 +27,13 @@ def rounded(matrix: Matrix, kind: str) -> Matrix:
     type_ = GGMLQuantizationType[kind.upper()]
     block, size = GGML_QUANT_SIZES[type_]
     libggml.ggml_quantize_init(int(type_))  # tables that several threads would make at once
+    weighed = None if importance is None else importance.ctypes.data
 
     def part(rows: Matrix) -> Matrix:
         source = np.ascontiguousarray(rows, dtype=np.float32)
         length = source.shape[1]
         made = np.empty((len(source), length // block * size), dtype=np.uint8)
-        quantize(int(type_), source.ctypes.data, made.ctypes.data, 0, len(source), length, None)
+        quantize(int(type_), source.ctypes.data, made.ctypes.data, 0, len(source), length, weighed)
         return dequantize(made, type_)
 
     parts: Sequence[Matrix] = np.array_split(matrix, min(threads(), len(matrix)))

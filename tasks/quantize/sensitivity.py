@@ -20,6 +20,7 @@ from tasks.quantize.rounding import rounded
 
 Tensor = Any
 Losses = Mapping[str, Mapping[str, float]]  # GGUF tensor -> type -> nats a token
+UNWEIGHED = frozenset({"q8_0"})  # types whose rounding llama.cpp does not weigh by importance
 KEPT_BYTES = 500_000_000  # of what matrices read and of gradients
 LONGEST = 256  # tokens of a conversation that are read
 DIGITS = 2  # significant ones that are kept: what differs with threads and processors is far below
@@ -30,16 +31,29 @@ class _Matrix:
     """A matrix of the model: what it read and the gradients of what it wrote, a row a token. Embedding and head may be one."""
 
     weight: Tensor
+    scale: float = 1.0  # by which an embedding multiplies what it looks up, as Gemma's does
     read: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
 
 
-def losses(
+@dataclass(frozen=True)
+class Foreseen:
+    """What each tensor loses in each type. `weighed`: where rounding by importance loses less, whose numbers, one a column,
+    are in `importance`.
+    """
+
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    weighed: dict[str, set[str]] = field(default_factory=dict)
+    importance: dict[str, Any] = field(default_factory=dict)
+
+
+def foresee(
     folder: Path, architecture: str, rows: Sequence[chat.Messages], kinds: Callable[[str], Sequence[str]], *, tokens: int,
     seed: int,
-) -> Losses:  # fmt: skip
+) -> Foreseen:  # fmt: skip
     """What rounding each matrix of the model in `folder` costs, by its name in a GGUF of this architecture. `kinds`: the types
-    to try for a tensor of that name. `rows` are read until `tokens` are reached.
+    to try for a tensor of that name, each with and without weighing by the mean square of what the matrix reads.
+    `rows` are read until `tokens` are reached.
 
     Raises:
         ArtifactError: the model or its tokenizer cannot be read.
@@ -50,14 +64,34 @@ def losses(
     model, tokenizer = loading.load_model(folder, "float32"), loading.load_tokenizer(folder)
     names = tensor_names(model, architecture)
     seen = _observed(model, tokenizer, names, rows, tokens, seed)
-    found: dict[str, dict[str, float]] = {}
+    found = Foreseen()
     with torch.no_grad(), progress("foresee what each type loses", len(set(names.values())), "tensors") as advance:
         for name in dict.fromkeys(names.values()):
             parts = [seen[module] for module, each in names.items() if each == name]
             half = parts[0].weight.to(torch.float16).float().cpu().numpy()  # what the F16 file holds
-            found[name] = {kind: _loss(parts, torch.from_numpy(rounded(half, kind) - half)) for kind in kinds(name)}
+            found.losses[name], found.weighed[name] = {}, set()
+            found.importance[name] = columns = _columns(parts)
+            for kind in kinds(name):
+                loss = _loss(parts, torch.from_numpy(rounded(half, kind) - half))
+                if kind not in UNWEIGHED:
+                    weighed = _loss(parts, torch.from_numpy(rounded(half, kind, columns) - half))
+                    if weighed < loss:
+                        found.weighed[name].add(kind)
+                        loss = weighed
+                found.losses[name][kind] = loss
             advance()
     return found
+
+
+def _columns(parts: Sequence[_Matrix]) -> Any:
+    """The mean square of what a matrix reads, a float32 number a column; of an embedding that is the head, too, of the head."""
+    read = [each for part in parts for each in part.read if each.is_floating_point()]
+    if not read:  # an embedding alone: each row is looked up as it is
+        import torch
+
+        return torch.ones(parts[0].weight.shape[1]).numpy()
+    squares = sum(each.double().square().sum(0) for each in read)
+    return (squares / sum(len(each) for each in read)).float().numpy()
 
 
 def tensor_names(model: Any, architecture: str) -> dict[str, str]:
@@ -83,7 +117,10 @@ def _observed(
     """What each matrix reads and the gradients of what it writes, while the model reads `rows` and draws the next tokens."""
     import torch
 
-    matrices = {module: _Matrix(model.get_submodule(module).weight) for module in names}
+    parts = {module: model.get_submodule(module) for module in names}
+    matrices = {
+        module: _Matrix(part.weight, float(getattr(part, "embed_scale", 1.0))) for module, part in parts.items()
+    }
     wanted = min(tokens, KEPT_BYTES // (4 * sum(sum(each.weight.shape) for each in matrices.values())) + 1)
     device, drawn = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -132,7 +169,7 @@ def _loss(parts: Sequence[_Matrix], change: Tensor) -> float:
     total = 0.0
     for part in parts:
         for read, gradient in zip(part.read, part.gradients, strict=True):
-            moved = read @ change.T if read.is_floating_point() else change[read]
+            moved = read @ change.T if read.is_floating_point() else part.scale * change[read]
             total += float(((moved * gradient).sum(1).double() ** 2).sum())
     count = sum(len(gradient) for gradient in parts[0].gradients)
     return float(f"{total / count / 2:.{DIGITS - 1}e}")

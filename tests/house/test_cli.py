@@ -180,6 +180,20 @@ def test_a_plan_tells_all_of_a_run_before_any_work(tmp_path: Path) -> None:
     assert all(slow.ram[name] > size for name, size in slow.sizes.items())
 
 
+def test_a_plan_tells_which_devices_could_hold_a_file(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    checked = local_data(tmp_path, 100)
+    text = "label: Small\nthreads: 1\ncontext: 512\nruntimes: [llama]\nmemory_mb: {}\ngates: [{{name: size_bytes, at_most: {}}}]\n"
+    for name, memory, size in (("roomy", 4000, 10**9), ("little", 30, 10**9), ("short", 4000, 10**8)):
+        (tmp_path / "profiles" / f"{name}.yaml").write_text(text.format(memory, size))
+    names = ("desktop", "roomy", "little", "short")
+    checked = checked.model_copy(update={"measure": checked.measure.model_copy(update={"profiles": names})})
+    fits = plan.predict(tmp_path, checked, 1e11, 1e11).fits
+    assert fits["q8_0"] == ["desktop", "roomy"]
+    assert fits["q4_0"] == ["desktop", "roomy", "short"]
+    assert fits["onnx-int4"] == ["desktop"]
+
+
 ON_DESKTOP = Item(variant="q8_0", profile="desktop")
 SHARES = [
     ("distill", Item(seed=17)),

@@ -24,6 +24,7 @@ from tasks.models import chat, loading
 from tasks.package import parity, prompt_format
 from tasks.package.stage import _context
 from tasks.prune.stage import prune
+from tasks.quantize import gguf_auto, sensitivity
 from tasks.quantize.stage import quantize
 from tasks.runtimes import llama
 from tasks.stages import STAGES
@@ -134,7 +135,7 @@ def made(request: pytest.FixtureRequest, originals: dict[str, Path], tmp_path_fa
     prune(checked, source=source, teacher=teacher, out=pruned)
     distill(checked, source=source, taught=taught, pruned=pruned, seed=17, out=student, scratch=build / "scratch")
     convert(checked, teacher=teacher, student=student, out=build / "convert")
-    quantize(checked, student=student, converted=build / "convert", variant="q8_0", out=build / "q8_0")
+    quantize(checked, source=source, student=student, converted=build / "convert", variant="q8_0", out=build / "q8_0")
     return root
 
 
@@ -164,6 +165,24 @@ def test_llama_cpp_answers_as_transformers_does(made: Path, file: str, within: f
     )
     assert all(said)
     assert max(loss_of_choice(model, prompt, answer) for prompt, answer in zip(prompts, said, strict=True)) < within
+
+
+def test_every_matrix_gets_a_type_of_its_own_choice(made: Path) -> None:
+    """Fused matrices and scaled embeddings, too: names of transformers' modules and of GGUF tensors are one table."""
+    build = made / "build"
+    checked = params.load(DEFAULTS)
+    sources = {"source": build / "acquire", "student": build / "distill", "converted": build / "convert"}
+    out = build / "auto"
+    out.mkdir()
+    quantize(checked, **sources, variant="auto-q4_0", out=out)
+    shape = gguf_auto._shape(build / "convert" / "student.gguf")
+    names = set(
+        sensitivity.tensor_names(loading.load_model(build / "distill/model", "float32"), shape.architecture).values()
+    )
+    assert names == {tensor.name for tensor in shape.tensors if tensor.matrix}
+    told = json.loads((out / "types.json").read_text())
+    assert set(told["types"]) == names
+    assert 0 < told["foreseen_kld"] < 1
 
 
 def before(row: chat.Encoded) -> slice:

@@ -79,7 +79,7 @@ def rows() -> list[chat.Messages]:
     return [row["messages"] for row in tiny_rows(ROOMS[:4])]
 
 
-def divergence(folder: Path, rows: list[chat.Messages], module: str, kind: str) -> float:
+def divergence(folder: Path, rows: list[chat.Messages], module: str, kind: str, columns: np.ndarray | None) -> float:
     """The mean KLD that rounding one matrix brings, by running the model."""
     model, tokenizer = loading.load_model(folder, "float64"), loading.load_tokenizer(folder)
     found, count = 0.0, 0
@@ -90,7 +90,7 @@ def divergence(folder: Path, rows: list[chat.Messages], module: str, kind: str) 
             ids = torch.tensor([chat.encode(tokenizer, row, 256).ids])
             weight.copy_(half)
             before = model(ids).logits[0].log_softmax(-1)
-            weight.copy_(torch.from_numpy(rounded(half.numpy(), kind)))
+            weight.copy_(torch.from_numpy(rounded(half.numpy(), kind, columns)))
             after = model(ids).logits[0].log_softmax(-1)
             found += float((before.exp() * (before - after)).sum())
             count += ids.shape[1]
@@ -100,15 +100,17 @@ def divergence(folder: Path, rows: list[chat.Messages], module: str, kind: str) 
 def test_what_is_foreseen_is_what_running_the_model_shows(tiny_model_folder: Path) -> None:
     """All but keys and values, whose errors at several positions meet in one attention."""
     folder, wanted = trained(tiny_model_folder), ("q4_0", "q5_0")
-    losses = sensitivity.losses(folder, "llama", ROWS, lambda _: wanted, tokens=2000, seed=1)
+    made = sensitivity.foresee(folder, "llama", ROWS, lambda _: wanted, tokens=2000, seed=1)
     modules = {
         "token_embd": "model.embed_tokens", "blk.0.attn_output": "model.layers.0.self_attn.o_proj",
         "blk.1.ffn_up": "model.layers.1.mlp.up_proj", "blk.2.ffn_down": "model.layers.2.mlp.down_proj",
     }  # fmt: skip
     for name, module in modules.items():
         for kind in wanted:
-            shown = divergence(folder, ROWS, module, kind)
-            assert 0.5 < losses[f"{name}.weight"][kind] / shown < 2, (name, kind)
+            tensor = f"{name}.weight"
+            columns = made.importance[tensor] if kind in made.weighed[tensor] else None
+            shown = divergence(folder, ROWS, module, kind, columns)
+            assert 0.5 < made.losses[tensor][kind] / shown < 2, (name, kind)
 
 
 def test_the_file_is_no_larger_and_has_the_types_that_were_chosen(tiny_model_folder: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_run_is_told_everywhere_and_the_next_finds_it_done(toy: Path) -> None:
     (toy / "report.html").unlink()
     again = slmops(toy, "run", "--name", "two", PREFECT_API_URL="http://127.0.0.1:9/api")
     assert again.returncode == 0, again.stderr
-    assert len(started(toy)) == 14
+    assert len(started(toy)) == 16
     assert "everything is up to date" in again.stdout
     assert "version 1 was registered before" in again.stdout
     assert "q4_0" in again.stderr

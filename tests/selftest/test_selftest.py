@@ -10,7 +10,7 @@ import pytest
 from tasks import selftest
 from tasks.errors import BrokenRuntimeError, ConfigError
 from tasks.selftest import llama, tiny
-from tasks.variants import LLAMA, RUNTIMES, VARIANTS, Runtime
+from tasks.variants import LLAMA, QUANTIZERS, RUNTIMES, Runtime
 
 ONNX_GENAI = RUNTIMES["onnx_genai"]
 SHAPE = tiny.SHAPES[1]
@@ -43,7 +43,7 @@ def test_every_width_of_row_occurs() -> None:
 
 
 def test_llama_cpp_computes_what_torch_does_in_every_type_of_the_params(tmp_path: Path) -> None:
-    types = [name for name, each in VARIANTS.items() if each.runtime is LLAMA]
+    types = QUANTIZERS["ggml_types"].variants
     done = [(step.what, step.compute(), step.limit) for step in llama.steps(tmp_path)]
     assert len(done) == len(types) * len(tiny.SHAPES) * 3  # prompt at once, by micro-batches, token by token
     for what, found, limit in done:

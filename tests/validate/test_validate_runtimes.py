@@ -82,7 +82,9 @@ def plain_greedy(file: Path, prompts: list[list[int]]) -> list[list[int]]:
 @pytest.mark.parametrize("variant", ["q8_0", "q4_0", "q4_k_m"])
 def test_a_file_as_wide_as_a_real_one_computes_what_torch_does(wide: Wide, tmp_path: Path, variant: str) -> None:
     """Rows of 576 and 1536 take kernels that those of the tiny model do not: tiles, and blocks of 256."""
-    quantize(params.load(DEFAULTS), student=tmp_path, converted=wide.folder, variant=variant, out=tmp_path)
+    quantize(
+        params.load(DEFAULTS), source=tmp_path, student=tmp_path, converted=wide.folder, variant=variant, out=tmp_path
+    )
     file, ids = tmp_path / "model.gguf", tiny.tokens()
     wanted = tiny.reference(wide.model, selftest_llama.weights(file, wide.shape), ids)
     with llama.window_logits(file, len(ids), 2) as logits:
