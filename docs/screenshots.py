@@ -228,6 +228,14 @@ def take(page: Page, root: Path, state: dict[str, str], out: Path, parameters: d
     page.open(report, "What next", width=390)
     page.picture(out / "report-phone.png", 1500)
 
+    command = [sys.executable, "-m", "flows.cli", "certify", "--champion", "--out", root / "certificate"]
+    subprocess.run(command, cwd=root, check=True, env=os.environ | {"PYTHONPATH": str(root)})
+    certificate = (root / "certificate" / "certificate.html").as_uri()
+    page.open(certificate, "Not measured", width=1120)
+    page.picture(out / "certificate.png", 1500)
+    page.open(certificate, "Not measured", width=390)
+    page.picture(out / "certificate-phone.png", 1700)
+
 
 def main() -> None:
     """Parse the command line and take the pictures."""

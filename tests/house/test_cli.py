@@ -123,7 +123,7 @@ def test_what_is_shown_can_be_had_as_json(
     assert main(["plan", "--params", str(DEFAULTS), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["teacher"]["parameters"] == 134_515_008
-    assert told["files"][0].keys() == {"variant", "bytes", "of_teacher_f16", "ram_bytes"}
+    assert told["files"][0].keys() == {"variant", "bytes", "of_teacher_f16", "ram_bytes", "fits"}
     assert main(["plan", "--params", str(DEFAULTS)]) == 0
     assert "134.5 M parameters" in capsys.readouterr().out
     assert main(["doctor", "--json"]) == 1
