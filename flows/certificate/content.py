@@ -36,7 +36,7 @@ def content(folder: Path, decisions: Sequence[Mapping[str, Any]], devices: Seque
         raise ConfigError(f"--profile {', '.join(unknown)}: the bundle was judged for {', '.join(judged)}")
     wanted = list(devices or judged)
     variants = {name: _variant(name, each, bundle, wanted) for name, each in report["variants"].items()}
-    about = [line for line in decisions if line.get("digest") == digest]
+    about = [line for line in decisions if line.get("bundle_digest") == digest]
     return {
         "form": FORM,
         "model": bundle.name,

@@ -214,7 +214,7 @@ def _told(variant: Mapping[str, Any]) -> str:
             filter(
                 None,
                 [
-                    held if len(devices) == 1 else f"{results.summary(devices)}, {held}",
+                    held if results.summary(devices) == "pass" else f"{results.summary(devices)}, {held}",
                     results.misses_by_device(devices),
                 ],
             )

@@ -8,6 +8,7 @@ import pytest
 from report_inputs import HOSTILE, sample
 
 from flows.certificate import certificate
+from flows.release import audit_log
 from tasks.errors import ArtifactError, ConfigError
 from tasks.package import bundle
 
@@ -31,11 +32,12 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def decision(folder: Path, action: str, **changes: str) -> dict:
     line = {"action": action, "version": "3", "by": "Ada", "at": "2026-11-28T04:00:00+00:00", "reason": "good"}
-    return line | {"digest": bundle.bundle_digest(folder)} | changes
+    assert {*line, "model", "bundle_digest"} >= audit_log.FIELDS  # as the record has them
+    return line | {"bundle_digest": bundle.bundle_digest(folder)} | changes
 
 
 def test_the_verdict_for_each_device_comes_first(folder: Path, tmp_path: Path) -> None:
-    other = decision(folder, "approve", digest="0" * 64, version="2")
+    other = decision(folder, "approve", bundle_digest="0" * 64, version="2")
     lines = [other, decision(folder, "register", by="Bob"), decision(folder, "approve"), {"unreadable": 4}]
     values = certificate.issue(folder, tmp_path / "out", lines)
     assert [(each["name"], each["verdict"], each["variant"]) for each in values["devices"]] == [
