@@ -4,9 +4,10 @@ Trains the teacher and the student of params.yaml with each seed in float32 and 
 answer all test rows in its own runtime: the stages themselves, one workspace a run under .cache/margin. A stage that was
 done is not done again, so the benchmark can be stopped and started; a whole one takes hours on two cores. The numbers of
 each run lie in benchmarks/margin_runs with the processor that made them, so that runs of several machines make one table:
-what is there of students of the same parameters, whatever files were made of them, is not made again (--again makes it; --recorded shows it and makes nothing). Exit code
-1 when a promise of the README does not hold: every student keeps 96 % of its teacher's accuracy, 97.5 % on average, with at
-most 85 % of the parameters, and in each run two files of at most 40 % of the teacher's F16 pass all gates on quality.
+what is there of students of the same parameters, whatever files were made of them, is not made again (--again makes it;
+--recorded shows it and makes nothing). Exit code 1 when a promise of the README does not hold: every student keeps 96 % of
+its teacher's accuracy, 97.5 % on average, with at most 85 % of the parameters, and in each run two files of at most 40 % of
+the teacher's F16 pass all gates on quality.
 
     python -m benchmarks.margin [--seeds 17 18 19] [--precision fp32 bf16] [--recorded | --again] [--json] [--set key=value]
 """

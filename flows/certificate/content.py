@@ -13,7 +13,7 @@ from typing import Any
 from tasks.errors import ArtifactError, ConfigError
 from tasks.frame.stage import read_json
 from tasks.package.bundle import Bundle, bundle_digest, verify
-from tasks.package.choose import VERDICTS
+from tasks.package.choose import best
 from tasks.variants import RUNTIMES
 
 FORM = "slmops certificate 1"
@@ -66,16 +66,16 @@ def _variant(name: str, told: Mapping[str, Any], bundle: Bundle, devices: Sequen
 
 def _device(name: str, judged: Mapping[str, Any], variants: Mapping[str, Any], bundle: Bundle) -> dict[str, Any]:
     """The verdict for one kind of device: that of its best variant, where nothing passed the best of all."""
-    verdicts = {each: variant["devices"][name]["verdict"] for each, variant in variants.items()}
-    best = judged["variant"]
+    verdicts = {each: made["devices"][name]["verdict"] for each, made in variants.items()}
+    variant = judged["variant"]
     told = next(iter(verdicts.values()))["device"]
-    targets = bundle.variants.get(best, []) if best else []
+    targets = bundle.variants.get(variant, []) if variant else []
     return {
         "name": name,
         "label": told["label"],
         "limits": {key: value for key, value in told.items() if key != "label"},
-        "verdict": "pass" if best else max((each["verdict"] for each in verdicts.values()), key=VERDICTS[::-1].index),
-        "variant": best,
+        "verdict": "pass" if variant else verdicts[best(verdicts)]["verdict"],
+        "variant": variant,
         "targets": targets,
         "reason": judged["reason"],
     }

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.report import page as report
 from flows.report import results
 from flows.report.page import Cell, Column, Table, facts_of
 from tasks.metrics import METRICS, show
@@ -15,14 +16,9 @@ MEASURED = ("ttft_p50_s", "ttft_p95_s", "decode_tokens_per_s", "prefill_tokens_p
 
 
 def render(values: Mapping[str, Any]) -> str:
-    """The page of a certificate. A name that the template misspells raises an error."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    templates = Environment(
-        loader=FileSystemLoader([HERE, HERE.parent / "report"]), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    html: str = templates.get_template("certificate.html.jinja").render(
+    """The page of a certificate."""
+    return report.render(
+        HERE / "certificate.html.jinja",
         certificate=values,
         limits=[_limits(device["limits"]) for device in values["devices"]],
         numbers=[_chosen(device, values["variants"]) for device in values["devices"]],
@@ -32,7 +28,6 @@ def render(values: Mapping[str, Any]) -> str:
         facts=facts_of(values["licence"], values["software"], values["lineage"], values["inputs"]),
         files=[(name, f"{file['size']:,} bytes, sha256 {file['sha256']}") for name, file in values["files"].items()],
     )
-    return html
 
 
 def _limits(limits: Mapping[str, Any]) -> str:

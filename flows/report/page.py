@@ -117,17 +117,18 @@ def write_report(
     """
     page = _page(package_folder, student_folder, finetune_folder, params)
     out_html.parent.mkdir(parents=True, exist_ok=True)
-    out_html.write_text(_render(page), encoding="utf-8")
+    out_html.write_text(render(HERE / "report.html.jinja", page=page), encoding="utf-8")
 
 
-def _render(page: Page) -> str:
-    """Render the page as HTML. A name that the template misspells raises an error."""
+def render(template: Path, **values: Any) -> str:
+    """A template as HTML; it may include the parts and the style that lie here. A name that it misspells raises an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    html: str = templates.get_template("report.html.jinja").render(page=page)
+        loader=FileSystemLoader([template.parent, HERE]), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    html: str = templates.get_template(template.name).render(**values)
     return html
 
 
@@ -205,21 +206,13 @@ def _verdicts(bundle: Bundle, variants: Mapping[str, Any]) -> list[Verdict]:
 
 
 def _told(variant: Mapping[str, Any]) -> str:
-    verdict, devices = variant["verdict"], {name: each["verdict"] for name, each in variant["devices"].items()}
-    held = ": ".join(filter(None, ["every gate held", results.narrowest(verdict)]))
-    return (
-        results.misses_by_device(devices)
-        if verdict["verdict"] != "pass"
-        else "; ".join(
-            filter(
-                None,
-                [
-                    held if results.summary(devices) == "pass" else f"{results.summary(devices)}, {held}",
-                    results.misses_by_device(devices),
-                ],
-            )
-        )
-    )
+    devices = {name: each["verdict"] for name, each in variant["devices"].items()}
+    misses = results.misses_by_device(devices)
+    if variant["verdict"]["verdict"] != "pass":
+        return misses
+    where = results.summary(devices)
+    held = ": ".join(filter(None, ["every gate held", results.narrowest(variant["verdict"])]))
+    return "; ".join(filter(None, [held if where == "pass" else f"{where}, {held}", misses]))
 
 
 def _devices(report: Mapping[str, Any]) -> list[Verdict]:

@@ -1,7 +1,8 @@
 """GGUF variants of mixed types: for each tensor the type that its loss asks for, at no more bytes than a plain variant.
 
 `auto-q4_0` has no more bytes than q4_0. What each tensor would lose in each type, rounded with and without an importance matrix,
-is foreseen on training rows (`sensitivity`), bits go where they save most (`allocation`), and llama.cpp's own quantizer writes an ordinary file.
+is foreseen on training rows (`sensitivity`), bits go where they save most (`allocation`), and llama.cpp's own quantizer
+writes an ordinary file.
 """
 
 from collections.abc import Mapping, Sequence

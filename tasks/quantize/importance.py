@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import StageError
 from tasks.frame.events import progress
 from tasks.models import chat, loading
-from tasks.quantize.sensitivity import LONGEST, tensor_names
+from tasks.quantize.sensitivity import tensor_names, token_ids
 
 Importance = Mapping[str, Any]  # GGUF tensor -> a float32 NumPy array, a number a column
 
@@ -39,15 +38,8 @@ def importance(folder: Path, architecture: str, rows: Sequence[chat.Messages], *
             part.register_forward_hook(add(name))
     count, device = 0, next(model.parameters()).device
     with torch.no_grad(), progress("weigh columns", tokens, "tokens") as advance:
-        for row in rows:
-            ids = chat.encode(tokenizer, row, LONGEST).ids[: tokens - count]
-            if not len(ids):
-                continue
+        for ids in token_ids(tokenizer, rows, tokens):
             model(torch.tensor([ids], device=device))
             count += len(ids)
             advance(len(ids))
-            if count >= tokens:
-                break
-    if not count:
-        raise StageError("the training data has no row to read: give it some, or set importance to false")
     return {name: (each / count).float().numpy() for name, each in sums.items()}

@@ -57,7 +57,7 @@ def foresee(
 
     Raises:
         ArtifactError: the model or its tokenizer cannot be read.
-        StageError: no row is short enough to be read.
+        StageError: there is no row to read.
     """
     import torch
 
@@ -125,24 +125,33 @@ def _observed(
     device, drawn = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    count = 0
     with _hooks(model, matrices), progress("read rows", wanted, "tokens") as advance:
-        for row in rows:
-            ids = chat.encode(tokenizer, row, LONGEST).ids[: wanted - count]
-            if len(ids) < 2:
-                continue
+        for ids in token_ids(tokenizer, rows, wanted):
             embedded = model.get_input_embeddings()(torch.tensor([ids], device=device)).requires_grad_()
             logits = model(inputs_embeds=embedded).logits[0]
             with torch.no_grad():
                 labels = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=drawn)[:, 0].to(device)
             torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-            count += len(ids)
             advance(len(ids))
-            if count >= wanted:
-                return matrices
-    if not count:
-        raise StageError(f"no row of the training data has two tokens or more within {LONGEST}: give it shorter rows")
     return matrices
+
+
+def token_ids(tokenizer: Any, rows: Sequence[chat.Messages], tokens: int) -> Iterator[list[int]]:
+    """Rows as token ids, each cut where it is long, until there are so many tokens.
+
+    Raises:
+        StageError: no row has any.
+    """
+    left = tokens
+    for row in rows:
+        ids = list(chat.encode(tokenizer, row, LONGEST).ids[:left])
+        if ids:
+            left -= len(ids)
+            yield ids
+        if not left:
+            return
+    if left == tokens:
+        raise StageError("the training data has no row to read: give it some, or leave this variant out")
 
 
 @contextmanager
