@@ -125,6 +125,40 @@ def test_an_old_commit_brings_no_old_policy_back(root: Path) -> None:
     policy.check(root, old, changed(release={"separate_duties": True}))
 
 
+def devices(root: Path, memory: int | None, *gates: dict[str, Any]) -> str:
+    """Commit such a profile of the device that the parameters name."""
+    values = {
+        "label": "D",
+        "memory_mb": memory,
+        "threads": None,
+        "context": 512,
+        "runtimes": None,
+        "gates": list(gates),
+    }
+    (root / "profiles").mkdir(exist_ok=True)
+    (root / "profiles" / "desktop.yaml").write_text(yaml.safe_dump(values))
+    return commit(root)
+
+
+def test_an_old_commit_brings_no_looser_device_back(root: Path) -> None:
+    fast, faster = ({"name": "decode_tokens_per_s", "at_least": limit} for limit in (10.0, 20.0))
+    old = devices(root, 500, fast)
+    policy.check(root, old, changed())
+    devices(root, 500, faster)
+    with pytest.raises(ConfigError, match=r"profiles/desktop\.yaml.*decode_tokens_per_s.*HEAD"):
+        policy.check(root, old, changed())
+    devices(root, 400, fast)
+    with pytest.raises(ConfigError, match=r"profiles/desktop\.yaml.*memory_mb.*HEAD"):
+        policy.check(root, old, changed())
+    devices(root, None)
+    policy.check(root, old, changed())
+
+
+def test_a_form_names_no_other_devices(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"measure\.profiles"):
+        policy.check(root, "HEAD", changed(measure={"profiles": ["desktop", "easier"]}))
+
+
 def test_a_newer_commit_speaks_for_itself(root: Path) -> None:
     say(root, {"separate_duties": True})
     git(root, "checkout", "-q", "-b", "other")
