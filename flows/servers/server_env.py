@@ -36,6 +36,7 @@ PREFECT = {
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P7D",
 }
+WORKER = {"PREFECT_WORKER_QUERY_SECONDS": "3"}  # how often it looks for queued runs: by Prefect's default every 10 s
 MLFLOW = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # judges and scorers: processes that we have no use for
     "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
@@ -70,7 +71,7 @@ def base() -> dict[str, str]:
 
 def worker(prefect: str, mlflow: str, auth: dict[str, str]) -> dict[str, str]:
     """For the worker, and so for every flow that runs under it: the clients' side."""
-    env = {**environment.MLFLOW, **base(), "PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow}
+    env = {**WORKER, **environment.MLFLOW, **base(), "PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow}
     if auth:
         env["PREFECT_API_AUTH_STRING"] = auth[PREFECT_SECRET]
         env["MLFLOW_TRACKING_USERNAME"] = auth[MLFLOW_USER]

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,7 +90,8 @@ def repro(
             ["--wait-for-lock", "repro", "--single-item", name],
             folder=root,
             env={name: value for name, value in given.items() if value is not None},
-            log=out.fileno(),
+            out=out.fileno(),
+            err=out.fileno(),
             keep_open=keep_open,
         )
         with _child(call, root):
@@ -346,12 +346,21 @@ def appended(stream: IO[str]) -> Callable[[], Iterator[Event]]:
 
 
 def _dvc(root: Workspace, *arguments: str, stderr: bool = False) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], cwd=root, env=stage_environment(), capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        raise StageError(f"dvc {' '.join(arguments)} failed in {root}: {_dvc_error(done.stderr or done.stdout)}")
-    return done.stdout + (done.stderr if stderr else "")
+    # In memory, so that what a full disk forbids is told by DVC itself.
+    with open(os.memfd_create("out"), "w+b") as out, open(os.memfd_create("err"), "w+b") as err:
+        call = dvc_host.call(arguments, folder=root, env=stage_environment(), out=out.fileno(), err=err.fileno())
+        with _child(call, root):
+            while not call.wait(POLL_S):
+                pass
+        said, complaints = _content(out), _content(err)
+    if call.returncode != 0:
+        raise StageError(f"dvc {' '.join(arguments)} failed in {root}: {_dvc_error(complaints or said)}")
+    return said + (complaints if stderr else "")
+
+
+def _content(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def _failure(text: str, events: list[Event], name: str, log: Path, root: Workspace) -> PipelineError:

@@ -1,6 +1,6 @@
 """Calls of dvc by one process that has it loaded: their results, side by side, and their ends whatever is killed."""
 
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from checkout import ROOT, environment, make_toy, started, wait_for
 
 from flows.workspace import dvc_host, versioning
@@ -38,7 +39,9 @@ def called(root: Path, *arguments: str) -> tuple[int | None, str]:
     """Exit code and output."""
     log = root / f"{arguments[0].strip('-')}.log"
     with log.open("wb") as out:
-        call = dvc_host.call(arguments, folder=root, env=dict(os.environ), log=out.fileno())
+        call = dvc_host.call(
+            arguments, folder=root, env=versioning.stage_environment(), out=out.fileno(), err=out.fileno()
+        )
     assert call.wait(120)
     call.close()
     return call.returncode, log.read_text()
@@ -115,3 +118,42 @@ def test_where_the_host_is_killed_the_call_ends_and_the_next_one_works(
     time.sleep(0.2)
     monkeypatch.setenv("TOY_WAIT", "{}")
     assert versioning.repro(toy, "acquire", log=toy / "acquire.log").how == "ran"
+
+
+PIPELINE = """
+stages:
+  first: {cmd: cp rows first, deps: [rows], outs: [first]}
+  each:
+    foreach: [q4_0, onnx-int4]
+    do: {cmd: "cp first ${item}", deps: [first], params: [rate, none, text], outs: ["${item}"]}
+"""
+
+
+def test_dvc_lock_has_the_bytes_that_dvc_writes(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    shutil.copytree(toy, other := tmp_path_factory.mktemp("other") / "toy")
+    plain, env = [sys.executable, "-m", "dvc", "repro"], versioning.stage_environment()
+    seen = []
+    for rows, values in (
+        ("1", {"rate": 1e-05, "none": None, "text": "a: b # c\nd"}),
+        ("1", {"rate": 0.25, "none": None, "text": "null"}),
+        ("2", {"rate": 0.25, "none": [1, {"x": "ä" * 200}], "text": ""}),
+    ):
+        for root in (toy, other):
+            (root / "dvc.yaml").write_text(PIPELINE)
+            (root / "rows").write_text(rows)
+            (root / "params.yaml").write_text(yaml.safe_dump(values))
+        code, text = called(toy, "repro")
+        assert code == 0, text
+        subprocess.run(plain, cwd=other, env=env, check=True, stdout=subprocess.DEVNULL)
+        assert (toy / "dvc.lock").read_text() == (other / "dvc.lock").read_text()
+        seen.append((toy / "dvc.lock").read_text())
+    assert len(set(seen)) == 3
+
+
+def test_a_dvc_lock_of_another_form_is_left_to_dvc(toy: Path) -> None:
+    versioning.repro(toy, "acquire", log=toy / "acquire.log")
+    lock = toy / "dvc.lock"
+    lock.write_text("# mine\n" + lock.read_text())
+    versioning.repro(toy, "finetune", log=toy / "finetune.log")
+    assert lock.read_text().startswith("# mine\n")
+    assert set(yaml.safe_load(lock.read_text())["stages"]) == {"acquire", "finetune"}
