@@ -106,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("item", nargs="*", help="the variant or the seed, for a stage that is done for each")
     shown(add("plan", plan, "predict sizes, memory and time before any work"))
     shown(add("doctor", doctor, "check that this machine has what is needed"))
+    sub = add(
+        "runtimes", runtimes, "list what can run files here, or install a runtime that needs an environment of its own"
+    )
+    sub.add_argument("what", nargs="?", choices=["install"], help="install one instead of listing")
+    sub.add_argument("name", nargs="?", help="which, by its name in the list")
+    shown(sub)
     add("report", report, "write report.html from the finished stages")
     sub = registered("ask", ask, "ask the packaged model something; or a registered one")
     sub.add_argument("text", help="what a user of the model would say")
@@ -356,6 +362,25 @@ def doctor(args: argparse.Namespace) -> int:
 
     _print(args, list(kept()) if args.json else kept(), show)
     return 1 if failed(checks) else 0
+
+
+def runtimes(args: argparse.Namespace) -> int:
+    """`slmops runtimes` and `slmops runtimes install NAME`."""
+    from dataclasses import asdict
+
+    from flows.preflight import runtimes
+
+    if args.what == "install":
+        if not args.name:
+            raise ConfigError("say which runtime: `slmops runtimes` lists them")
+        print(runtimes.install(args.name))
+        return 0
+
+    def show(found: list[dict[str, Any]]) -> None:
+        print("\n".join(runtimes.lines([runtimes.State(**each) for each in found])))
+
+    _print(args, [asdict(each) for each in runtimes.states()], show)
+    return 0
 
 
 def report(args: argparse.Namespace) -> int:

@@ -27,6 +27,13 @@ class Runtime:
     package: str = ""  # of Python, whose folder holds that code
     beside: tuple[str, ...] = ()  # distributions that the result of this proof depends on, too
     remedy: str = ""  # where the proof fails
+    # Where its packages exclude ours, so that it lives in an environment of its own (see tasks/runtimes/environments.py):
+    isolated: bool = False
+
+    @property
+    def native(self) -> bool:
+        """Has it native code, which is to prove itself?"""
+        return bool(self.package) or self.isolated
 
     @property
     def module(self) -> Any:
@@ -85,6 +92,11 @@ RUNTIMES: Mapping[str, Runtime] = {
             "install it again (`pip install --force-reinstall -c constraints.txt onnxruntime onnxruntime-genai`), or "
             "leave its variants out of quantize.variants",
         ),
+        Runtime(
+            "openvino", "OpenVINO", "openvino-genai", "model", "model/openvino_model.xml", isolated=True,
+            beside=("openvino", "openvino-tokenizers", "optimum-intel", "nncf"),
+            remedy="install it again (`slmops runtimes install openvino`), or leave its variants out of quantize.variants",
+        ),
     )
 }  # fmt: skip
 LLAMA = RUNTIMES["llama"]  # that of the F16 files, with which all others are compared
@@ -98,6 +110,7 @@ QUANTIZERS: Mapping[str, Quantizer] = {
         Quantizer("ggml_types", RUNTIMES["llama"], _GGML_TYPES, options.GgmlTypes),
         Quantizer("gguf_auto", RUNTIMES["llama"], ("auto-q5_0", "auto-q4_k_m", "auto-q4_0"), options.GgufAuto),
         Quantizer("model_builder", RUNTIMES["onnx_genai"], ("onnx-int4",), options.ModelBuilder),
+        Quantizer("openvino_export", RUNTIMES["openvino"], ("openvino-int8", "openvino-int4"), options.OpenVino),
     )
 }
 

@@ -6,6 +6,7 @@ from tasks import profiles
 from tasks.errors import ConfigError
 from tasks.models import supports
 from tasks.params import Params
+from tasks.runtimes import environments
 from tasks.variants import VARIANTS
 
 
@@ -13,10 +14,13 @@ def check(root: Workspace, checked: Params) -> None:
     """Refuse a run that would fail after its training.
 
     Raises:
-        ConfigError: a device profile is missing or wrong; or it names every step that cannot be done, with what to change.
+        ConfigError: a device profile is missing or wrong; a runtime is not installed; or it names every step that cannot be done, with what to change.
     """
     for name in checked.measure.profiles:
         profiles.load(root, name)
+    used = {VARIANTS[variant].runtime.name: VARIANTS[variant].runtime for variant in checked.quantize.variants}
+    if absent := [why for runtime in used.values() if (why := environments.missing(runtime))]:
+        raise ConfigError("; ".join(absent))
     kind = planned_model.architecture(checked.acquire, root)
     obstacles = problems(kind, checked.prune.max_parameters, checked.quantize.variants) if kind else []
     if obstacles:

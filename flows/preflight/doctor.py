@@ -17,6 +17,7 @@ from typing import Any
 from flows.workspace.paths import Workspace
 from tasks import selftest
 from tasks.errors import PipelineError
+from tasks.runtimes import environments
 from tasks.variants import RUNTIMES
 
 FREE_DISK = 10e9  # bytes: environment 2.7 GB, a run of the default model and its cache
@@ -162,7 +163,7 @@ def _build(path: Path) -> Check:
 
 def _self_tests() -> Iterator[Check]:
     """Whether each runtime computes here what torch does."""
-    for runtime in (each for each in RUNTIMES.values() if each.package):
+    for runtime in (each for each in RUNTIMES.values() if each.native and not environments.missing(each)):
         try:
             made = selftest.check(runtime)
         except PipelineError as error:

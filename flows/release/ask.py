@@ -4,6 +4,10 @@ from pathlib import Path
 
 from tasks.errors import ArtifactError, ConfigError
 from tasks.package import bundle
+from tasks.runtimes.worker import Worker
+from tasks.variants import RUNTIMES
+
+MOST = 256  # tokens of an answer
 
 
 def answer(folder: Path, text: str, system: str | None = None) -> str:
@@ -21,10 +25,16 @@ def answer(folder: Path, text: str, system: str | None = None) -> str:
         raise ConfigError(f"{folder} holds no model: {made.reason[:200]}")
     system = made.system if system is None else system
     asked = [{"role": "system", "content": system}] if system else []
+    messages = [*asked, {"role": "user", "content": text}]
+    target = made.variants[made.chosen][0]
+    own = next((each for each in RUNTIMES.values() if each.distribution == made.targets[target].runtime), None)
+    if own and own.isolated:
+        with Worker(own) as worker:
+            return str(worker.call("answer", str((folder / target / own.weights).resolve()), messages, MOST))
     from flows.release import served_model
 
     try:
-        return served_model.answerer(folder, made.model_dump())([*asked, {"role": "user", "content": text}])
+        return served_model.answerer(folder, made.model_dump())(messages)
     except ImportError as error:
         raise ConfigError(
             f"the runtime of this bundle is not installed ({error}): `slmops doctor` says what is"

@@ -140,6 +140,8 @@ def answerer(folder: Path, bundle: Mapping[str, Any]) -> Callable[[Messages], st
         return _gguf(folder / file, target["context_length"])
     if target["runtime"] == "onnxruntime-genai":
         return _onnx(folder / file, target["context_length"])
+    if target["runtime"] == "openvino-genai":
+        return _openvino(folder / file)
     raise ValueError(f"nothing here runs {target['runtime']}: run the bundle as {folder / name} tells")
 
 
@@ -174,6 +176,21 @@ def _onnx(folder: Path, context: int) -> Callable[[Messages], str]:
         while not generator.is_done():
             generator.generate_next_token()
         return str(tokenizer.decode(generator.get_sequence(0)[len(prompt) :]))
+
+    return answer
+
+
+def _openvino(folder: Path) -> Callable[[Messages], str]:
+    import openvino_genai
+
+    pipeline = openvino_genai.LLMPipeline(str(folder), "CPU")
+    tokenizer = pipeline.get_tokenizer()
+
+    def answer(messages: Messages) -> str:
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        tokens = tokenizer.encode(prompt, add_special_tokens=False)
+        made = pipeline.generate(tokens, max_new_tokens=MAX_TOKENS, do_sample=False)
+        return str(tokenizer.decode(made.tokens[0]))
 
     return answer
 

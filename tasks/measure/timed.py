@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -63,18 +64,25 @@ def _seconds(step: Step, prompt: list[int], what: str) -> float:
     return time.perf_counter() - began
 
 
-def peak_rss(process: int | str = "self") -> int:
-    """Bytes of memory that a process held at most (VmHWM of proc(5), in kibibytes there).
+def peak_rss(process: int | None = None) -> int:
+    """Bytes of memory that a process (this one by default), or one that it started, held at most (VmHWM of proc(5), in
+    kibibytes there). A runtime with an environment of its own works in a process that was started.
 
     Raises:
         OSError: there is no such process.
         ValueError: it has ended, or the system does not tell.
     """
+    process = process or os.getpid()
     status = Path(f"/proc/{process}/status").read_text()
     match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
     if not match:
         raise ValueError("/proc has no VmHWM: peak memory can only be measured on Linux")
-    return int(match[1]) * 1024
+    own = int(match[1]) * 1024
+    started = " ".join(each.read_text() for each in Path(f"/proc/{process}/task").glob("*/children"))
+    for child in map(int, started.split()):
+        with suppress(OSError, ValueError):  # it has ended
+            own = max(own, peak_rss(child))
+    return own
 
 
 if __name__ == "__main__":

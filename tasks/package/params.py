@@ -34,6 +34,7 @@ TARGETS: Mapping[str, Target] = {
         Target("ollama", RUNTIMES["llama"], served_by="Ollama"),
         Target("llama-server", RUNTIMES["llama"]),
         Target("onnx-genai", RUNTIMES["onnx_genai"]),
+        Target("openvino-genai", RUNTIMES["openvino"]),
     )
 }
 if TYPE_CHECKING:

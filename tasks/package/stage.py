@@ -5,7 +5,6 @@ A failed gate is data: with no passing variant the bundle holds no weights, and 
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tasks.package.params import TARGETS, Package
 from tasks.package.prompt_format import probe
 from tasks.package.release import Release, write
 from tasks.params import Params
+from tasks.runtimes import environments
 from tasks.runtimes.protocol import PromptReader
 
 COMPOSE = (
@@ -87,7 +87,9 @@ def package(
         files={},
         minimum_ram_bytes=releases[chosen.runtime.name].minimum_ram_bytes if chosen else None,
         system=releases[chosen.runtime.name].system if chosen else None,
-        runtimes={each: version(each) for each in sorted(best.runtime.distribution for best in choice.best.values())},
+        runtimes=dict(
+            sorted((best.runtime.distribution, environments.version(best.runtime)) for best in choice.best.values())
+        ),
         licence=names,
         lineage={key: bundle.finite(value) for key, value in lineage.items()},
         evaluation={c.name: _evaluation(c) for c in variants},
@@ -117,7 +119,7 @@ def _release(settings: Package, best: Candidate, model: Path, source: Path, lice
         name=settings.name,
         variant=best.name,
         weights=best.weights,
-        runtime_version=version(best.runtime.distribution),
+        runtime_version=environments.version(best.runtime),
         conversations_checked=parity.check(model, tokenizer, reader, best.weights, prompts),
         adds_bos=reader.adds_bos,
         needs_composed=parity.needs_composed(tokenizer, reader),

@@ -6,7 +6,6 @@ is more than all the rest: Olive's round-to-nearest pass stores it in 8 bits, as
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import StageError
-from tasks.frame import crashes
-from tasks.frame.cores import threads
-from tasks.frame.environment import NO_TELEMETRY, OFFLINE, QUIET
+from tasks.frame import confined, crashes
 from tasks.frame.events import doing
 from tasks.frame.stage import disk_full, need_space, require_file
 from tasks.models.sizes import Shape
@@ -115,17 +112,7 @@ sys.exit(0 if output.has_output_model() else "olive: no output model")
 
 
 def _run_olive(config: dict[str, Any], scratch: Path, out: Path) -> None:
-    env = os.environ | {
-        "HOME": str(scratch),
-        "HF_HOME": str(scratch / "hub"),
-        **NO_TELEMETRY,
-        **OFFLINE,
-        **QUIET,
-        "OMP_NUM_THREADS": str(threads()),
-    }
-    # Caches that an outer setting points elsewhere would escape the temporary folder.
-    for name in ("HF_HUB_CACHE", "OLIVE_CACHE_DIR", "XDG_CACHE_HOME", "PYTHONHASHSEED"):
-        env.pop(name, None)
+    env = confined.environment(scratch)
     doing("Olive builds and quantizes the graph")
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, str(scratch / "tmp")], input=json.dumps(config), cwd=scratch, env=env,

@@ -37,3 +37,12 @@ class GgufAuto(Section):
         512, description="Tokens of training rows that are read, at most: as many as their gradients fit into 500 MB."
     )
     seed: Seed = Field(17, description="Seed of the tokens that the model draws.")
+
+
+class OpenVino(Section):
+    """Compression of weights by NNCF, without data."""
+
+    group_size: Literal[32, 64, 128] = Field(
+        64,
+        description="Weights of openvino-int4 that share a scale. Where a row is no multiple of it, the largest group that fits is taken.",
+    )

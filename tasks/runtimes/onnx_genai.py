@@ -10,6 +10,7 @@ from tasks.errors import ArtifactError, ConfigError, StageError
 from tasks.frame.stage import read_json
 from tasks.models import sizes
 from tasks.models.chat import Messages
+from tasks.runtimes import one_sequence
 from tasks.runtimes.protocol import Hopeless, Logits, PromptReader, Step, WindowLogits
 
 
@@ -101,43 +102,20 @@ def answers(
     advance: Callable[[int], None],
     hopeless: Hopeless = lambda row, answer: False,
 ) -> list[list[int]]:
-    """What greedy decoding generates for each prompt, without its stop token, at most `limit` tokens.
-
-    `drafts` (each ending with a stop token) only speed it up, and a `hopeless` answer is cut: see the same function for GGUF. Here the
-    runtime's kernels round differently for one token than for several, so where two tokens are as good as
-    equally likely a checked draft and a step-by-step generation may take different ones.
-    """
+    """What greedy decoding generates for each prompt: see `one_sequence.answers`."""
     model = load(folder, threads)
     longest = max(len(prompt) + max(len(draft), limit) for prompt, draft in zip(prompts, drafts, strict=True))
     sequence = Decoded(model, longest + 1)
-    held: list[int] = []
-    all_answers = []
-    for row, (prompt, draft) in enumerate(zip(prompts, drafts, strict=True)):
-        draft = draft[:limit]
-        # Prompts share their beginning (system prompt, template): keep it, it is most of a short prompt.
-        kept = next((i for i, (a, b) in enumerate(zip(held, prompt[:-1], strict=False)) if a != b), None)
-        kept = min(len(held), len(prompt) - 1) if kept is None else kept
-        sequence.cut(kept)
-        sequence.append([*prompt[kept:], *draft[:-1]])
-        best = sequence.logits()[-len(draft) :].argmax(axis=1).tolist()
-        held = list(prompt)
-        answer: list[int] = []
-        for token, drafted in zip(best, draft, strict=True):
-            if token in stops:
-                break
-            answer.append(token)
-            if token != drafted:
-                sequence.cut(len(prompt) + len(answer) - 1)
-                while len(answer) < limit and not hopeless(row, answer):
-                    sequence.append([answer[-1]])
-                    token = sequence.next_token()
-                    if token in stops:
-                        break
-                    answer.append(token)
-                break
-        all_answers.append(answer)
-        advance(1)
-    return all_answers
+
+    def best(tokens: Sequence[int], position: int, last: int) -> list[int]:
+        sequence.cut(position)
+        sequence.append(tokens)
+        if last == 1:
+            return [sequence.next_token()]
+        found: list[int] = sequence.logits()[-last:].argmax(axis=1).tolist()
+        return found
+
+    return one_sequence.answers(best, prompts, drafts, stops=stops, limit=limit, advance=advance, hopeless=hopeless)
 
 
 def stepper(folder: Path, threads: int, cells: int) -> Step:

@@ -24,6 +24,7 @@ from typing import Any
 from tasks.errors import BrokenRuntimeError, ConfigError, StageError
 from tasks.frame import crashes, events
 from tasks.frame.environment import NO_TELEMETRY, OFFLINE
+from tasks.runtimes import environments
 from tasks.variants import LLAMA, VARIANTS, Runtime
 
 LIMIT_S = 900.0
@@ -36,7 +37,7 @@ def used(stage: str, variant: str | None) -> tuple[Runtime, ...]:
         return ()
     own = VARIANTS[variant].runtime
     wanted = (LLAMA, own) if stage != "quantize" and own is not LLAMA else (own,)  # held against the F16 file
-    return tuple(each for each in wanted if each.package)
+    return tuple(each for each in wanted if each.native)
 
 
 def ensure(runtimes: tuple[Runtime, ...]) -> None:
@@ -53,7 +54,7 @@ def ensure(runtimes: tuple[Runtime, ...]) -> None:
             continue
         with _alone(path):
             if not path.exists():  # else another stage, which started beside this one, has just tested it
-                events.note(f"testing {runtime.label} against torch, once for this environment: about 15 s")
+                events.note(f"testing {runtime.label} against torch, once for this environment: less than a minute")
                 check(runtime)
 
 
@@ -72,7 +73,7 @@ def check(runtime: Runtime) -> dict[str, Any]:
     results = [json.loads(line) for line in lines]
     done = [each for each in results if "distance" in each]
     at = f" at {results[-1]['what']}" if results and "what" in results[-1] else ""
-    full_name = f"{runtime.label} ({runtime.distribution} {_version(runtime.distribution)})"
+    full_name = f"{runtime.label} ({runtime.distribution} {environments.version(runtime)})"
     kernels = next((each["kernels"] for each in results if "kernels" in each), "")
     if code != 0:
         error = crashes.error_for(f"{full_name}: the self-test{at}", code, said, Path(tempfile.gettempdir()))
@@ -89,7 +90,7 @@ def check(runtime: Runtime) -> dict[str, Any]:
         raise BrokenRuntimeError(_broken(runtime, full_name, failure, kernels))
     made = {
         "library": runtime.label,
-        "versions": {each: _version(each) for each in (runtime.distribution, *runtime.beside)},
+        "versions": _versions(runtime),
         "kernels": kernels,
         "checks": len(done),
         "distance": max((each["distance"][0] for each in done), default=0.0),
@@ -138,15 +139,9 @@ def record(runtime: Runtime) -> Path:
     Raises:
         ConfigError: the library is not installed.
     """
-    spec = util.find_spec(runtime.package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{runtime.distribution} is not installed: make setup")
-    native = sorted(
-        file for place in spec.submodule_search_locations for file in Path(place).rglob("*.so*") if file.is_file()
-    )
     parts = [
-        *(f"{each} {_version(each)}" for each in (runtime.distribution, *runtime.beside)),
-        *(f"{file.name} {file.stat().st_size} {int(file.stat().st_mtime)}" for file in native),
+        *(f"{name} {version}" for name, version in _versions(runtime).items()),
+        *_native(runtime),
         processor(),
         *(hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(__file__).parent.glob("*.py"))),
     ]
@@ -167,11 +162,29 @@ def processor() -> str:
     return "\n".join([platform.machine(), *sorted({f"{key} {value}" for key, value in lines})])
 
 
-def _version(distribution: str) -> str:
+def _versions(runtime: Runtime) -> dict[str, str]:
+    """Of the distributions that the result depends on."""
+    environments.version(runtime)
+    if runtime.isolated:
+        installed = environments.versions(runtime)
+        return {each: installed[each] for each in (runtime.distribution, *runtime.beside)}
     try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        raise ConfigError(f"{distribution} is not installed: make setup") from None
+        return {each: metadata.version(each) for each in (runtime.distribution, *runtime.beside)}
+    except metadata.PackageNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed: make setup") from None
+
+
+def _native(runtime: Runtime) -> list[str]:
+    """What tells one build of its native code from another."""
+    if runtime.isolated:
+        return [environments.requirements(runtime).read_text(encoding="utf-8")]
+    spec = util.find_spec(runtime.package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{runtime.distribution} is not installed: make setup")
+    files = sorted(
+        file for place in spec.submodule_search_locations for file in Path(place).rglob("*.so*") if file.is_file()
+    )
+    return [f"{file.name} {file.stat().st_size} {int(file.stat().st_mtime)}" for file in files]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0 says that all was computed, not that it was right."""
     faulthandler.enable()
     parser = argparse.ArgumentParser(prog="python -m tasks.selftest", description=__doc__)
-    parser.add_argument("library", choices=[each.name for each in RUNTIMES.values() if each.package])
+    parser.add_argument("library", choices=[each.name for each in RUNTIMES.values() if each.native])
     parser.add_argument("folder", type=Path, help="an empty one, for the models")
     args = parser.parse_args(argv)
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer

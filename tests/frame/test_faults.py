@@ -80,6 +80,7 @@ def test_a_kill_in_any_stage_changes_nothing(tiny_workspace: Path, tmp_path_fact
     assert digests(tiny_workspace) == digests(calm)
 
 
+@pytest.mark.slow
 def test_a_kill_in_training_changes_nothing(tiny_workspace: Path) -> None:
     for stage in ("acquire", "finetune"):
         assert run(tiny_workspace, stage).returncode == 0

@@ -56,6 +56,7 @@ def said(row: list[dict[str, str]]) -> str:
     return row[1]["content"]
 
 
+@pytest.mark.slow
 def test_generating_again_gives_the_same_bytes(generator: dict[str, Any], tmp_path: Path) -> None:
     generate: Callable[[Path], dict[str, int]] = generator["generate"]
     counts = generate(tmp_path)

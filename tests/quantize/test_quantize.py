@@ -48,7 +48,9 @@ def test_a_runtime_has_what_its_row_promises(runtime: Runtime) -> None:
         assert kinds(getattr(runtime.module, name)) == kinds(function)[1:], name  # without self
 
 
-@pytest.mark.parametrize("variant", ["f16", "q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0", "auto-q4_0"])
+@pytest.mark.parametrize(
+    "variant", ["f16", "q8_0", "q5_1", "q5_0", "q4_k_m", "q4_0", pytest.param("auto-q4_0", marks=pytest.mark.slow)]
+)
 def test_equal_input_gives_equal_bytes(
     tiny_model_folder: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +131,7 @@ def test_onnx_stores_the_embedding_in_eight_bits(onnx: list[Path], tiny_model_fo
     assert weights < embedding * (1 + 4 / 32 + 0.5 + 4 / 32) * 1.2
 
 
+@pytest.mark.slow
 def test_onnx_failure_is_told_in_olives_words(tiny_model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model_folder, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

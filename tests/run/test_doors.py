@@ -28,6 +28,7 @@ def test_every_door_gives_the_same_digests(
     tiny_workspace: Path, tiny_params: dict, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     tiny_params["quantize"]["variants"] = ["q8_0"]  # several are the toys' part
+    tiny_params["finetune"]["epochs"], tiny_params["distill"]["epochs"] = 10.0, 2.0
     by_dvc = make(tiny_workspace, tiny_params)
     by_flow = tmp_path_factory.mktemp("flow") / "checkout"
     shutil.copytree(by_dvc, by_flow)
