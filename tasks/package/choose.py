@@ -171,6 +171,21 @@ def choose(all_of_run: Sequence[Candidate], rule_name: str, runtimes: set[str]) 
     )  # fmt: skip
 
 
+def front(passed: Sequence[Candidate], device: str) -> list[Candidate]:
+    """The Pareto front: those that no other one equals or beats in size, speed on the device and mean KLD together."""
+
+    def costs(candidate: Candidate) -> tuple[float, float, float]:
+        divergence = candidate.metrics.get("mean_kld")
+        return _size(candidate), -_speed(candidate, device), math.inf if divergence is None else divergence
+
+    def beaten(candidate: Candidate) -> bool:
+        own = costs(candidate)
+        others = (costs(each) for each in passed if each is not candidate)
+        return any(all(a <= b for a, b in zip(other, own, strict=True)) and other != own for other in others)
+
+    return [each for each in passed if not beaten(each)]
+
+
 def _reason(ranked: list[Candidate], losers: list[Candidate], label: str, rule: Rule, *, measured: bool) -> str:
     def shown(candidate: Candidate) -> str:
         number = rule.show(candidate, candidate.device)
@@ -216,8 +231,13 @@ def _device_reason(all_of_run: Sequence[Candidate], best: Candidate | None, devi
     if best is None:
         carried = " that a wanted target carries" if passed else ""
         return f"No variant{carried} passed every gate of it."
-    which = "only one" if len(passed) == 1 else f"{label} of the {len(passed)}"
-    return f"{best.name} is the {which} that passed every gate of it ({rule.show(best, device)})."
+    if len(passed) == 1:
+        return f"{best.name} is the only one that passed every gate of it ({rule.show(best, device)})."
+    names = ", ".join(each.name for each in front(passed, device))
+    return (
+        f"{best.name} is the {label} of the {len(passed)} that passed every gate of it ({rule.show(best, device)}). "
+        f"No other is better than these in size, speed and KLD together: {names}."
+    )
 
 
 def _check(check: Mapping[str, Any], candidate: Candidate, *, measured: bool) -> str:

@@ -13,7 +13,7 @@ from tasks.errors import ArtifactError, StageError
 from tasks.frame import stage
 from tasks.models import loading
 from tasks.package import bundle
-from tasks.package.choose import candidates, choose
+from tasks.package.choose import candidates, choose, front
 from tasks.package.stage import package
 from tasks.runtimes import llama, onnx_genai
 from tasks.stages import STAGES
@@ -154,6 +154,20 @@ def test_what_passes_on_more_devices_is_shipped_and_each_device_has_its_best(tmp
         "q5_0 (90.0 MB) is the smallest of the 2 variants that passed on all 2 devices; behind it q8_0 (120.0 MB), "
         "q4_0 (60.0 MB). q4_0 did not pass on phone."
     )
+
+
+def test_what_another_beats_in_everything_is_not_on_the_front(tmp_path: Path):
+    found = variants(
+        tmp_path, ("f16", "pass", 0.9, 200.0, 50.0), ("q8_0", "pass", 0.9, 120.0, 80.0), ("q5_1", "pass", 0.9, 100.0, 60.0),
+        ("q5_0", "pass", 0.9, 90.0, 60.0), ("q4_1", "pass", 0.9, 90.0, 60.0), ("q4_0", "pass", 0.9, 70.0, 90.0),
+    )  # fmt: skip
+    kld = {"f16": 0.001, "q8_0": 0.002, "q5_1": 0.02, "q5_0": 0.02, "q4_1": 0.02, "q4_0": 0.2}
+    [each.metrics.update(mean_kld=kld[each.name]) for each in found]  # type: ignore[attr-defined]
+    assert {each.name for each in front(found, "desktop")} == {"f16", "q8_0", "q5_0", "q4_1", "q4_0"}
+    found[0].metrics.pop("mean_kld")  # type: ignore[attr-defined]
+    assert "f16" not in {each.name for each in front(found, "desktop")}
+    (why,) = choose(found, "smallest", {"llama"}).why.values()
+    assert why.endswith(": q4_0, q4_1, q5_0, q8_0.")
 
 
 def test_a_device_on_which_nothing_passes_has_no_best(tmp_path: Path):
