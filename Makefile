@@ -33,7 +33,7 @@ setup: .venv/.ready  ## the environment, once; about 10 minutes on 2 cores. Agai
 	infra/setup.sh
 
 test: setup lint  ## the style, the types and all but the slow tests; a file at a time in each of up to four processes
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-all: setup lint  ## the slow tests too: the real model, minutes
 	$(BIN)/python -m pytest -m ""

@@ -17,7 +17,7 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests run side by side: threads that wait leave the core to others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many as there are cores: one for each
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many as cores, and one more for when others wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Files that take minutes, the longest first: begun last, one would keep a process busy while the others have nothing left.

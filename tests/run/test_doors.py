@@ -1,4 +1,4 @@
-"""The whole chain on a tiny real model, through every door: equal digests."""
+"""The whole chain through every door: equal digests. With toy stages, and, as a slow test, on a tiny real model."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkout import digests, git, make, slmops
+from checkout import digests, git, make, make_toy, slmops
 
 from tasks.stages import STAGES
 
@@ -19,17 +19,24 @@ def dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "PATH": "/usr/bin:/bin",
         "HOME": os.environ.get("HOME", "/"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+        "TOY_LOG": str(root / "toy.log"),
     }
     command = [Path(sys.executable).with_name("dvc"), *arguments]
     return subprocess.run(command, cwd=root, env=bare, capture_output=True, text=True)
 
 
-def test_every_door_gives_the_same_digests(
-    tiny_workspace: Path, tiny_params: dict, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    tiny_params["quantize"]["variants"] = ["q8_0"]  # several are the toys' part
-    tiny_params["finetune"]["epochs"], tiny_params["distill"]["epochs"] = 10.0, 2.0
-    by_dvc = make(tiny_workspace, tiny_params)
+@pytest.fixture(params=["toys", pytest.param("real", marks=pytest.mark.slow)])
+def checkout(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "toys":
+        return make_toy(tmp_path)
+    root: Path = request.getfixturevalue("tiny_workspace")
+    tiny: dict = request.getfixturevalue("tiny_params")
+    tiny["quantize"]["variants"] = ["q8_0"]  # several are the toys' part
+    return make(root, tiny)
+
+
+def test_every_door_gives_the_same_digests(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    by_dvc = checkout
     by_flow = tmp_path_factory.mktemp("flow") / "checkout"
     shutil.copytree(by_dvc, by_flow)
     (by_dvc / ".venv").symlink_to(sys.prefix)  # where `make` puts it
@@ -38,7 +45,8 @@ def test_every_door_gives_the_same_digests(
     done = dvc(by_dvc, "repro")
     assert done.returncode == 0, done.stdout + done.stderr
     want = digests(by_dvc)
-    assert {name.split("/")[0] for name in want} == set(STAGES)
+    assert {path.relative_to(by_dvc / "build").parts[0] for path in digests_folders(by_dvc)} == set(STAGES)
+    assert want
     assert "Running stage" not in dvc(by_dvc, "repro").stdout
     assert "up to date" in dvc(by_dvc, "status").stdout
     assert "mean_kld" in dvc(by_dvc, "metrics", "show").stdout
