@@ -26,7 +26,8 @@ def stage_input(model: Path, folder: Path) -> Path:
 
 def once(model: Path, name: str, make: Callable[[Path], None]) -> Path:
     """The folder that `make` fills from the folder `model`: one for all processes of this session and equal models."""
-    session = next(each for each in model.parents if re.fullmatch(r"pytest-\d+", each.name))
+    sessions = [each for each in model.parents if re.fullmatch(r"pytest-\d+", each.name)]
+    session = sessions[0] if sessions else model.parent  # another folder by --basetemp
     content = b"".join(each.read_bytes() for each in sorted(model.iterdir()) if each.is_file())
     out = session / "shared" / hashlib.sha256(content).hexdigest()[:16] / name
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +47,7 @@ def converted(model: Path) -> Path:
     """The convert stage's output for `model` as teacher and as student."""
 
     def make(out: Path) -> None:
+        shutil.rmtree(out.with_name("source"), ignore_errors=True)  # of an attempt that failed
         source = stage_input(model, out.with_name("source"))
         convert(params.load(DEFAULTS), teacher=source, student=source, out=out)
 

@@ -29,7 +29,7 @@ def states() -> list[State]:
 def _state(name: str) -> State:
     runtime = RUNTIMES[name]
     try:
-        version, tested = environments.version(runtime), selftest.record(runtime).exists()
+        version, tested = environments.version(runtime), runtime.native and selftest.record(runtime).exists()
     except ConfigError:
         version, tested = None, False
     variants = [each.name for each in VARIANTS.values() if each.runtime is runtime]

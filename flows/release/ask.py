@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from tasks.errors import ArtifactError, ConfigError
+from tasks.errors import ArtifactError, ConfigError, StageError
 from tasks.package import bundle
 from tasks.runtimes.worker import Worker
 from tasks.variants import RUNTIMES
 
-MOST = 256  # tokens of an answer
+MOST = 256  # tokens of an answer, as in served_model.py
 
 
 def answer(folder: Path, text: str, system: str | None = None) -> str:
@@ -29,8 +29,12 @@ def answer(folder: Path, text: str, system: str | None = None) -> str:
     target = made.variants[made.chosen][0]
     own = next((each for each in RUNTIMES.values() if each.distribution == made.targets[target].runtime), None)
     if own and own.isolated:
-        with Worker(own) as worker:
-            return str(worker.call("answer", str((folder / target / own.weights).resolve()), messages, MOST))
+        weights = (folder / target / own.weights).resolve()
+        try:
+            with Worker(own) as worker:
+                return str(worker.call("answer", str(weights), messages, MOST))
+        except StageError as error:
+            raise ArtifactError(f"{folder} does not answer ({error}): ask in fewer words") from error
     from flows.release import served_model
 
     try:

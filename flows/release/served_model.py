@@ -183,7 +183,9 @@ def _onnx(folder: Path, context: int) -> Callable[[Messages], str]:
 def _openvino(folder: Path) -> Callable[[Messages], str]:
     import openvino_genai
 
-    pipeline = openvino_genai.LLMPipeline(str(folder), "CPU")
+    # As it was validated: computed alike on every processor.
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
+    pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", **exact)
     tokenizer = pipeline.get_tokenizer()
 
     def answer(messages: Messages) -> str:

@@ -195,6 +195,7 @@ def log_version(main: MainCheckout, name: str, place: Path, digest: str, tags: d
 
     import mlflow
 
+    runs_with = {"mlflow": installed("mlflow")} | json.loads((place / "bundle.json").read_bytes())["runtimes"]
     mlflow.set_tracking_uri(mlflow_store.uri(main))
     mlflow.set_registry_uri(mlflow_store.uri(main))
     mlflow.set_experiment(experiment_id=mlflow_store.experiment(mlflow_store.client(main), main))
@@ -206,7 +207,7 @@ def log_version(main: MainCheckout, name: str, place: Path, digest: str, tags: d
             python_model=str(CODE),
             artifacts={"pointer": str(pointer)},
             model_config={"unreleased": False},  # MLflow lets nobody set what is not here
-            pip_requirements=[f"{part}=={installed(part)}" for part in ("mlflow", "llama-cpp-python")],
+            pip_requirements=[f"{name}=={version}" for name, version in runs_with.items()],
         )
     client = mlflow_store.client(main)
     if not client.search_registered_models(_called(name)):

@@ -158,9 +158,12 @@ def main() -> None:
     control, caller_lives = os.dup(0), True
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
+    import dvc.logger
     from dvc.cli.parser import get_main_parser
 
     get_main_parser()
+    with contextlib.suppress(AttributeError, TypeError):
+        dvc.logger.setup(log_colors=False)  # it looked whether our standard error is a terminal; a call's is none
     for name in LATE:
         with contextlib.suppress(ImportError):
             import_module(name)
@@ -291,7 +294,7 @@ def _save_one_stage() -> None:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         parts = re.split(r"^  (?=\S)", text.removeprefix(head), flags=re.MULTILINE)
         known = {part.partition(":\n")[0]: part for part in parts[1:]}
-        whole = text.startswith(head) and parts[0] == "" and len(known) == len(parts) - 1
+        whole = text.startswith(head) and text.endswith("\n") and parts[0] == "" and len(known) == len(parts) - 1
         if (
             not whole
             or not all(re.fullmatch(r"[\w@.-]+", name) for name in known)

@@ -348,7 +348,12 @@ def appended(stream: IO[str]) -> Callable[[], Iterator[Event]]:
 def _dvc(root: Workspace, *arguments: str, stderr: bool = False) -> str:
     # In memory, so that what a full disk forbids is told by DVC itself.
     with open(os.memfd_create("out"), "w+b") as out, open(os.memfd_create("err"), "w+b") as err:
-        call = dvc_host.call(arguments, folder=root, env=stage_environment(), out=out.fileno(), err=err.fileno())
+        try:
+            call = dvc_host.call(arguments, folder=root, env=stage_environment(), out=out.fileno(), err=err.fileno())
+        except OSError as error:
+            raise StageError(
+                f"dvc {' '.join(arguments)} could not be started in {root} ({error}): run it again"
+            ) from error
         with _child(call, root):
             while not call.wait(POLL_S):
                 pass

@@ -78,8 +78,13 @@ def peak_rss(process: int | None = None) -> int:
     if not match:
         raise ValueError("/proc has no VmHWM: peak memory can only be measured on Linux")
     own = int(match[1]) * 1024
-    started = " ".join(each.read_text() for each in Path(f"/proc/{process}/task").glob("*/children"))
-    for child in map(int, started.split()):
+    if not Path(f"/proc/{process}/task/{process}/children").exists():
+        raise ValueError("/proc does not tell what a process started: its peak memory cannot be measured")
+    started: list[int] = []
+    for each in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            started += map(int, each.read_text().split())
+    for child in started:
         with suppress(OSError, ValueError):  # it has ended
             own = max(own, peak_rss(child))
     return own

@@ -24,11 +24,11 @@ OWN = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "specia
 # GPT-2's words, as tokenizers' ByteLevel has them; and with digits one by one, before which white space stays in one piece.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_AND_WORDS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-# Model types that this optimum-intel exports, of those that transformers has too.
+# Model types that this optimum-intel exports with the transformers beside it. Not: Gemma, GLM, EXAONE and BitNet, for which it wants
+# an older one, and LFM2, whose convolutions keep a state that cannot be cut back.
 READ = frozenset({
-    "arcee", "bitnet", "cohere", "cohere2", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox",
-    "gpt_oss", "granite", "granitemoe", "hunyuan_v1_dense", "lfm2", "llama", "mistral", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2",
-    "qwen3", "smollm3", "stablelm",
+    "arcee", "cohere", "cohere2", "falcon", "glm4", "gpt2", "gpt_neox", "gpt_oss", "granite", "granitemoe", "hunyuan_v1_dense", "llama",
+    "mistral", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm",
 })  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Runtimes whose packages exclude ours: each in a virtual environment of its own, which `slmops runtimes install NAME` makes.
 
 It lies in the environment that slmops itself runs in, so every checkout, worktree and worker of that finds it, and it goes
-when that goes. NAME.txt beside this file lists every package of it with its version; nothing else is installed.
+when that goes. NAME.txt beside this file lists its packages with their versions (a build of torch that needs CUDA's brings them),
+and a commit with another list has another environment.
 """
 
 import fcntl
@@ -15,16 +16,17 @@ from importlib import metadata
 from pathlib import Path
 
 from tasks.errors import ConfigError, StageError
+from tasks.frame import crashes
 from tasks.frame.events import doing
-from tasks.frame.stage import need_space, write_json
+from tasks.frame.stage import disk_full, need_space, write_json
 from tasks.variants import Runtime
 
-NEEDED = 3_000_000_000  # bytes, while one is installed
+NEEDED = 4_000_000_000  # bytes, while one is installed
 
 
 def folder(runtime: Runtime) -> Path:
     """Where its environment is, or would be."""
-    return Path(sysconfig.get_path("data")) / "share" / "slmops" / "runtimes" / runtime.name
+    return Path(sysconfig.get_path("data")) / "share" / "slmops" / "runtimes" / f"{runtime.name}-{_digest(runtime)[:8]}"
 
 
 def requirements(runtime: Runtime) -> Path:
@@ -77,8 +79,8 @@ def interpreter(runtime: Runtime) -> Path:
 
 
 def install(runtime: Runtime) -> Path:
-    """Make the environment of a runtime, or bring it to the list of its packages; returns where it is. One that stopped half
-    way counts as not there, and goes on from where it was.
+    """Make the environment of a runtime; returns where it is. One that stopped half way counts as not there, and goes on from
+    where it was; one that was there is made anew.
 
     Raises:
         ConfigError: the runtime needs none.
@@ -89,13 +91,19 @@ def install(runtime: Runtime) -> Path:
     place, listed = folder(runtime), requirements(runtime)
     place.parent.mkdir(parents=True, exist_ok=True)
     need_space(place.parent, NEEDED)
-    with (place.parent / f".{runtime.name}.lock").open("w") as lock:
+    with (place.parent / f".{place.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        python, whole = place / "bin" / "python", bool(versions(runtime))
         (place / "installed.json").unlink(missing_ok=True)
-        python = place / "bin" / "python"
-        if not python.exists():
+        if whole or not _has_pip(python):
             doing(f"make an environment for {runtime.label}")
-            venv.create(place, clear=True, with_pip=True)
+            try:
+                venv.create(place, clear=True, symlinks=True, with_pip=True)
+            except subprocess.CalledProcessError as error:
+                said = (error.output or b"").decode(errors="replace")
+                if crashes.NO_SPACE.search(said):
+                    raise disk_full(place) from None
+                raise StageError(f"{place}: pip could not be put there ({said[-200:].strip()}): run it again") from None
         doing(f"install the packages of {runtime.label}, minutes")
         _pip(python, "install", "-r", str(listed))
         unwanted = re.findall(r"^# without: (\S+)$", listed.read_text(encoding="utf-8"), re.MULTILINE)
@@ -114,11 +122,19 @@ def _digest(runtime: Runtime) -> str:
     return hashlib.sha256(requirements(runtime).read_bytes()).hexdigest()
 
 
+def _has_pip(python: Path) -> bool:
+    if not python.exists():
+        return False
+    return subprocess.run([python, "-I", "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
+
+
 def _pip(python: Path, *words: str) -> str:
-    command = [str(python), "-m", "pip", "--disable-pip-version-check", *words]
+    command = [str(python), "-I", "-m", "pip", "--disable-pip-version-check", *words]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == 0:
         return done.stdout
+    if crashes.NO_SPACE.search(done.stderr):
+        raise disk_full(python)
     said = [line.strip() for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["it gives no reason"]
     raise StageError(
         f"pip {words[0]} failed: {said[0][:300]}: see that a package index is in reach (`pip config list`), then again"

@@ -18,6 +18,7 @@ from tasks.runtimes import environments
 from tasks.variants import Runtime
 
 WORKERS = Path(__file__).parent / "workers"
+END_S = 10.0  # from the end of its output to its own
 SILENT_S = 600.0  # no call takes that long: it hangs
 
 
@@ -110,6 +111,10 @@ class Worker:
             )
         if more := os.read(pipe, 1 << 20):
             return more
-        code = self._process.wait()
+        try:
+            code = self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
         self._errors.seek(0)
         raise crashes.error_for(f"{self.label} ({name})", code, self._errors.read(), Path(tempfile.gettempdir()))

@@ -334,6 +334,7 @@ def test_of_several_students_the_one_that_validates_best_goes_on(tiny_params: di
     assert not (tmp_path / "out/manifest.json").exists()  # the stage writes its own
 
 
+@pytest.mark.slow
 def test_a_seed_makes_a_student_of_its_own(source: Path, values: params.Params, tmp_path: Path) -> None:
     weights = []
     values = values.model_copy(update={"select": Select(seeds=(1, 2))})

@@ -114,6 +114,7 @@ def test_downloads_that_are_removed_while_they_are_counted_are_no_error(tiny_par
         work.result()
 
 
+@pytest.mark.slow
 def test_a_template_without_end_is_refused_by_the_command(tiny_params: dict, tmp_path: Path) -> None:
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     (tmp_path / "data" / "model" / "chat_template.jinja").write_text(loops)

@@ -134,7 +134,10 @@ def test_work_that_failed_is_tried_again(toy: Path) -> None:
     assert runs(toy).count(("finetune", "FINISHED")) == 1
 
 
-@pytest.mark.parametrize("family", ["ConfigError", "DiskFullError", "BrokenRuntimeError"])
+@pytest.mark.parametrize(
+    "family",
+    ["ConfigError", *(pytest.param(each, marks=pytest.mark.slow) for each in ("DiskFullError", "BrokenRuntimeError"))],
+)
 def test_what_waiting_does_not_mend_is_not_tried_again(toy: Path, family: str) -> None:
     done = run_toy(toy, "--name", "wrong", TOY_FAIL=json.dumps({"finetune": [family, 9]}))
     assert (done.returncode, started(toy)) == (1, ["acquire", "finetune"])

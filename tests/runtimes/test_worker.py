@@ -1,11 +1,13 @@
 """The process of a runtime with an environment of its own: what it answers, and how each of its ends is told."""
 
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
+from checkout import wait_for
 
 from tasks.errors import BrokenRuntimeError, ConfigError, StageError
 from tasks.runtimes import environments, worker
@@ -107,3 +109,23 @@ def test_a_runtime_that_is_not_installed_says_how(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(environments, "folder", lambda runtime: tmp_path / runtime.name)
     with pytest.raises(ConfigError, match="slmops runtimes install openvino"):
         worker.Worker(RUNTIMES["openvino"])
+
+
+def test_it_ends_with_the_process_that_started_it(toy: Path) -> None:
+    code = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(Path(worker.__file__).parents[2])!r})
+from tasks.runtimes import environments, worker
+from tasks.variants import Runtime
+worker.WORKERS = Path({str(toy)!r})
+environments.interpreter = lambda runtime: Path(sys.executable)
+running = worker.Worker(Runtime("toy", "Toy", "toy", "model", "model", isolated=True))
+print(running._process.pid, flush=True)
+running.call("hang")
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    wait_for(lambda: not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text())

@@ -149,7 +149,7 @@ def test_answers_are_those_of_plain_greedy_decoding(lively: Path, prompts: list[
     assert min(shortfalls(file, prompts, other, stops)) > 4 * TIE
 
 
-@pytest.mark.parametrize("variant", ["q8_0", "onnx-int4"])
+@pytest.mark.parametrize("variant", ["q8_0", pytest.param("onnx-int4", marks=pytest.mark.slow)])
 def test_an_answer_is_cut_where_no_end_can_make_it_right(lively: Path, prompts: list[list[int]], variant: str) -> None:
     folder = quantized(lively, variant)
     runtime, file = (onnx_genai, "model") if variant == "onnx-int4" else (llama, "model.gguf")

@@ -1,5 +1,7 @@
 """Calls of dvc by one process that has it loaded: their results, side by side, and their ends whatever is killed."""
 
+import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -153,7 +155,37 @@ def test_dvc_lock_has_the_bytes_that_dvc_writes(toy: Path, tmp_path_factory: pyt
 def test_a_dvc_lock_of_another_form_is_left_to_dvc(toy: Path) -> None:
     versioning.repro(toy, "acquire", log=toy / "acquire.log")
     lock = toy / "dvc.lock"
-    lock.write_text("# mine\n" + lock.read_text())
+    lock.write_text("# mine\n" + lock.read_text().rstrip())
     versioning.repro(toy, "finetune", log=toy / "finetune.log")
     assert lock.read_text().startswith("# mine\n")
     assert set(yaml.safe_load(lock.read_text())["stages"]) == {"acquire", "finetune"}
+
+
+def test_a_dvc_lock_without_its_last_line_end_stays_sound(toy: Path) -> None:
+    versioning.repro(toy, "acquire", log=toy / "acquire.log")
+    lock = toy / "dvc.lock"
+    lock.write_text(lock.read_text().rstrip("\n"))
+    versioning.repro(toy, "finetune", log=toy / "finetune.log")
+    assert set(yaml.safe_load(lock.read_text())["stages"]) == {"acquire", "finetune"}
+
+
+def test_at_a_terminal_what_dvc_says_is_understood_too(toy: Path) -> None:
+    """DVC colours its words where standard error is a terminal as it is loaded."""
+    code = """
+from pathlib import Path
+from flows.workspace import versioning
+from tasks.errors import StageError
+try:
+    versioning.checkout(Path.cwd(), "nothing.dvc")
+except StageError as error:
+    print(repr(str(error)))
+"""
+    terminal, theirs = pty.openpty()
+    env = {**environment(toy), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=toy, env=env, stdout=subprocess.PIPE, stderr=theirs, text=True, check=True
+    )
+    os.close(theirs)
+    os.close(terminal)
+    assert "nothing.dvc" in done.stdout
+    assert "\\x1b" not in done.stdout

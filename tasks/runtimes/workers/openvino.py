@@ -78,7 +78,7 @@ class Engine:
         import openvino_genai
 
         settings = openvino_genai.GenerationConfig(str(Path(folder) / "generation_config.json"))
-        return sorted({int(each) for each in settings.stop_token_ids} | {int(settings.eos_token_id)} - {-1})
+        return sorted(({int(each) for each in settings.stop_token_ids} | {int(settings.eos_token_id)}) - {-1})
 
     def answer(self, folder: str, messages: list[dict[str, str]], limit: int) -> str:
         """What a person gets of the library's own pipeline."""

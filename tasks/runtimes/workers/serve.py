@@ -5,10 +5,12 @@ is a line of JSON, `{"result": ...}` or `{"error": text}`; of an array `{"shape"
 What libraries print goes to standard error.
 """
 
+import ctypes
 import faulthandler
 import json
 import os
 import runpy
+import signal
 import sys
 from typing import Any, BinaryIO
 
@@ -16,6 +18,7 @@ from typing import Any, BinaryIO
 def main(script: str) -> None:
     """Serve until standard input ends."""
     faulthandler.enable()  # whoever started this process reads where native code crashed
+    _end_with(os.getppid())
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     engine = runpy.run_path(script)["Engine"]()
@@ -31,6 +34,16 @@ def main(script: str) -> None:
             say(answers, {"shape": list(result.shape)}, result.astype("<f4", copy=False).tobytes())
         else:
             say(answers, {"result": result})
+
+
+def _end_with(parent: int) -> None:
+    """Have the system end this process when its parent ends, also in the middle of native code (Linux's prctl)."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        return
+    if os.getppid() != parent:  # it ended before
+        sys.exit(1)
 
 
 def say(answers: BinaryIO, message: dict[str, Any], content: bytes = b"") -> None:
